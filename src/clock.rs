@@ -1,0 +1,42 @@
+//! The only file that asks what time it is.
+//!
+//! Always true
+//! - Moments of one process share an origin, so they can be compared across threads.
+//! - Wall-clock steps and time zones never reach a decision.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::vocab::Moment;
+
+static ORIGIN: OnceLock<Instant> = OnceLock::new();
+
+/// The process's monotonic clock.
+pub fn now() -> Moment {
+    let origin = *ORIGIN.get_or_init(Instant::now);
+    Moment(u64::try_from(origin.elapsed().as_nanos()).expect("a process does not live for 584 years"))
+}
+
+/// The `Instant` of a moment, for libraries that wait until one.
+pub fn instant_of(moment: Moment) -> Instant {
+    let origin = *ORIGIN.get_or_init(Instant::now);
+    origin
+        .checked_add(Duration::from_nanos(moment.nanos()))
+        .unwrap_or_else(|| origin + Duration::from_secs(u32::MAX.into()))
+}
+
+/// A clock that moves when told to, for tests and replay.
+#[derive(Debug, Default)]
+pub struct ManualClock(AtomicU64);
+
+impl ManualClock {
+    pub fn now(&self) -> Moment {
+        Moment(self.0.load(Ordering::Relaxed))
+    }
+
+    pub fn advance(&self, by: Duration) -> Moment {
+        let nanos = u64::try_from(by.as_nanos()).expect("a test advances by less than 584 years");
+        Moment(self.0.fetch_add(nanos, Ordering::Relaxed) + nanos)
+    }
+}

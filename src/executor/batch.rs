@@ -1,0 +1,132 @@
+//! What a model sees of a batch, and where it puts its output.
+//!
+//! Always true
+//! - Buffers are made of 64-bit words, so a cast to any dtype is aligned; they grow to their largest use and are reused.
+//! - Row `r` of a padded tensor starts at `r * row_bytes(padded_len)`; its first `row_bytes(lens[r])` bytes are real.
+
+use crate::contract::{Contract, TensorSpec};
+use crate::vocab::Code;
+
+/// Bytes that can be viewed as any dtype. Grows when asked for more than ever before, never shrinks.
+#[derive(Debug, Default)]
+pub struct AlignedBytes {
+    words: Vec<u64>,
+    len: usize,
+}
+
+impl AlignedBytes {
+    /// Makes room for at least `bytes`, so that later use up to there does not allocate.
+    pub fn reserve(&mut self, bytes: usize) {
+        let words = bytes.div_ceil(8);
+        if self.words.len() < words {
+            self.words.resize(words, 0);
+        }
+    }
+
+    /// Sets the length. The content is whatever was there before: the user overwrites all of it.
+    pub fn set_len(&mut self, bytes: usize) {
+        self.reserve(bytes);
+        self.len = bytes;
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes held, used or not.
+    pub fn capacity_bytes(&self) -> usize {
+        self.words.len() * 8
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.len]
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+    }
+
+    /// Viewed as elements of `T`. Panics when the length is no multiple of `T`'s size: a bug of ours.
+    pub fn as_slice<T: bytemuck::AnyBitPattern>(&self) -> &[T] {
+        bytemuck::cast_slice(self.bytes())
+    }
+
+    pub fn as_mut_slice<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+}
+
+/// A packed, padded batch as the model sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchView<'a> {
+    pub contract: &'a Contract,
+    pub rows: u32,
+    /// Length that every row is padded to; 1 where the model has no length.
+    pub padded_len: u32,
+    /// Real length of each row: the mask, in its shortest form.
+    pub lens: &'a [u32],
+    /// One per input of the contract, in its order, `[rows, padded_len, …]`.
+    pub inputs: &'a [AlignedBytes],
+}
+
+impl<'a> BatchView<'a> {
+    /// All elements of input `index`, row after row, padding included.
+    pub fn input<T: bytemuck::AnyBitPattern>(&self, index: usize) -> &'a [T] {
+        self.inputs[index].as_slice()
+    }
+
+    /// The real elements of one row.
+    pub fn row<T: bytemuck::AnyBitPattern>(&self, index: usize, row: usize) -> &'a [T] {
+        let spec = &self.contract.inputs[index];
+        let stride = spec.row_bytes(self.padded_len);
+        let bytes = &self.inputs[index].bytes()[row * stride..row * stride + spec.row_bytes(self.lens[row])];
+        bytemuck::cast_slice(bytes)
+    }
+}
+
+/// A row that ended without a result although its batch ran.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RowError {
+    pub row: u32,
+    pub code: Code,
+    pub message: String,
+}
+
+/// Where a model puts its results. Reused from batch to batch.
+#[derive(Debug, Default)]
+pub struct BatchOutput {
+    pub outputs: Vec<AlignedBytes>,
+    /// Rows that failed alone. Their mates are answered all the same.
+    pub row_errors: Vec<RowError>,
+    pub rows: u32,
+    pub padded_len: u32,
+}
+
+impl BatchOutput {
+    /// Sizes every output for `rows` rows padded to `padded_len`. Contents are left as they were: the model writes all.
+    pub fn prepare(&mut self, contract: &Contract, rows: u32, padded_len: u32) {
+        self.rows = rows;
+        self.padded_len = padded_len;
+        self.row_errors.clear();
+        self.outputs.resize_with(contract.outputs.len(), AlignedBytes::default);
+        for (spec, output) in contract.outputs.iter().zip(&mut self.outputs) {
+            output.set_len(rows as usize * spec.row_bytes(padded_len));
+        }
+    }
+
+    /// All elements of output `index`, row after row.
+    pub fn output_mut<T: bytemuck::AnyBitPattern + bytemuck::NoUninit>(&mut self, index: usize) -> &mut [T] {
+        self.outputs[index].as_mut_slice()
+    }
+
+    /// The real bytes of one row whose length is `len`.
+    pub fn row_bytes(&self, spec: &TensorSpec, index: usize, row: u32, len: u32) -> &[u8] {
+        let stride = spec.row_bytes(self.padded_len);
+        let start = row as usize * stride;
+        &self.outputs[index].bytes()[start..start + spec.row_bytes(len)]
+    }
+}

@@ -1,0 +1,44 @@
+//! A model, as executors see it.
+
+use super::batch::{BatchOutput, BatchView};
+use crate::contract::Contract;
+
+/// A batch that could not be run. Costs the batch: each member is answered `executor_failed` with this sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelError(pub String);
+
+impl std::fmt::Display for ModelError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for ModelError {}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(error: candle_core::Error) -> ModelError {
+        ModelError(error.to_string())
+    }
+}
+
+/// One instance of a model: what it computes on a batch. Owned by one executor, so `run` may keep scratch buffers.
+pub trait Model: Send {
+    /// Computes the batch. `out` has been prepared for it: every output is `[rows, …]` at the padded length, with
+    /// arbitrary content that `run` must overwrite. A row that fails alone goes into `out.row_errors`.
+    ///
+    /// May panic: the executor catches it, answers the batch, and builds a new instance.
+    fn run(&mut self, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), ModelError>;
+}
+
+/// A loaded model: its contract, and how to make an instance. Weights are shared by all instances.
+pub trait LoadedModel: Send + Sync {
+    fn contract(&self) -> &Contract;
+
+    /// Makes an instance. Called once per executor at start, and again after a panic.
+    fn instantiate(&self) -> Result<Box<dyn Model>, ModelError>;
+
+    /// Bytes of shared weights held in memory.
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+}

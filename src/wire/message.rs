@@ -1,0 +1,430 @@
+//! The metadata of each kind of frame, and how it is encoded.
+//!
+//! Encoding: bincode 2.0.1, little-endian, fixed-width integers, at most [`Limits::METADATA_CEILING`] bytes. So: an
+//! integer is its bytes; a list or string is a u64 count and then its elements; an option is a byte 0 or 1 and then
+//! its value; a struct is its fields in order, with nothing between them.
+//!
+//! Always true
+//! - Decoding consumes exactly the metadata; what is left over is an error.
+//! - Lists have a fixed capacity in the type, so no count can ask for memory.
+
+use bincode::config::{Configuration, Fixint, Limit, LittleEndian};
+use bincode::de::{BorrowDecoder, Decoder};
+use bincode::enc::Encoder;
+use bincode::error::{DecodeError, EncodeError};
+use bincode::{BorrowDecode, Decode, Encode};
+
+use crate::vocab::{Code, Executed, Refusal, Retry, Stage};
+
+const METADATA_LIMIT: usize = super::Limits::METADATA_CEILING as usize;
+
+type Config = Configuration<LittleEndian, Fixint, Limit<METADATA_LIMIT>>;
+
+const CONFIG: Config =
+    bincode::config::standard().with_little_endian().with_fixed_int_encoding().with_limit::<METADATA_LIMIT>();
+
+/// Most tensors in one request or result.
+pub const TENSORS_MAX: usize = 8;
+/// Most dimensions of a tensor, rows included.
+pub const RANK_MAX: usize = 8;
+/// Longest name or other string in metadata, in bytes.
+pub const NAME_MAX: usize = 128;
+
+/// Metadata that does not decode to exactly one value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MetadataError {
+    pub message: String,
+}
+
+impl std::fmt::Display for MetadataError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for MetadataError {}
+
+/// Decodes one value that fills `bytes` exactly.
+pub fn decode_exact<T: Decode<()>>(bytes: &[u8]) -> Result<T, MetadataError> {
+    let (value, used) = bincode::decode_from_slice::<T, Config>(bytes, CONFIG)
+        .map_err(|error| MetadataError { message: format!("malformed metadata: {error}") })?;
+    if used != bytes.len() {
+        return Err(MetadataError {
+            message: format!("metadata has {} bytes, its message ends after {used}", bytes.len()),
+        });
+    }
+    Ok(value)
+}
+
+/// Appends the encoding of `value` to `out`. Fails only for a value over the metadata limit.
+pub fn encode_into<T: Encode>(value: &T, out: &mut Vec<u8>) -> Result<(), MetadataError> {
+    struct Sink<'a>(&'a mut Vec<u8>);
+    impl bincode::enc::write::Writer for Sink<'_> {
+        fn write(&mut self, bytes: &[u8]) -> Result<(), EncodeError> {
+            self.0.extend_from_slice(bytes);
+            Ok(())
+        }
+    }
+    let start = out.len();
+    bincode::encode_into_writer(value, Sink(out), CONFIG)
+        .map_err(|error| MetadataError { message: format!("metadata does not encode: {error}") })?;
+    if out.len() - start > METADATA_LIMIT {
+        let len = out.len() - start;
+        out.truncate(start);
+        return Err(MetadataError { message: format!("metadata of {len} bytes is over {METADATA_LIMIT}") });
+    }
+    Ok(())
+}
+
+/// A list of at most `N` small values, kept in place. Encoded as any list: a u64 count, then the elements.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct List<T, const N: usize> {
+    len: u8,
+    items: [T; N],
+}
+
+impl<T: Copy + Default, const N: usize> List<T, N> {
+    pub fn new() -> Self {
+        List { len: 0, items: [T::default(); N] }
+    }
+
+    /// `None` when `values` has more than `N`.
+    pub fn from_slice(values: &[T]) -> Option<Self> {
+        let mut list = List::new();
+        for value in values {
+            list.push(*value).ok()?;
+        }
+        Some(list)
+    }
+
+    /// Gives the value back when the list is full.
+    pub fn push(&mut self, value: T) -> Result<(), T> {
+        let at = usize::from(self.len);
+        if at == N {
+            return Err(value);
+        }
+        self.items[at] = value;
+        self.len += 1;
+        Ok(())
+    }
+}
+
+impl<T: Copy + Default, const N: usize> Default for List<T, N> {
+    fn default() -> Self {
+        List::new()
+    }
+}
+
+impl<T, const N: usize> std::ops::Deref for List<T, N> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        &self.items[..usize::from(self.len)]
+    }
+}
+
+impl<T: std::fmt::Debug, const N: usize> std::fmt::Debug for List<T, N> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+impl<T: Encode, const N: usize> Encode for List<T, N> {
+    fn encode<E: Encoder>(&self, encoder: &mut E) -> Result<(), EncodeError> {
+        (self.len() as u64).encode(encoder)?;
+        self.iter().try_for_each(|item| item.encode(encoder))
+    }
+}
+
+impl<Context, T: Decode<Context> + Copy + Default, const N: usize> Decode<Context> for List<T, N> {
+    fn decode<D: Decoder<Context = Context>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        let count = u64::decode(decoder)?;
+        if count > N as u64 {
+            return Err(DecodeError::OtherString(format!("a list of {count} elements, at most {N} are allowed")));
+        }
+        let mut list = List::new();
+        for _ in 0..count {
+            let pushed = list.push(T::decode(decoder)?);
+            debug_assert!(pushed.is_ok(), "count was checked against the capacity");
+        }
+        Ok(list)
+    }
+}
+
+impl<'de, Context, T: Decode<Context> + Copy + Default, const N: usize> BorrowDecode<'de, Context> for List<T, N> {
+    fn borrow_decode<D: BorrowDecoder<'de, Context = Context>>(decoder: &mut D) -> Result<Self, DecodeError> {
+        Decode::decode(decoder)
+    }
+}
+
+/// First frame of a client. Names the protocol versions it speaks; `token` is empty where no authentication is used.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Hello {
+    pub version_min: u8,
+    pub version_max: u8,
+    /// Bit set of optional features the client understands; none are defined in version 1.
+    pub features: u64,
+    /// Free text for logs, at most [`NAME_MAX`] bytes.
+    pub client: String,
+    /// Whose quota the connection counts against; empty for the default tenant.
+    pub tenant: String,
+    pub token: Vec<u8>,
+}
+
+/// The server's answer: the version both will speak, its limits, and the first grant of credit.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct HelloAck {
+    pub version: u8,
+    pub features: u64,
+    pub server: String,
+    pub metadata_bytes_max: u32,
+    pub payload_bytes_max: u32,
+    /// Requests that may be in flight on this connection.
+    pub credit_requests: u32,
+    /// Payload bytes that may be in flight on this connection.
+    pub credit_bytes: u64,
+}
+
+/// Asks for one model's handle and contract; an empty name asks for the list of models.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Describe {
+    pub model: String,
+    /// Empty: the version that serves by default.
+    pub version: String,
+}
+
+/// Answer to describe. The payload is a JSON document: the contract, or the list of models.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Description {
+    pub handle: u16,
+    /// Changes whenever anything a caller depends on changes. 0 for the list of models.
+    pub contract_hash: u64,
+}
+
+/// One tensor's place in a payload. `dims[0]` is the number of rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct TensorMeta {
+    /// Position in the contract's list of inputs or outputs.
+    pub index: u8,
+    /// A `DType` by number.
+    pub dtype: u8,
+    pub dims: List<u32, RANK_MAX>,
+}
+
+pub const INFER_TIMINGS: u8 = 0x01;
+pub const INFER_TRUNCATE: u8 = 0x02;
+pub const INFER_FLAGS_KNOWN: u8 = INFER_TIMINGS | INFER_TRUNCATE;
+
+/// A request. Tensor bytes follow as the payload, in ascending `index`, each at the next multiple of 8.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Infer {
+    /// Remaining time in microseconds when the frame was sent; 0 for none.
+    pub deadline_us: u64,
+    /// 0 is the highest; used by priority policies.
+    pub priority: u8,
+    /// Bit set: `INFER_TIMINGS` asks for the timeline in the reply, `INFER_TRUNCATE` allows over-long text to be cut.
+    pub flags: u8,
+    /// For tests: requests of one model with the same non-zero tag form exactly one batch, closed when their rows add
+    /// up to `compose_rows`. 0 for none.
+    pub compose_tag: u64,
+    pub compose_rows: u32,
+    pub inputs: List<TensorMeta, TENSORS_MAX>,
+}
+
+/// Where the server's time went, in nanoseconds. The parts add up to the time from the last byte read to the reply
+/// written into the connection's output.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Timings {
+    /// Received to admitted by the scheduler (parse, validate, mailbox; for text, tokenization).
+    pub admit_ns: u64,
+    /// Admitted to sealed.
+    pub queue_ns: u64,
+    /// Sealed to packed into the staging buffer.
+    pub pack_ns: u64,
+    /// Packed to started on the executor.
+    pub wait_ns: u64,
+    /// The model.
+    pub run_ns: u64,
+    /// Finished to encoded for the connection.
+    pub scatter_ns: u64,
+}
+
+impl Timings {
+    pub fn total_ns(&self) -> u64 {
+        self.admit_ns + self.queue_ns + self.pack_ns + self.wait_ns + self.run_ns + self.scatter_ns
+    }
+}
+
+/// A result. Tensor bytes follow as the payload, laid out as in a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct InferResult {
+    /// The batch that carried the request, counted from the server's start.
+    pub batch: u64,
+    pub batch_rows: u32,
+    /// Length that every row was padded to.
+    pub padded_len: u32,
+    /// A `SealReason` by number.
+    pub seal_reason: u8,
+    /// Bit 0: text was truncated, as allowed.
+    pub flags: u8,
+    pub outputs: List<TensorMeta, TENSORS_MAX>,
+    pub timings: Option<Timings>,
+}
+
+pub const RESULT_TRUNCATED: u8 = 0x01;
+
+/// A request that ended without a result.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct ErrorMessage {
+    /// A `Code` by number.
+    pub code: u16,
+    /// A `Stage` by number.
+    pub stage: u8,
+    /// 0 never, 1 maybe, 2 yes.
+    pub executed: u8,
+    /// 0 no, 1 same, 2 elsewhere, 3 after `retry_after_ms`, 4 the client decides.
+    pub retry: u8,
+    pub retry_after_ms: u32,
+    pub message: String,
+}
+
+/// Longest sentence sent in an error or goaway, in bytes; longer ones are cut at a character.
+pub const MESSAGE_MAX: usize = 1024;
+
+/// `text` cut to at most `max` bytes at a character boundary.
+pub fn cut(text: &str, max: usize) -> &str {
+    if text.len() <= max {
+        return text;
+    }
+    let mut end = max;
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+impl ErrorMessage {
+    pub fn from_refusal(refusal: &Refusal) -> ErrorMessage {
+        ErrorMessage {
+            code: refusal.code as u16,
+            stage: refusal.stage as u8,
+            executed: refusal.executed as u8,
+            retry: refusal.retry as u8,
+            retry_after_ms: refusal.retry_after_ms,
+            message: cut(&refusal.message, MESSAGE_MAX).to_owned(),
+        }
+    }
+
+    /// `Err` names the field whose number this version does not know.
+    pub fn to_refusal(&self) -> Result<Refusal, MetadataError> {
+        let unknown =
+            |field: &str, value: u64| MetadataError { message: format!("unknown {field} {value} in an error") };
+        Ok(Refusal {
+            code: Code::from_number(self.code).ok_or_else(|| unknown("code", self.code.into()))?,
+            stage: Stage::from_number(self.stage).ok_or_else(|| unknown("stage", self.stage.into()))?,
+            executed: match self.executed {
+                0 => Executed::Never,
+                1 => Executed::Maybe,
+                2 => Executed::Yes,
+                other => return Err(unknown("executed", other.into())),
+            },
+            retry: match self.retry {
+                0 => Retry::No,
+                1 => Retry::Same,
+                2 => Retry::Elsewhere,
+                3 => Retry::After,
+                4 => Retry::ClientDecides,
+                other => return Err(unknown("retry", other.into())),
+            },
+            retry_after_ms: self.retry_after_ms,
+            message: self.message.clone(),
+        })
+    }
+}
+
+/// Changes the window: these totals replace the ones in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Credit {
+    pub requests: u32,
+    pub bytes: u64,
+}
+
+/// The sender will accept nothing more on this connection. What was accepted is still answered; requests with ids
+/// above `last_accepted_id` were never executed.
+#[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]
+pub struct Goaway {
+    /// A `Code` by number: `draining`, `protocol_error`, `unauthenticated`…
+    pub code: u16,
+    pub last_accepted_id: u64,
+    pub version_min: u8,
+    pub version_max: u8,
+    pub message: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn tensor(dims: &[u32]) -> TensorMeta {
+        TensorMeta { index: 0, dtype: 5, dims: List::from_slice(dims).expect("few dims") }
+    }
+
+    #[test]
+    fn an_infer_comes_back_as_it_was() {
+        let mut infer = Infer { deadline_us: 9, compose_tag: 3, compose_rows: 2, ..Infer::default() };
+        infer.inputs.push(tensor(&[1, 7])).expect("room");
+        let mut bytes = Vec::new();
+        encode_into(&infer, &mut bytes).expect("small");
+        assert_eq!(decode_exact::<Infer>(&bytes).expect("just encoded"), infer);
+    }
+
+    #[test]
+    fn bytes_left_over_are_an_error() {
+        let mut bytes = Vec::new();
+        encode_into(&Credit { requests: 1, bytes: 2 }, &mut bytes).expect("small");
+        bytes.push(0);
+        let error = decode_exact::<Credit>(&bytes).expect_err("one byte too many");
+        assert!(error.message.contains("ends after 12"), "{error}");
+    }
+
+    #[test]
+    fn a_count_beyond_the_capacity_is_an_error_before_its_elements_are_read() {
+        let mut bytes = vec![0; 8 + 1 + 1 + 8 + 4];
+        bytes.extend_from_slice(&u64::MAX.to_le_bytes());
+        let error = decode_exact::<Infer>(&bytes).expect_err("2^64-1 tensors");
+        assert!(error.message.contains("at most 8"), "{error}");
+    }
+
+    #[test]
+    fn length_bombs_end_in_an_error_without_allocating() {
+        for count in [1u64 << 12, 1 << 45, u64::MAX] {
+            let mut bytes = vec![1, 1];
+            bytes.extend_from_slice(&0u64.to_le_bytes());
+            bytes.extend_from_slice(&count.to_le_bytes());
+            assert!(decode_exact::<Hello>(&bytes).is_err(), "a string of {count} bytes");
+        }
+    }
+
+    #[test]
+    fn long_messages_are_cut_at_a_character() {
+        assert_eq!(cut("aé", 2), "a");
+        assert_eq!(cut("aé", 3), "aé");
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_decodes_encodes_to_the_same_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            macro_rules! check {
+                ($($ty:ty),*) => {$(
+                    if let Ok(value) = decode_exact::<$ty>(&bytes) {
+                        let mut again = Vec::new();
+                        encode_into(&value, &mut again).expect("it was within the limit");
+                        prop_assert_eq!(&again, &bytes);
+                    }
+                )*};
+            }
+            check!(Hello, HelloAck, Describe, Description, Infer, InferResult, ErrorMessage, Credit, Goaway);
+        }
+    }
+}
