@@ -4,5 +4,6 @@
 pub mod clock;
 pub mod contract;
 pub mod executor;
+pub mod scheduler;
 pub mod vocab;
 pub mod wire;

@@ -1,0 +1,66 @@
+//! A simulated device for tests: delays on request, fails on demand, and poisons what has been freed.
+//!
+//! Always true
+//! - It computes the identity: output `i` is input `i`. So a row that reaches a wrong caller, a byte that was padding,
+//!   or memory that was reused too early is seen in the answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::vocab::{Code, ModelHandle, Refusal};
+
+use super::batch::{BatchOutput, BatchView};
+use super::{Executor, Failure};
+
+/// What the next batches meet. Shared with the test that turns the knobs.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// Microseconds each batch takes.
+    pub delay_us: AtomicU64,
+    /// This many batches fail from now on.
+    pub failures: AtomicU64,
+    /// Batches seen.
+    pub batches: AtomicU64,
+}
+
+/// The byte that a freed device buffer is filled with.
+pub const POISON: u8 = 0xDB;
+
+pub struct SimExecutor {
+    faults: Arc<Faults>,
+    /// "Device memory": inputs are uploaded here, read back from here, then poisoned.
+    device: Vec<Vec<u8>>,
+}
+
+impl SimExecutor {
+    pub fn new(faults: Arc<Faults>) -> SimExecutor {
+        SimExecutor { faults, device: Vec::new() }
+    }
+}
+
+impl Executor for SimExecutor {
+    fn run(&mut self, _model: ModelHandle, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), Failure> {
+        self.faults.batches.fetch_add(1, Ordering::Relaxed);
+        self.device.resize_with(batch.inputs.len(), Vec::new);
+        for (buffer, input) in self.device.iter_mut().zip(batch.inputs) {
+            buffer.clear();
+            buffer.extend_from_slice(input.bytes());
+        }
+        let delay = self.faults.delay_us.load(Ordering::Relaxed);
+        if delay > 0 {
+            std::thread::sleep(Duration::from_micros(delay));
+        }
+        let fails = self.faults.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
+        if !fails {
+            for (output, buffer) in out.outputs.iter_mut().zip(&self.device) {
+                output.bytes_mut().copy_from_slice(buffer);
+            }
+        }
+        self.device.iter_mut().for_each(|buffer| buffer.fill(POISON));
+        match fails {
+            true => Err(Failure { refusal: Refusal::new(Code::ExecutorFailed, "failed on demand"), panicked: false }),
+            false => Ok(()),
+        }
+    }
+}

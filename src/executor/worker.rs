@@ -1,0 +1,139 @@
+//! Runs filled slots on an executor: on its own thread, or inline on the batcher's.
+//!
+//! Always true
+//! - Each filled slot ends in one finished batch, mailed to the shards of its members, and one vacant slot.
+//! - Outputs are checked before they leave: a row with NaN or infinity ends alone, its mates are answered.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::clock;
+use crate::contract::{Contract, NonFinite, first_non_finite};
+use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
+use crate::mailbox::{Receiver, Received, Sender};
+use crate::scatter;
+use crate::telemetry::Telemetry;
+use crate::vocab::{Code, Moment};
+
+use super::Executor;
+use super::batch::{BatchOutput, BatchView, RowError};
+use super::slot::{FilledSlot, Staging};
+
+/// An executor with what it needs to answer.
+pub struct Worker {
+    index: usize,
+    executor: Box<dyn Executor>,
+    contracts: Vec<Arc<Contract>>,
+    shards: Vec<Sender<ToShard>>,
+    telemetry: Arc<Telemetry>,
+    pool: Vec<Arc<FinishedBatch>>,
+}
+
+/// Finished batches kept for reuse. Shards let go within microseconds, so a few suffice; beyond them one is allocated.
+const POOL_MAX: usize = 8;
+
+impl Worker {
+    pub fn new(
+        index: usize,
+        executor: Box<dyn Executor>,
+        contracts: Vec<Arc<Contract>>,
+        shards: Vec<Sender<ToShard>>,
+        telemetry: Arc<Telemetry>,
+    ) -> Worker {
+        Worker { index, executor, contracts, shards, telemetry, pool: Vec::with_capacity(POOL_MAX) }
+    }
+
+    /// Runs one batch and answers its members.
+    ///
+    /// Hot: once per batch; allocates nothing in steady state. Guarded by benches/scatter.rs.
+    pub fn run(&mut self, mut slot: FilledSlot) -> Finished {
+        let started_at = clock::now();
+        let batch = slot.batch;
+        let contract = Arc::clone(&self.contracts[batch.model.index()]);
+        let mut shared = self.take_finished(&contract, &slot);
+        let finished = Arc::get_mut(&mut shared).expect("the pool gives only what nobody else holds");
+        finished.output.prepare(&contract, batch.rows, batch.padded_len);
+        let view = view_of(slot.staging(), &contract, batch.rows, batch.padded_len);
+        let result = self.executor.run(batch.model, view, &mut finished.output);
+        let finished_at = clock::now();
+        let metrics = self.telemetry.executor(self.index);
+        finished.failure = match result {
+            Ok(()) => {
+                mark_non_finite_rows(&contract, &slot.staging().lens, &mut finished.output);
+                None
+            }
+            Err(failure) => {
+                match failure.panicked {
+                    true => metrics.panicked(),
+                    false => metrics.failed(),
+                }
+                Some(failure.refusal)
+            }
+        };
+        finished.contract = contract;
+        finished.batch = batch;
+        finished.packed_at = slot.packed_at;
+        finished.started_at = started_at;
+        finished.finished_at = finished_at;
+        std::mem::swap(&mut finished.members, &mut slot.staging_mut().members);
+        let service = finished_at.since(started_at);
+        // Counted before the send: a client that has its answer may ask for the count.
+        metrics.busy(service);
+        self.telemetry.model(batch.model).service_time(service);
+        scatter::send(&shared, &self.shards);
+        self.keep(shared);
+        Finished { executor: self.index, slot: slot.vacate(), batch, service }
+    }
+
+    /// Runs what arrives until the batcher is gone.
+    pub fn run_thread(mut self, slots: Receiver<FilledSlot>, batcher: Sender<ToBatcher>, spin: Duration) {
+        while let Received::Message(slot) = slots.recv_until(None, spin) {
+            let finished = self.run(slot);
+            // The batcher ends after its executors; if it is gone, so is everybody who could care.
+            let _ = batcher.send(ToBatcher::Finished(finished));
+        }
+    }
+
+    fn take_finished(&mut self, contract: &Arc<Contract>, slot: &FilledSlot) -> Arc<FinishedBatch> {
+        match self.pool.iter().position(|shared| Arc::strong_count(shared) == 1) {
+            Some(at) => self.pool.swap_remove(at),
+            None => Arc::new(FinishedBatch {
+                contract: Arc::clone(contract),
+                batch: slot.batch,
+                members: Vec::new(),
+                output: BatchOutput::default(),
+                failure: None,
+                packed_at: Moment::ZERO,
+                started_at: Moment::ZERO,
+                finished_at: Moment::ZERO,
+            }),
+        }
+    }
+
+    fn keep(&mut self, shared: Arc<FinishedBatch>) {
+        if self.pool.len() < POOL_MAX {
+            self.pool.push(shared);
+        }
+    }
+}
+
+fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, rows: u32, padded_len: u32) -> BatchView<'a> {
+    BatchView { contract, rows, padded_len, lens: &staging.lens, inputs: &staging.inputs[..contract.inputs.len()] }
+}
+
+fn mark_non_finite_rows(contract: &Contract, lens: &[u32], output: &mut BatchOutput) {
+    for (index, spec) in contract.outputs.iter().enumerate() {
+        if spec.nonfinite == NonFinite::Allow || output.outputs[index].is_empty() {
+            continue;
+        }
+        for (row, len) in (0..output.rows).zip(lens) {
+            if let Some(at) = first_non_finite(spec.dtype, output.row_bytes(spec, index, row, *len)) {
+                output.row_errors.push(RowError {
+                    row,
+                    code: Code::NonFiniteOutput,
+                    message: format!("output {}: expected finite values, element {at} is not", spec.name),
+                });
+            }
+        }
+    }
+}

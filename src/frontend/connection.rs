@@ -1,0 +1,154 @@
+//! One connection's state: what it may send, what it waits for, what still has to be written to it.
+//!
+//! Always true
+//! - Nothing is accepted before the hello, after a goaway, or beyond the credit.
+//! - Request ids rise, so that no two requests in flight share one.
+//!
+//! Pure but for [`Connection::try_flush`], which writes what the socket takes and never waits.
+
+use std::os::fd::RawFd;
+use std::task::Waker;
+
+use bytes::BytesMut;
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
+
+use super::inflight::Owned;
+use crate::vocab::Moment;
+use crate::wire::{Decoder, Limits};
+
+/// How far a connection is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Nothing but a hello is understood.
+    Greeting,
+    Open,
+    /// A goaway was sent: what was accepted is still answered, frames that come are read and thrown away.
+    Leaving,
+    /// All is answered and the sending side is shut; waiting for the peer's end.
+    Lingering,
+    /// To be dropped as soon as its task runs.
+    Closed,
+}
+
+/// Whether all output has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flushed {
+    All,
+    /// The socket takes no more for now.
+    Blocked,
+    /// The peer is gone.
+    Broken,
+}
+
+#[derive(Debug)]
+pub struct Connection {
+    pub fd: RawFd,
+    pub phase: Phase,
+    pub decoder: Decoder,
+    /// The start of a frame whose end has not come yet.
+    pub partial: BytesMut,
+    /// Bytes that the partial frame needs in all.
+    pub needed: usize,
+    pub out: Vec<u8>,
+    sent: usize,
+    /// The socket took not all of `out`: the task waits until it takes more.
+    pub blocked: bool,
+    /// The task's waker, to be used when something changed for it.
+    pub waker: Option<Waker>,
+    /// Listed among those to flush at the end of this burst.
+    pub dirty: bool,
+    pub owned: Owned,
+    pub requests_in_flight: u32,
+    pub bytes_in_flight: u64,
+    pub last_id: u64,
+    pub since: Moment,
+    /// Last time bytes came.
+    pub read_at: Moment,
+    /// Last time bytes went, or the first time they had to wait.
+    pub wrote_at: Moment,
+}
+
+impl Connection {
+    pub fn new(fd: RawFd, now: Moment) -> Connection {
+        Connection {
+            fd,
+            phase: Phase::Greeting,
+            decoder: Decoder::new(Limits::BEFORE_HELLO),
+            partial: BytesMut::new(),
+            needed: 0,
+            out: Vec::new(),
+            sent: 0,
+            blocked: false,
+            waker: None,
+            dirty: false,
+            owned: Owned::default(),
+            requests_in_flight: 0,
+            bytes_in_flight: 0,
+            last_id: 0,
+            since: now,
+            read_at: now,
+            wrote_at: now,
+        }
+    }
+
+    /// Bytes waiting to be written.
+    pub fn unsent(&self) -> usize {
+        self.out.len() - self.sent
+    }
+
+    pub fn unsent_bytes(&self) -> &[u8] {
+        &self.out[self.sent..]
+    }
+
+    /// `count` more bytes went out.
+    pub fn advance(&mut self, count: usize, now: Moment) {
+        self.sent += count;
+        self.wrote_at = now;
+        if self.sent == self.out.len() {
+            self.out.clear();
+            self.sent = 0;
+            self.blocked = false;
+        } else if self.sent >= 1 << 20 {
+            // A long answer to a slow reader: give back what has gone, a MiB at a time.
+            self.out.drain(..self.sent);
+            self.sent = 0;
+        }
+    }
+
+    /// Writes what the socket takes.
+    pub fn try_flush(&mut self, now: Moment) -> Flushed {
+        while self.unsent() > 0 {
+            match send(self.fd, self.unsent_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => self.advance(count, now),
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => {
+                    if !self.blocked {
+                        self.blocked = true;
+                        self.wrote_at = now;
+                    }
+                    return Flushed::Blocked;
+                }
+                Err(_) => return Flushed::Broken,
+            }
+        }
+        Flushed::All
+    }
+
+    /// Wakes the connection's task, which looks at what changed.
+    pub fn wake(&mut self) {
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Gives back buffers that only bursts need.
+    pub fn trim(&mut self) {
+        if self.out.is_empty() && self.out.capacity() > 0 {
+            self.out = Vec::new();
+        }
+        if self.partial.is_empty() && self.partial.capacity() > 0 {
+            self.partial = BytesMut::new();
+        }
+    }
+}

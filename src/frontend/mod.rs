@@ -1,0 +1,102 @@
+//! One shard per core: listener, connections, mailboxes. The only room that knows glommio.
+//!
+//! Always true
+//! - Nothing blocks a shard: no file, lock wait, device call or unbounded loop.
+//! - No task is ever always runnable: after a bounded burst it waits for something that truly pends until the next poll.
+//! - What is accepted is answered exactly once, or its connection is gone and that is counted.
+//!
+//! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
+//! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
+//! inflight.rs, task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+
+pub mod connection;
+pub mod inflight;
+pub mod preflight;
+pub mod session;
+pub mod shard;
+pub mod state;
+pub mod task;
+pub mod watchdog;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::contract::Contract;
+use crate::vocab::ModelHandle;
+
+/// Bounds and times of a shard. See config/limits.rs for what each trades.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Of this shard.
+    pub connections_max: u32,
+    pub credit_requests: u32,
+    pub credit_bytes: u64,
+    pub payload_bytes_max: u32,
+    pub output_bytes_max: u32,
+    /// Requests in flight on this shard.
+    pub in_flight_max: u32,
+    pub hello_timeout: Duration,
+    pub frame_timeout: Duration,
+    pub stall_timeout: Duration,
+    pub idle_timeout: Duration,
+    /// How long an idle shard looks for work before it sleeps.
+    pub spin: Duration,
+    /// Test hook: a request with this id panics in its connection's task.
+    pub panic_on_request_id: Option<u64>,
+}
+
+/// What connections are told about models, made once.
+#[derive(Debug)]
+pub struct Catalog {
+    pub entries: Vec<CatalogEntry>,
+    /// JSON document of the list of models.
+    pub list_json: Vec<u8>,
+}
+
+#[derive(Debug)]
+pub struct CatalogEntry {
+    pub contract: Arc<Contract>,
+    pub contract_hash: u64,
+    /// JSON document of the contract.
+    pub json: Vec<u8>,
+}
+
+impl Catalog {
+    pub fn new(contracts: &[Arc<Contract>]) -> Catalog {
+        let entries: Vec<CatalogEntry> = contracts
+            .iter()
+            .map(|contract| CatalogEntry {
+                contract: Arc::clone(contract),
+                contract_hash: contract.hash(),
+                json: serde_json::to_vec(&**contract).expect("a contract is plain data"),
+            })
+            .collect();
+        let list: Vec<serde_json::Value> = entries
+            .iter()
+            .enumerate()
+            .map(|(handle, entry)| {
+                serde_json::json!({
+                    "name": entry.contract.name,
+                    "version": entry.contract.version,
+                    "handle": handle,
+                    "contract_hash": format!("{:016x}", entry.contract_hash),
+                    "ready": true,
+                })
+            })
+            .collect();
+        let list_json = serde_json::to_vec(&serde_json::json!({ "models": list })).expect("plain data");
+        Catalog { entries, list_json }
+    }
+
+    pub fn by_handle(&self, handle: ModelHandle) -> Option<&CatalogEntry> {
+        self.entries.get(handle.index())
+    }
+
+    /// The model with this name, and with this version unless it is empty.
+    pub fn find(&self, name: &str, version: &str) -> Option<(ModelHandle, &CatalogEntry)> {
+        let at = self.entries.iter().position(|entry| {
+            entry.contract.name == name && (version.is_empty() || entry.contract.version == version)
+        })?;
+        Some((ModelHandle(at as u16), &self.entries[at]))
+    }
+}

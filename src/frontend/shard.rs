@@ -1,0 +1,292 @@
+//! A shard's thread and its tasks: accept, one per connection, housekeeping, and the main one that answers.
+//!
+//! Always true
+//! - A connection's task handles at most [`BURSTS_MAX`] full reads in a row, then waits on a timer: a wait that only the
+//!   next poll of the ring can end. Otherwise it waits for a read that is not ready.
+//! - After each burst the task that had it drains the shard's mailbox, so a busy shard never depends on being woken.
+//! - A timer ends every park after [`TICK_BUSY`] while requests are in flight, [`TICK_IDLE`] otherwise: glommio can park
+//!   with runnable tasks when its thread was stopped at the wrong instant, and then only a completion wakes it.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use futures_lite::{AsyncRead, AsyncWrite, FutureExt};
+use glommio::net::{TcpListener, TcpStream};
+use glommio::timer::sleep;
+use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
+use std::os::fd::AsRawFd;
+
+use super::connection::{Connection, Phase};
+use super::session::append_goaway;
+use super::state::{Mode, ReadEnd, State};
+use super::task::spawn;
+use super::{Catalog, Options};
+use crate::clock;
+use crate::mail::{Request, ToBatcher, ToShard};
+use crate::mailbox::{Receiver, Sender};
+use crate::telemetry::Telemetry;
+use crate::vocab::Code;
+
+/// Reads that filled their buffer, in a row, before a connection lets others run.
+const BURSTS_MAX: u32 = 4;
+/// A wait that truly pends: it ends in the poll after next at the latest.
+const BREATH: Duration = Duration::from_micros(20);
+const TICK_BUSY: Duration = Duration::from_millis(20);
+const TICK_IDLE: Duration = Duration::from_millis(200);
+const HOUSEKEEP_EVERY: Duration = Duration::from_millis(250);
+/// After a failed accept (no descriptors left, say): long enough not to spin, short enough to resume within a second.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// All that a shard's thread is given.
+pub struct Setup {
+    pub index: u16,
+    pub listen: std::net::SocketAddr,
+    /// The core it is bound to.
+    pub cpu: Option<usize>,
+    pub options: Options,
+    pub catalog: Arc<Catalog>,
+    pub telemetry: Arc<Telemetry>,
+    pub mailbox: Receiver<ToShard>,
+    pub batcher: Sender<ToBatcher>,
+    pub tokenizer: Option<Sender<Request>>,
+    /// Told once: listening, or why not.
+    pub ready: flume::Sender<Result<(), String>>,
+    /// Counts turns, for the watchdog.
+    pub turns: Arc<AtomicU64>,
+}
+
+/// Starts the thread.
+pub fn start(setup: Setup) -> Result<ExecutorJoinHandle<()>, String> {
+    let placement = setup.cpu.map_or(Placement::Unbound, Placement::Fixed);
+    LocalExecutorBuilder::new(placement)
+        .name(&format!("ferry-shard-{}", setup.index))
+        // Registered buffers are for files; a shard has none.
+        .io_memory(64 << 10)
+        .spin_before_park(setup.options.spin)
+        .spawn(move || run(setup))
+        .map_err(|error| format!("cannot start shard: {error}"))
+}
+
+/// What the tasks of a shard share.
+struct Shard {
+    state: RefCell<State>,
+    mailbox: Receiver<ToShard>,
+    turns: Arc<AtomicU64>,
+    /// Wakes the accept task when it has to end.
+    accept_waker: Cell<Option<Waker>>,
+    done: Cell<bool>,
+}
+
+impl Shard {
+    /// Answers what came in the mailbox and writes it. The mailbox is bounded, and so is this.
+    fn drain_mailbox(&self) {
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        let mut state = self.state.borrow_mut();
+        let mut now = None;
+        while let Some(message) = self.mailbox.try_recv() {
+            let now = *now.get_or_insert_with(clock::now);
+            let drains = matches!(message, ToShard::Drain | ToShard::Abort);
+            state.take_mail(message, now);
+            if drains && let Some(waker) = self.accept_waker.take() {
+                waker.wake();
+            }
+        }
+        state.flush(now.unwrap_or_else(clock::now));
+    }
+
+    fn is_draining(&self) -> bool {
+        self.state.borrow().mode == Mode::Draining
+    }
+}
+
+async fn run(setup: Setup) {
+    let listener = match TcpListener::bind(setup.listen) {
+        Ok(listener) => listener,
+        Err(error) => {
+            let _ = setup.ready.send(Err(format!("cannot listen on {}: {error}", setup.listen)));
+            return;
+        }
+    };
+    let state =
+        State::new(setup.index, setup.options, setup.catalog, setup.telemetry, setup.batcher, setup.tokenizer);
+    let shard = Rc::new(Shard {
+        state: RefCell::new(state),
+        mailbox: setup.mailbox,
+        turns: setup.turns,
+        accept_waker: Cell::new(None),
+        done: Cell::new(false),
+    });
+    spawn("accept", accept(Rc::clone(&shard), listener));
+    spawn("housekeeping", housekeep(Rc::clone(&shard)));
+    let _ = setup.ready.send(Ok(()));
+    loop {
+        poll_fn(|cx| {
+            let mut state = shard.state.borrow_mut();
+            if state.is_done() {
+                return Poll::Ready(());
+            }
+            state.set_main(cx.waker());
+            shard.mailbox.poll_ready(cx)
+        })
+        .await;
+        shard.drain_mailbox();
+        if shard.state.borrow().is_done() {
+            shard.done.set(true);
+            return;
+        }
+    }
+}
+
+async fn housekeep(shard: Rc<Shard>) {
+    let mut last = clock::now();
+    while !shard.done.get() {
+        let busy = !shard.state.borrow().in_flight.is_empty();
+        sleep(if busy || shard.is_draining() { TICK_BUSY } else { TICK_IDLE }).await;
+        shard.drain_mailbox();
+        let now = clock::now();
+        if now.since(last) >= HOUSEKEEP_EVERY {
+            last = now;
+            shard.state.borrow_mut().housekeep(now);
+        }
+    }
+}
+
+async fn accept(shard: Rc<Shard>, listener: TcpListener) {
+    while !shard.is_draining() {
+        let stream = async { Some(listener.accept().await) };
+        let drain = poll_fn(|cx| {
+            if shard.is_draining() {
+                return Poll::Ready(None);
+            }
+            shard.accept_waker.set(Some(cx.waker().clone()));
+            Poll::Pending
+        });
+        match stream.or(drain).await {
+            None => return,
+            Some(Ok(stream)) => admit(&shard, stream),
+            Some(Err(error)) => {
+                tracing::warn!(%error, "accept failed; trying again");
+                shard.state.borrow().metrics().accept_error();
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn admit(shard: &Rc<Shard>, stream: TcpStream) {
+    // Answers leave when they are ready; the batch has gathered them already.
+    let _ = stream.set_nodelay(true);
+    let now = clock::now();
+    let mut connection = Connection::new(stream.as_raw_fd(), now);
+    let mut state = shard.state.borrow_mut();
+    state.metrics().connection_opened();
+    let full = state.connections.len() >= state.options.connections_max as usize;
+    if full {
+        append_goaway(&mut connection, Code::Overloaded, "this shard has as many connections as it may");
+        connection.phase = Phase::Leaving;
+    }
+    let at = state.connections.insert(connection) as u32;
+    if full {
+        state.output(at);
+        state.flush(now);
+    }
+    drop(state);
+    spawn("connection", serve(Rc::clone(shard), at, stream));
+}
+
+/// A connection's task: reads bursts and writes what had to wait, until it is closed.
+async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
+    // Also when a panic unwinds through here.
+    let _guard = RemoveOnDrop { shard: Rc::clone(&shard), at };
+    let mut full_reads = 0;
+    loop {
+        match poll_fn(|cx| turn(&shard, at, &mut stream, cx)).await {
+            Turn::Closed => return,
+            Turn::Burst => full_reads = 0,
+            Turn::Filled => full_reads += 1,
+        }
+        shard.drain_mailbox();
+        if full_reads >= BURSTS_MAX {
+            full_reads = 0;
+            sleep(BREATH).await;
+        }
+    }
+}
+
+struct RemoveOnDrop {
+    shard: Rc<Shard>,
+    at: u32,
+}
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        // A panic may have unwound out of a borrow, never with one still held: `RefMut` gives it back.
+        self.shard.state.borrow_mut().remove(self.at);
+    }
+}
+
+enum Turn {
+    Burst,
+    Filled,
+    Closed,
+}
+
+/// One look at the connection: write what had to wait, read if there is room for answers.
+fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) -> Poll<Turn> {
+    let mut state = shard.state.borrow_mut();
+    {
+        let connection = &mut state.connections[at as usize];
+        if connection.waker.as_ref().is_none_or(|waker| !waker.will_wake(cx.waker())) {
+            connection.waker = Some(cx.waker().clone());
+        }
+        if connection.phase == Phase::Closed {
+            return Poll::Ready(Turn::Closed);
+        }
+    }
+    if state.connections[at as usize].blocked {
+        match write_waiting(&mut state, at, stream, cx) {
+            Poll::Ready(Ok(())) => state.after_flush(at, clock::now()),
+            Poll::Ready(Err(_)) => return Poll::Ready(Turn::Closed),
+            Poll::Pending => {}
+        }
+    }
+    if state.is_choked(at) {
+        return Poll::Pending;
+    }
+    let read = |cx: &mut Context<'_>, buffer: &mut [u8]| Pin::new(stream).poll_read(cx, buffer);
+    state.read(at, cx, clock::now, read).map(|end| match end {
+        ReadEnd::Burst => Turn::Burst,
+        ReadEnd::Filled => Turn::Filled,
+        ReadEnd::Gone => Turn::Closed,
+    })
+}
+
+fn write_waiting(
+    state: &mut State,
+    at: u32,
+    stream: &mut TcpStream,
+    cx: &mut Context<'_>,
+) -> Poll<std::io::Result<()>> {
+    loop {
+        let connection = &mut state.connections[at as usize];
+        if connection.unsent() == 0 {
+            connection.blocked = false;
+            return Poll::Ready(Ok(()));
+        }
+        match Pin::new(&mut *stream).poll_write(cx, connection.unsent_bytes()) {
+            Poll::Ready(Ok(0)) => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
+            Poll::Ready(Ok(count)) => {
+                connection.advance(count, clock::now());
+                state.metrics().bytes_written(count as u64);
+            }
+            Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
+            Poll::Pending => return Poll::Pending,
+        }
+    }
+}

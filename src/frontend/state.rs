@@ -1,0 +1,508 @@
+//! A shard's connections and in-flight requests, and what happens to them. Synchronous: it is borrowed for one step at a
+//! time and never across a wait.
+//!
+//! Always true
+//! - Every live slot of the in-flight table belongs to a connection that exists.
+//! - Output that could not be written yet is bounded: beyond `output_bytes_max` the connection is not read any more, and
+//!   without progress for `stall_timeout` it is closed.
+
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use slab::Slab;
+
+use super::connection::{Connection, Flushed, Phase};
+use super::inflight::InFlight;
+use super::session::{Fatal, append_goaway, handle_frame};
+use super::{Catalog, Options};
+use crate::mail::{self, FinishedBatch, Request, ToBatcher, ToShard};
+use crate::mailbox::{SendError, Sender};
+use crate::scatter::{append_error, append_result, failure_of};
+use crate::telemetry::{ShardMetrics, Telemetry};
+use crate::vocab::{Code, Moment, Refusal, TicketKey};
+use crate::wire::decoder::Step;
+
+/// A fresh read buffer. Frames of many requests, also of several connections, share one.
+const CHUNK: usize = 64 << 10;
+/// A chunk with less room than this is given up for a fresh one.
+const READ_MIN: usize = 8 << 10;
+/// A frame longer than this gets a buffer of its own.
+const OWN_BUFFER_MIN: usize = 32 << 10;
+/// How long an answered, leaving connection may take to close its side.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// What one read brought, on its way to the batcher and the tokenizers.
+#[derive(Debug, Default)]
+pub struct Burst {
+    pub arrivals: Vec<Request>,
+    pub texts: Vec<Request>,
+    pub cancelled: Vec<TicketKey>,
+}
+
+/// How a shard stands towards new work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Serving,
+    Draining,
+}
+
+pub struct State {
+    pub index: u16,
+    pub options: Options,
+    pub catalog: Arc<Catalog>,
+    pub telemetry: Arc<Telemetry>,
+    pub connections: Slab<Connection>,
+    pub in_flight: InFlight,
+    pub mode: Mode,
+    batcher: Sender<ToBatcher>,
+    tokenizer: Option<Sender<Request>>,
+    chunk: BytesMut,
+    dirty: Vec<u32>,
+    burst: Burst,
+    /// Cancels that found the batcher's mailbox full; they travel with the next message.
+    cancels_left: Vec<TicketKey>,
+    main: Option<Waker>,
+}
+
+impl State {
+    pub fn new(
+        index: u16,
+        options: Options,
+        catalog: Arc<Catalog>,
+        telemetry: Arc<Telemetry>,
+        batcher: Sender<ToBatcher>,
+        tokenizer: Option<Sender<Request>>,
+    ) -> State {
+        let in_flight = InFlight::new(index, options.in_flight_max);
+        State {
+            index,
+            options,
+            catalog,
+            telemetry,
+            connections: Slab::new(),
+            in_flight,
+            mode: Mode::Serving,
+            batcher,
+            tokenizer,
+            chunk: BytesMut::new(),
+            dirty: Vec::new(),
+            burst: Burst::default(),
+            cancels_left: Vec::new(),
+            main: None,
+        }
+    }
+
+    pub fn metrics(&self) -> &ShardMetrics {
+        self.telemetry.shard(usize::from(self.index))
+    }
+
+    /// Registers the shard's main task, to be woken when the last connection of a draining shard has gone.
+    pub fn set_main(&mut self, waker: &Waker) {
+        if self.main.as_ref().is_none_or(|main| !main.will_wake(waker)) {
+            self.main = Some(waker.clone());
+        }
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.mode == Mode::Draining && self.connections.is_empty()
+    }
+
+    /// The connection, listed for flushing at the end of this step.
+    pub fn output(&mut self, at: u32) -> &mut Connection {
+        let connection = &mut self.connections[at as usize];
+        if !connection.dirty {
+            connection.dirty = true;
+            self.dirty.push(at);
+        }
+        connection
+    }
+
+    /// Takes one read's bytes through `read`, which fills a part of the buffer it is given. Says `true` when the
+    /// buffer was filled, so that more may wait.
+    pub fn read(
+        &mut self,
+        at: u32,
+        cx: &mut Context<'_>,
+        now: impl Fn() -> Moment,
+        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
+    ) -> Poll<ReadEnd> {
+        let connection = &mut self.connections[at as usize];
+        let mut partial = std::mem::take(&mut connection.partial);
+        let needed = connection.needed;
+        if needed > OWN_BUFFER_MIN {
+            return self.read_long(at, partial, needed, cx, now, read);
+        }
+        if self.chunk.len() < partial.len() + READ_MIN {
+            self.chunk = BytesMut::zeroed(CHUNK);
+        }
+        let have = partial.len();
+        let count = match read(cx, &mut self.chunk[have..]) {
+            Poll::Ready(Ok(count)) if count > 0 => count,
+            Poll::Ready(end) => return Poll::Ready(ReadEnd::of(end)),
+            Poll::Pending => {
+                self.connections[at as usize].partial = partial;
+                return Poll::Pending;
+            }
+        };
+        let filled = have + count == self.chunk.len();
+        self.chunk[..have].copy_from_slice(&partial);
+        partial.clear();
+        let data = self.chunk.split_to(have + count).freeze();
+        self.connections[at as usize].partial = partial;
+        self.take_bytes(at, data, count, now());
+        Poll::Ready(if filled { ReadEnd::Filled } else { ReadEnd::Burst })
+    }
+
+    /// The same for a frame with a buffer of its own, which grows to exactly its length: by what has arrived, so that a
+    /// length in a header alone takes no memory.
+    fn read_long(
+        &mut self,
+        at: u32,
+        mut partial: BytesMut,
+        needed: usize,
+        cx: &mut Context<'_>,
+        now: impl Fn() -> Moment,
+        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
+    ) -> Poll<ReadEnd> {
+        let have = partial.len();
+        let room = needed.min((have * 2).max(2 * CHUNK)) - have;
+        partial.resize(have + room, 0);
+        let result = read(cx, &mut partial[have..]);
+        let count = match &result {
+            Poll::Ready(Ok(count)) => *count,
+            _ => 0,
+        };
+        partial.truncate(have + count);
+        match result {
+            Poll::Ready(Ok(count)) if count > 0 => {
+                if partial.len() == needed {
+                    self.take_bytes(at, partial.freeze(), count, now());
+                } else {
+                    self.metrics().bytes_read(count as u64);
+                    self.connections[at as usize].partial = partial;
+                }
+                Poll::Ready(if count == room { ReadEnd::Filled } else { ReadEnd::Burst })
+            }
+            Poll::Ready(end) => Poll::Ready(ReadEnd::of(end)),
+            Poll::Pending => {
+                self.connections[at as usize].partial = partial;
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Acts on every whole frame in `data` and keeps the rest; hands the burst on.
+    fn take_bytes(&mut self, at: u32, mut data: Bytes, count: usize, now: Moment) {
+        self.metrics().bytes_read(count as u64);
+        let mut burst = std::mem::take(&mut self.burst);
+        let mut needed = 0;
+        while !data.is_empty() && self.connections[at as usize].phase != Phase::Closed {
+            match self.connections[at as usize].decoder.next(&data) {
+                Ok(Step::Frame(frame)) => {
+                    if let Err(fatal) = handle_frame(self, at, &frame, &data, now, &mut burst) {
+                        self.fail(at, &fatal, now);
+                        break;
+                    }
+                    let _ = data.split_to(frame.len);
+                }
+                Ok(Step::Skip { len }) => {
+                    let _ = data.split_to(len);
+                }
+                Ok(Step::Incomplete { needed: more }) => {
+                    needed = more;
+                    break;
+                }
+                Err(error) => {
+                    self.fail(at, &Fatal { code: error.code(), message: error.to_string() }, now);
+                    break;
+                }
+            }
+        }
+        let connection = &mut self.connections[at as usize];
+        connection.read_at = now;
+        connection.needed = needed;
+        if needed > 0 {
+            // A copy, so that the start of a slow frame does not keep a whole chunk alive.
+            connection.partial.clear();
+            connection.partial.extend_from_slice(&data);
+        }
+        self.hand_on(&mut burst);
+        self.burst = burst;
+    }
+
+    /// Mails a burst to the batcher and its texts to the tokenizers.
+    fn hand_on(&mut self, burst: &mut Burst) {
+        if !burst.texts.is_empty() {
+            for request in std::mem::take(&mut burst.texts) {
+                self.send_text(request);
+            }
+        }
+        if burst.arrivals.is_empty() && burst.cancelled.is_empty() && self.cancels_left.is_empty() {
+            return;
+        }
+        let mut cancelled = std::mem::take(&mut self.cancels_left);
+        cancelled.append(&mut burst.cancelled);
+        let next = Vec::with_capacity(burst.arrivals.len());
+        let arrivals = std::mem::replace(&mut burst.arrivals, next);
+        match self.batcher.send(ToBatcher::Burst(mail::Burst { arrivals, cancelled })) {
+            Ok(()) => {}
+            Err(SendError::Full(ToBatcher::Burst(back)) | SendError::Closed(ToBatcher::Burst(back))) => {
+                let refusal =
+                    Refusal::overloaded("the batcher's mailbox is full", Duration::from_millis(5));
+                for request in back.arrivals {
+                    self.end(request.key, &refusal);
+                }
+                // A cancel that is lost costs a result that nobody reads; keep a bounded number.
+                self.cancels_left = back.cancelled;
+                self.cancels_left.truncate(self.options.in_flight_max as usize);
+            }
+            Err(_) => unreachable!("a burst was sent, a burst came back"),
+        }
+    }
+
+    fn send_text(&mut self, request: Request) {
+        let Some(tokenizer) = &self.tokenizer else {
+            let refusal = Refusal::new(Code::Internal, "no tokenizer is running");
+            return self.end(request.key, &refusal);
+        };
+        match tokenizer.send(request) {
+            Ok(()) => {}
+            Err(SendError::Full(request) | SendError::Closed(request)) => {
+                let refusal = Refusal::overloaded("the tokenizers' mailbox is full", Duration::from_millis(5));
+                self.end(request.key, &refusal);
+            }
+        }
+    }
+
+    /// Acts on a message of the batcher, an executor or the server.
+    pub fn take_mail(&mut self, message: ToShard, now: Moment) {
+        match message {
+            ToShard::Batch(finished) => self.answer_batch(&finished, now),
+            ToShard::Ended(ended) => {
+                for (key, refusal) in ended {
+                    self.end(key, &refusal);
+                }
+            }
+            ToShard::Drain => self.drain(now),
+            ToShard::Abort => self.abort(now),
+        }
+    }
+
+    fn answer_batch(&mut self, finished: &Arc<FinishedBatch>, now: Moment) {
+        let mut ok = 0;
+        for member in &finished.members {
+            if member.key.shard != self.index {
+                continue;
+            }
+            match failure_of(finished, member) {
+                Some(refusal) => self.end(member.key, &refusal),
+                None => match self.release(member.key) {
+                    None => self.metrics().late_answer(),
+                    Some(waiting) => {
+                        ok += 1;
+                        let out = &mut self.output(waiting.connection).out;
+                        append_result(out, finished, member, waiting.request_id, waiting.timings, now);
+                    }
+                },
+            }
+        }
+        if ok > 0 {
+            self.metrics().finished(finished.batch.model, Code::Ok, ok);
+        }
+    }
+
+    /// Ends a request without a result. The first outcome counts; a later one is dropped.
+    pub fn end(&mut self, key: TicketKey, refusal: &Refusal) {
+        let Some(waiting) = self.release(key) else {
+            return self.metrics().late_answer();
+        };
+        self.metrics().finished(waiting.model, refusal.code, 1);
+        append_error(&mut self.output(waiting.connection).out, waiting.model, waiting.request_id, refusal);
+    }
+
+    /// Frees a request's slot and gives its credit back.
+    fn release(&mut self, key: TicketKey) -> Option<super::inflight::Waiting> {
+        let at = self.in_flight.get(key)?.connection;
+        let connection = &mut self.connections[at as usize];
+        let waiting = self.in_flight.remove(key, &mut connection.owned)?;
+        connection.requests_in_flight -= 1;
+        connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
+        Some(waiting)
+    }
+
+    /// Writes what the sockets of this step's answers take.
+    pub fn flush(&mut self, now: Moment) {
+        while let Some(at) = self.dirty.pop() {
+            let Some(connection) = self.connections.get_mut(at as usize) else { continue };
+            connection.dirty = false;
+            let before = connection.unsent();
+            let flushed = if connection.blocked { Flushed::Blocked } else { connection.try_flush(now) };
+            let written = before.saturating_sub(connection.unsent());
+            match flushed {
+                Flushed::All => self.after_flush(at, now),
+                // Its task waits for room; wake it so that it starts to.
+                Flushed::Blocked => connection.wake(),
+                Flushed::Broken => {
+                    connection.phase = Phase::Closed;
+                    connection.wake();
+                }
+            }
+            self.metrics().bytes_written(written as u64);
+        }
+    }
+
+    /// A leaving connection whose answers have all gone shuts its sending side.
+    pub fn after_flush(&mut self, at: u32, now: Moment) {
+        let connection = &mut self.connections[at as usize];
+        if connection.phase == Phase::Leaving && connection.requests_in_flight == 0 && connection.unsent() == 0 {
+            // The peer reads our last bytes and then the end; closing at once could destroy what it has not read yet.
+            let _ = nix::sys::socket::shutdown(connection.fd, nix::sys::socket::Shutdown::Write);
+            connection.phase = Phase::Lingering;
+            connection.wrote_at = now;
+        }
+    }
+
+    /// Sends a goaway and stops accepting on this connection.
+    pub fn fail(&mut self, at: u32, fatal: &Fatal, now: Moment) {
+        let phase = self.connections[at as usize].phase;
+        if !matches!(phase, Phase::Greeting | Phase::Open) {
+            self.connections[at as usize].phase = Phase::Closed;
+            return;
+        }
+        self.metrics().goaway(fatal.code);
+        tracing::debug!(code = fatal.code.name(), reason = fatal.message, "goaway");
+        append_goaway(self.output(at), fatal.code, &fatal.message);
+        self.leave(at, now);
+    }
+
+    /// From now on nothing is accepted here; what was accepted is answered, then the connection ends.
+    pub fn leave(&mut self, at: u32, now: Moment) {
+        let connection = self.output(at);
+        connection.phase = Phase::Leaving;
+        connection.since = now;
+        connection.wake();
+    }
+
+    fn drain(&mut self, now: Moment) {
+        self.mode = Mode::Draining;
+        let open: Vec<u32> = self
+            .connections
+            .iter()
+            .filter(|(_, connection)| matches!(connection.phase, Phase::Greeting | Phase::Open))
+            .map(|(at, _)| at as u32)
+            .collect();
+        for at in open {
+            self.metrics().goaway(Code::Draining);
+            append_goaway(self.output(at), Code::Draining, "the server is shutting down");
+            self.leave(at, now);
+        }
+        self.wake_main();
+    }
+
+    fn abort(&mut self, now: Moment) {
+        self.mode = Mode::Draining;
+        let refusal = Refusal::new(Code::ExecutorFailed, "the server ends before this request could be finished");
+        let all: Vec<u32> = self.connections.iter().map(|(at, _)| at as u32).collect();
+        for at in &all {
+            while let Some(key) = self.in_flight.first(&self.connections[*at as usize].owned) {
+                self.end(key, &refusal);
+            }
+        }
+        self.flush(now);
+        for at in all {
+            let connection = &mut self.connections[at as usize];
+            connection.phase = Phase::Closed;
+            connection.wake();
+        }
+        self.wake_main();
+    }
+
+    fn wake_main(&mut self) {
+        if let Some(main) = &self.main {
+            main.wake_by_ref();
+        }
+    }
+
+    /// Forgets a connection: its requests end as cancelled, and the batcher is told.
+    pub fn remove(&mut self, at: u32) {
+        let mut cancelled = std::mem::take(&mut self.cancels_left);
+        while let Some(key) = self.in_flight.first(&self.connections[at as usize].owned) {
+            let waiting = self.release(key).expect("it was on the connection's list");
+            self.metrics().finished(waiting.model, Code::Cancelled, 1);
+            cancelled.push(key);
+        }
+        self.connections.remove(at as usize);
+        self.metrics().connection_closed();
+        self.cancels_left = cancelled;
+        let mut burst = std::mem::take(&mut self.burst);
+        self.hand_on(&mut burst);
+        self.burst = burst;
+        if self.is_done() {
+            self.wake_main();
+        }
+    }
+
+    /// Ends what has taken too long. Runs a few times a second.
+    pub fn housekeep(&mut self, now: Moment) {
+        let options = &self.options;
+        let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
+        let mut failed: Vec<(u32, Fatal)> = Vec::new();
+        for (at, connection) in &mut self.connections {
+            let mut fail = |message: &str| failed.push((at as u32, Fatal::protocol(message)));
+            match connection.phase {
+                Phase::Greeting if late(connection.since, options.hello_timeout) => fail("no hello came in time"),
+                Phase::Open if connection.needed > 0 && late(connection.read_at, options.frame_timeout) => {
+                    fail("a frame was begun and not finished in time");
+                }
+                Phase::Open
+                    if connection.requests_in_flight == 0
+                        && connection.unsent() == 0
+                        && late(connection.read_at.max(connection.wrote_at), options.idle_timeout) =>
+                {
+                    fail("the connection was idle for too long");
+                }
+                Phase::Lingering if late(connection.wrote_at, LINGER) => {
+                    connection.phase = Phase::Closed;
+                    connection.wake();
+                }
+                _ => {}
+            }
+            if connection.unsent() > 0 && late(connection.wrote_at, options.stall_timeout) {
+                tracing::debug!(unsent = connection.unsent(), "closing a reader that does not read");
+                connection.phase = Phase::Closed;
+                connection.wake();
+            }
+            if late(connection.read_at, Duration::from_secs(1)) {
+                connection.trim();
+            }
+        }
+        for (at, fatal) in failed {
+            self.fail(at, &fatal, now);
+        }
+        self.flush(now);
+    }
+
+    /// Whether the connection's output is so long that its requests must wait.
+    pub fn is_choked(&self, at: u32) -> bool {
+        self.connections[at as usize].unsent() > self.options.output_bytes_max as usize
+    }
+}
+
+/// What a read came to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ReadEnd {
+    /// Bytes were taken; the buffer had room for more, so nothing more was there.
+    Burst,
+    /// Bytes were taken and the buffer was filled: more may be there.
+    Filled,
+    /// The peer closed or the connection broke.
+    Gone,
+}
+
+impl ReadEnd {
+    fn of(_end: std::io::Result<usize>) -> ReadEnd {
+        ReadEnd::Gone
+    }
+}

@@ -1,0 +1,98 @@
+//! What threads write to each other: requests from shards, answers to shards, finished batches to the batcher.
+//!
+//! Always true
+//! - A request travels once from its shard to the batcher (through a tokenizer if it is text) and its answer once back.
+//! - Messages to a shard are bounded by its in-flight table: at most two name the same ticket, a deadline's and a batch's.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::contract::Contract;
+use crate::executor::batch::BatchOutput;
+use crate::executor::slot::VacantSlot;
+use crate::scheduler::{Compose, SealedBatch};
+use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
+
+/// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub key: TicketKey,
+    pub model: ModelHandle,
+    pub rows: u32,
+    pub len: u32,
+    /// Tensor bytes as received: a slice of the read buffer, or a tokenizer's ids.
+    pub payload: Bytes,
+    pub received_at: Moment,
+    pub deadline: Option<Moment>,
+    pub compose: Option<Compose>,
+    /// Text was cut to the longest length, as the caller allowed.
+    pub truncated: bool,
+}
+
+/// All that one read of one connection brought, or one tokenizer finished.
+#[derive(Debug, Default)]
+pub struct Burst {
+    pub arrivals: Vec<Request>,
+    /// Requests whose caller no longer wants an answer. The shard has ended them already.
+    pub cancelled: Vec<TicketKey>,
+}
+
+#[derive(Debug)]
+pub enum ToBatcher {
+    Burst(Burst),
+    Finished(Finished),
+    /// Admit nothing more, hold nothing back.
+    Drain,
+    SetQueueDelay { model: ModelHandle, delay: Duration },
+    /// End the thread. Sent when every shard has ended.
+    Stop,
+}
+
+/// An executor's word to the batcher: this slot is vacant again.
+#[derive(Debug)]
+pub struct Finished {
+    pub executor: usize,
+    pub slot: VacantSlot,
+    pub batch: SealedBatch,
+    pub service: Duration,
+}
+
+#[derive(Debug)]
+pub enum ToShard {
+    /// A batch ran; its members that belong to this shard are answered from it.
+    Batch(Arc<FinishedBatch>),
+    /// Requests that ended without a result.
+    Ended(Vec<(TicketKey, Refusal)>),
+    /// Accept nothing more; answer what was accepted; then end.
+    Drain,
+    /// End now: what is unanswered is answered `executor_failed`.
+    Abort,
+}
+
+/// One request's place in a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Member {
+    pub key: TicketKey,
+    pub first_row: u32,
+    pub rows: u32,
+    pub len: u32,
+    pub received_at: Moment,
+    pub admitted_at: Moment,
+    pub truncated: bool,
+}
+
+/// A batch that ran, with all that is needed to answer its members. Shared by the shards, reused when all let go.
+#[derive(Debug)]
+pub struct FinishedBatch {
+    pub contract: Arc<Contract>,
+    pub batch: SealedBatch,
+    pub members: Vec<Member>,
+    pub output: BatchOutput,
+    /// The batch as a whole failed.
+    pub failure: Option<Refusal>,
+    pub packed_at: Moment,
+    pub started_at: Moment,
+    pub finished_at: Moment,
+}

@@ -1,0 +1,239 @@
+//! Bounded queue with a wake-up; the only way one thread hands work to another.
+//!
+//! Always true
+//! - A full mailbox gives the message back to its sender; nothing blocks and nothing is lost.
+//! - A task that waits is woken once per idle phase, not once per message: it arms the bell, looks again, then sleeps.
+//!
+//! Why the bell cannot be missed: the receiver arms it before it looks into the queue, the sender looks at it after it
+//! put a message in, and the queue's lock orders the two.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use atomic_waker::AtomicWaker;
+
+use crate::clock;
+use crate::vocab::Moment;
+
+#[derive(Debug, Default)]
+struct Bell {
+    armed: AtomicBool,
+    waker: AtomicWaker,
+}
+
+/// The sending end. Clones send to the same mailbox.
+#[derive(Debug)]
+pub struct Sender<T> {
+    queue: flume::Sender<T>,
+    bell: Arc<Bell>,
+}
+
+impl<T> Clone for Sender<T> {
+    fn clone(&self) -> Self {
+        Sender { queue: self.queue.clone(), bell: Arc::clone(&self.bell) }
+    }
+}
+
+/// The receiving end; one per mailbox.
+#[derive(Debug)]
+pub struct Receiver<T> {
+    queue: flume::Receiver<T>,
+    bell: Arc<Bell>,
+}
+
+/// A message that was not taken, with the reason.
+#[derive(Debug, PartialEq, Eq)]
+pub enum SendError<T> {
+    Full(T),
+    /// The receiver is gone.
+    Closed(T),
+}
+
+/// What waiting brought.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Received<T> {
+    Message(T),
+    TimedOut,
+    /// All senders are gone and the queue is empty.
+    Closed,
+}
+
+/// A mailbox for at most `capacity` messages.
+pub fn mailbox<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
+    let (sender, receiver) = flume::bounded(capacity);
+    let bell = Arc::new(Bell::default());
+    (Sender { queue: sender, bell: Arc::clone(&bell) }, Receiver { queue: receiver, bell })
+}
+
+impl<T> Sender<T> {
+    /// Never blocks.
+    pub fn send(&self, message: T) -> Result<(), SendError<T>> {
+        match self.queue.try_send(message) {
+            Ok(()) => {
+                self.ring();
+                Ok(())
+            }
+            Err(flume::TrySendError::Full(message)) => Err(SendError::Full(message)),
+            Err(flume::TrySendError::Disconnected(message)) => Err(SendError::Closed(message)),
+        }
+    }
+
+    /// Waits for room. For threads that may block and mailboxes that are sized so that it does not happen; false when
+    /// the receiver is gone.
+    pub fn send_or_wait(&self, message: T) -> bool {
+        match self.send(message) {
+            Ok(()) => true,
+            Err(SendError::Closed(_)) => false,
+            Err(SendError::Full(message)) => {
+                tracing::warn!("a mailbox was full: its sender waits");
+                let sent = self.queue.send(message).is_ok();
+                self.ring();
+                sent
+            }
+        }
+    }
+
+    fn ring(&self) {
+        if self.bell.armed.load(Ordering::Acquire) && self.bell.armed.swap(false, Ordering::AcqRel) {
+            self.bell.waker.wake();
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+}
+
+impl<T> Receiver<T> {
+    /// The next message, if one is there. One relaxed look when there is none.
+    pub fn try_recv(&self) -> Option<T> {
+        self.queue.try_recv().ok()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// For a task: ready when a message is there or no sender is left.
+    pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let ready = || !self.queue.is_empty() || self.queue.is_disconnected();
+        if ready() {
+            return Poll::Ready(());
+        }
+        self.bell.waker.register(cx.waker());
+        self.bell.armed.store(true, Ordering::SeqCst);
+        if ready() {
+            self.bell.armed.store(false, Ordering::Relaxed);
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+
+    /// For a thread: waits for a message until `until`, for ever when that is `None`. Looks without sleeping for `spin`
+    /// first: a sleeping core costs tens of microseconds to wake.
+    pub fn recv_until(&self, until: Option<Moment>, spin: Duration) -> Received<T> {
+        match self.queue.try_recv() {
+            Ok(message) => return Received::Message(message),
+            Err(flume::TryRecvError::Disconnected) => return Received::Closed,
+            Err(flume::TryRecvError::Empty) => {}
+        }
+        if !spin.is_zero() {
+            let end = clock::now() + spin;
+            let end = until.map_or(end, |until| until.min(end));
+            while clock::now() < end {
+                for _ in 0..32 {
+                    std::hint::spin_loop();
+                }
+                if let Some(message) = self.try_recv() {
+                    return Received::Message(message);
+                }
+            }
+        }
+        match until {
+            None => self.queue.recv().map_or(Received::Closed, Received::Message),
+            Some(until) => match self.queue.recv_deadline(clock::instant_of(until)) {
+                Ok(message) => Received::Message(message),
+                Err(flume::RecvTimeoutError::Timeout) => Received::TimedOut,
+                Err(flume::RecvTimeoutError::Disconnected) => Received::Closed,
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicUsize;
+    use std::task::{Wake, Waker};
+
+    #[derive(Default)]
+    struct CountWakes(AtomicUsize);
+
+    impl Wake for CountWakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_full_mailbox_gives_the_message_back() {
+        let (sender, receiver) = mailbox(1);
+        assert_eq!(sender.send(1), Ok(()));
+        assert_eq!(sender.send(2), Err(SendError::Full(2)));
+        assert_eq!(receiver.try_recv(), Some(1));
+        drop(receiver);
+        assert_eq!(sender.send(3), Err(SendError::Closed(3)));
+    }
+
+    #[test]
+    fn an_idle_task_is_woken_once_for_many_messages() {
+        let (sender, receiver) = mailbox(8);
+        let wakes = Arc::new(CountWakes::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut cx = Context::from_waker(&waker);
+        assert!(receiver.poll_ready(&mut cx).is_pending());
+        sender.send(1).expect("room");
+        sender.send(2).expect("room");
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert!(receiver.poll_ready(&mut cx).is_ready());
+    }
+
+    #[test]
+    fn a_thread_that_waits_for_nothing_is_let_go_at_its_moment() {
+        let (sender, receiver) = mailbox::<u32>(1);
+        assert_eq!(receiver.recv_until(Some(clock::now()), Duration::ZERO), Received::TimedOut);
+        drop(sender);
+        assert_eq!(receiver.recv_until(None, Duration::ZERO), Received::Closed);
+    }
+
+    #[test]
+    fn every_message_of_many_threads_arrives_once() {
+        let (sender, receiver) = mailbox(64);
+        std::thread::scope(|scope| {
+            for part in 0..4u32 {
+                let sender = sender.clone();
+                scope.spawn(move || {
+                    for n in 0..1000 {
+                        let mut message = part * 1000 + n;
+                        while let Err(SendError::Full(back)) = sender.send(message) {
+                            message = back;
+                            std::thread::yield_now();
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            let mut seen = vec![false; 4000];
+            while let Received::Message(n) = receiver.recv_until(None, Duration::ZERO) {
+                assert!(!std::mem::replace(&mut seen[n as usize], true), "{n} came twice");
+            }
+            assert!(seen.into_iter().all(|seen| seen));
+        });
+    }
+}

@@ -1,0 +1,101 @@
+//! Batches composed by a test: requests with one tag share exactly one batch, and nobody else joins.
+//!
+//! Always true
+//! - A composition is sealed when its rows are complete, or its members expire after [`WAIT_MAX`] at the latest.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::lane::{Place, Tickets};
+use super::{Arrival, Compose, Policy, TicketId};
+use crate::vocab::{ModelHandle, Refusal};
+
+/// Longest wait for the missing members of a composition.
+pub const WAIT_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Debug, Default)]
+struct Group {
+    members: Vec<TicketId>,
+    rows: u32,
+    rows_wanted: u32,
+}
+
+/// All incomplete or unsealed compositions. Ordered maps, so that replays decide alike.
+#[derive(Debug, Default)]
+pub struct Compositions {
+    groups: BTreeMap<(ModelHandle, u64), Group>,
+    /// Complete groups, in the order they became so.
+    complete: std::collections::VecDeque<(ModelHandle, u64)>,
+}
+
+impl Compositions {
+    pub fn check(&self, policy: &Policy, arrival: &Arrival, compose: Compose) -> Result<(), Refusal> {
+        let possible = policy.rows_at(policy.buckets.longest()).min(policy.rows_max);
+        if compose.rows == 0 || compose.rows > possible {
+            return Err(Refusal::invalid(format!(
+                "compose_rows: expected 1 to {possible} rows for this model, got {}",
+                compose.rows
+            )));
+        }
+        let (rows, wanted) = match self.groups.get(&(arrival.model, compose.tag)) {
+            Some(group) => (group.rows, group.rows_wanted),
+            None => (0, compose.rows),
+        };
+        if wanted != compose.rows {
+            return Err(Refusal::invalid(format!(
+                "compose_rows: expected {wanted} as in the requests before with this tag, got {}",
+                compose.rows
+            )));
+        }
+        if rows + arrival.rows > wanted {
+            return Err(Refusal::invalid(format!(
+                "compose_rows: {rows} of {wanted} rows are there, {} more do not fit",
+                arrival.rows
+            )));
+        }
+        Ok(())
+    }
+
+    pub fn join(&mut self, tickets: &mut Tickets, id: TicketId, model: ModelHandle, compose: Compose) {
+        let ticket = &mut tickets[id];
+        ticket.place = Place::Composition(compose.tag);
+        let key = (model, compose.tag);
+        let group = self.groups.entry(key).or_default();
+        group.rows_wanted = compose.rows;
+        group.rows += ticket.rows;
+        group.members.push(id);
+        if group.rows == group.rows_wanted {
+            self.complete.push_back(key);
+        }
+    }
+
+    pub fn unlink(&mut self, tickets: &Tickets, id: TicketId, tag: u64) {
+        let key = (tickets[id].model, tag);
+        let group = self.groups.get_mut(&key).expect("a ticket in a composition is in its group");
+        if group.rows == group.rows_wanted {
+            self.complete.retain(|complete| *complete != key);
+        }
+        group.rows -= tickets[id].rows;
+        group.members.retain(|member| *member != id);
+        if group.members.is_empty() {
+            self.groups.remove(&key);
+        }
+    }
+
+    /// Moves the members of the next complete composition that runs here to `members`.
+    pub fn take_complete(
+        &mut self,
+        tickets: &mut Tickets,
+        runs_here: impl Fn(ModelHandle) -> bool,
+        members: &mut Vec<TicketId>,
+    ) -> Option<ModelHandle> {
+        let at = self.complete.iter().position(|(model, _)| runs_here(*model))?;
+        let key = self.complete.remove(at).expect("just found");
+        let group = self.groups.remove(&key).expect("a complete composition has its group");
+        for id in &group.members {
+            tickets[*id].place = Place::Taken;
+        }
+        members.extend_from_slice(&group.members);
+        Some(key.0)
+    }
+}
