@@ -2,7 +2,9 @@
 #![deny(unsafe_code)]
 
 pub mod clock;
+pub mod config;
 pub mod contract;
 pub mod executor;
+pub mod telemetry;
 pub mod vocab;
 pub mod wire;
