@@ -1,9 +1,16 @@
 //! ferry: a dynamic batching inference runtime with its own scheduler.
 #![deny(unsafe_code)]
 
+pub mod batcher;
 pub mod clock;
+pub mod config;
 pub mod contract;
 pub mod executor;
+pub mod frontend;
+pub mod mail;
+pub mod mailbox;
+pub mod scatter;
 pub mod scheduler;
+pub mod telemetry;
 pub mod vocab;
 pub mod wire;

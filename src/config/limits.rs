@@ -1,0 +1,379 @@
+//! Every bound of the server: its key, what it trades, the values it takes, and the memory that all of them imply.
+//!
+//! Always true
+//! - [`SETTINGS`] has each key of the configuration exactly once; there is no other way to write a [`Config`] field
+//!   from a file.
+//! - A number in the file has its unit in its key (`_ms`, `_us`, `bytes`).
+//!
+//! Elsewhere: defaults (mod.rs), limits of the wire that no configuration can raise (wire/frame.rs).
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::file::Value;
+use super::{Config, LogFormat};
+use crate::wire::Limits as WireLimits;
+
+/// How a value is written, which values are allowed, and the field it goes to.
+#[derive(Clone, Copy)]
+pub enum Access {
+    U32 { min: u32, max: u32, at: fn(&mut Config) -> &mut u32 },
+    U64 { min: u64, max: u64, at: fn(&mut Config) -> &mut u64 },
+    Count { min: usize, max: usize, at: fn(&mut Config) -> &mut usize },
+    Millis { min: u64, max: u64, at: fn(&mut Config) -> &mut Duration },
+    Micros { min: u64, max: u64, at: fn(&mut Config) -> &mut Duration },
+    Bool(fn(&mut Config) -> &mut bool),
+    Addr(fn(&mut Config) -> &mut SocketAddr),
+    Path(fn(&mut Config) -> &mut PathBuf),
+    Format(fn(&mut Config) -> &mut LogFormat),
+    Level(fn(&mut Config) -> &mut String),
+}
+
+/// One key.
+pub struct Setting {
+    /// Dotted path in the file.
+    pub key: &'static str,
+    /// What it bounds, what it trades, when to raise or lower it.
+    pub about: &'static str,
+    pub access: Access,
+}
+
+/// Most a timeout may be: longer is a mistake in the unit.
+const TIMEOUT_MAX_MS: u64 = 24 * 3600 * 1000;
+
+/// All keys, root keys first, then table by table.
+pub const SETTINGS: &[Setting] = &[
+    Setting {
+        key: "listen",
+        about: "Address of the data port; port 0 picks a free one.",
+        access: Access::Addr(|c| &mut c.listen),
+    },
+    Setting {
+        key: "control",
+        about: "Address of the control port: health, metrics, drain. Anyone who reaches it can drain the server.",
+        access: Access::Addr(|c| &mut c.control),
+    },
+    Setting {
+        key: "models",
+        about: "Directory with one <name>/model.toml for each model.",
+        access: Access::Path(|c| &mut c.models),
+    },
+    Setting {
+        key: "allow_unauthenticated",
+        about: "Lets the ports listen beyond this machine. There is no authentication yet:
+                everyone who can reach them can use them.",
+        access: Access::Bool(|c| &mut c.allow_unauthenticated),
+    },
+    Setting {
+        key: "drain_timeout_ms",
+        about: "How long accepted requests may take to finish after a drain began; the rest is answered `draining`.
+                Raise it when one batch can run longer, lower it when the supervisor kills sooner.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.drain_timeout },
+    },
+    Setting {
+        key: "threads.shards",
+        about: "Front-end threads, each with its own listener. Default: a quarter of the cores, at least 1.
+                Raise it when shards are busy and executors are not.",
+        access: Access::Count { min: 1, max: 1024, at: |c| &mut c.threads.shards },
+    },
+    Setting {
+        key: "threads.executors",
+        about: "Threads that run batches. Default: the cores that shards leave, at least 1.
+                More than the free cores makes each batch slower and no batch sooner.",
+        access: Access::Count { min: 1, max: 1024, at: |c| &mut c.threads.executors },
+    },
+    Setting {
+        key: "threads.tokenizers",
+        about: "Threads that turn text into token ids. Only models that take text use them.",
+        access: Access::Count { min: 1, max: 256, at: |c| &mut c.threads.tokenizers },
+    },
+    Setting {
+        key: "threads.pin",
+        about: "Keeps each shard and executor on one core. Turn it off where other programs share the cores.",
+        access: Access::Bool(|c| &mut c.threads.pin),
+    },
+    Setting {
+        key: "frontend.connections_max",
+        about: "Open connections, all shards together. Default: 10000, but at most 80 % of the open files allowed.
+                Above it a new connection is closed at once.",
+        access: Access::U32 { min: 1, max: 1_000_000, at: |c| &mut c.frontend.connections_max },
+    },
+    Setting {
+        key: "frontend.credit_requests",
+        about: "Requests one connection may have in flight. A batch cannot be fuller than its callers' credit allows:
+                raise it where few connections must fill large batches, lower it to bound what one caller can hold.",
+        access: Access::U32 { min: 1, max: 1 << 20, at: |c| &mut c.frontend.credit_requests },
+    },
+    Setting {
+        key: "frontend.credit_bytes",
+        about: "Payload bytes one connection may have in flight. At least one payload of the largest size.",
+        access: Access::U64 { min: 4096, max: 1 << 40, at: |c| &mut c.frontend.credit_bytes },
+    },
+    Setting {
+        key: "frontend.payload_bytes_max",
+        about: "Largest payload of one request. Checked on the header, before anything is allocated.",
+        access: Access::U32 { min: 4096, max: WireLimits::PAYLOAD_CEILING, at: |c| &mut c.frontend.payload_bytes_max },
+    },
+    Setting {
+        key: "frontend.output_bytes_max",
+        about: "Unsent answers of one connection, above which it is no longer read: a slow reader slows only itself.
+                Lower it when many slow readers are expected, raise it when single answers are larger.",
+        access: Access::U32 { min: 4096, max: 1 << 30, at: |c| &mut c.frontend.output_bytes_max },
+    },
+    Setting {
+        key: "frontend.hello_timeout_ms",
+        about: "From connecting to a complete hello; then the connection is closed.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.frontend.hello_timeout },
+    },
+    Setting {
+        key: "frontend.frame_timeout_ms",
+        about: "From the first byte of a frame to its last. Raise it where large payloads come over slow links.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.frontend.frame_timeout },
+    },
+    Setting {
+        key: "frontend.stall_timeout_ms",
+        about: "How long a caller may leave its answers unread without any progress; then its connection is closed.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.frontend.stall_timeout },
+    },
+    Setting {
+        key: "frontend.idle_timeout_ms",
+        about: "How long a connection may be silent with nothing in flight.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.frontend.idle_timeout },
+    },
+    Setting {
+        key: "frontend.spin_us",
+        about: "How long an idle shard looks for work before it sleeps. Buys a faster first answer with a busy core;
+                leave it at 0 unless shards have cores of their own.",
+        access: Access::Micros { min: 0, max: 100_000, at: |c| &mut c.frontend.spin },
+    },
+    Setting {
+        key: "queue.rows_max",
+        about: "Rows waiting for a batch, all models together. Above it requests are answered `overloaded`.
+                Longer queues turn overload into latency: keep it near what can be served within a deadline.",
+        access: Access::U32 { min: 1, max: 1 << 30, at: |c| &mut c.queue.rows_max },
+    },
+    Setting {
+        key: "queue.cells_max",
+        about: "Cells (rows times padded length) waiting for a batch. Bounds work where row counts say little.",
+        access: Access::U64 { min: 1, max: 1 << 40, at: |c| &mut c.queue.cells_max },
+    },
+    Setting {
+        key: "queue.bytes_max",
+        about: "Payload bytes of all accepted requests. The largest part of the server's memory under load.",
+        access: Access::U64 { min: 4096, max: 1 << 44, at: |c| &mut c.queue.bytes_max },
+    },
+    Setting {
+        key: "executor.slots",
+        about: "Staging sets of each executor. With 2, the next batch is packed while one runs; 1 saves memory.",
+        access: Access::U32 { min: 1, max: 16, at: |c| &mut c.executor.slots },
+    },
+    Setting {
+        key: "log.format",
+        about: "text or json, on standard error.",
+        access: Access::Format(|c| &mut c.log.format),
+    },
+    Setting {
+        key: "log.level",
+        about: "error, warn, info, debug or trace; or directives such as info,ferry::batcher=debug.",
+        access: Access::Level(|c| &mut c.log.level),
+    },
+];
+
+/// The setting of a dotted key.
+pub fn setting(key: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| setting.key == key)
+}
+
+/// Whether some key starts with this table.
+pub(super) fn is_table(path: &str) -> bool {
+    SETTINGS.iter().any(|setting| setting.key.rsplit_once('.').is_some_and(|(table, _)| table == path))
+}
+
+/// What is said about a key that does not exist: the known one that was probably meant.
+pub(super) fn unknown_key(key: &str) -> String {
+    let nearest = SETTINGS
+        .iter()
+        // The last part is compared too: `credit_requests` at the root means `frontend.credit_requests`.
+        .map(|setting| {
+            let last = setting.key.rsplit_once('.').map_or(setting.key, |(_, last)| last);
+            let full = strsim::jaro_winkler(key, setting.key);
+            (full.max(strsim::jaro_winkler(key, last)), setting.key)
+        })
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map_or("", |(_, nearest)| nearest);
+    format!("unknown key {key}; the nearest known key is {nearest}")
+}
+
+impl Setting {
+    /// The field's value as TOML.
+    pub fn read(&self, config: &Config) -> String {
+        // Fields are reached through one accessor that gives `&mut`; a dump is rare enough for a copy.
+        let mut config = config.clone();
+        let config = &mut config;
+        match self.access {
+            Access::U32 { at, .. } => at(config).to_string(),
+            Access::U64 { at, .. } => at(config).to_string(),
+            Access::Count { at, .. } => at(config).to_string(),
+            Access::Millis { at, .. } => at(config).as_millis().to_string(),
+            Access::Micros { at, .. } => at(config).as_micros().to_string(),
+            Access::Bool(at) => at(config).to_string(),
+            Access::Addr(at) => quoted(&at(config).to_string()),
+            Access::Path(at) => quoted(&at(config).display().to_string()),
+            Access::Format(at) => quoted(at(config).name()),
+            Access::Level(at) => quoted(at(config)),
+        }
+    }
+
+    /// Checks a value and stores it. The error says what was expected and what came.
+    pub fn write(&self, config: &mut Config, value: &Value) -> Result<(), String> {
+        let key = self.key;
+        let expected = |what: &str| format!("{key}: expected {what}, got {}", value.got());
+        match self.access {
+            Access::U32 { min, max, at } => *at(config) = narrow(self.integer(value, min.into(), max.into())?),
+            Access::U64 { min, max, at } => *at(config) = self.integer(value, min, max)?,
+            Access::Count { min, max, at } => {
+                *at(config) = narrow(self.integer(value, min as u64, max as u64)?);
+            }
+            Access::Millis { min, max, at } => *at(config) = Duration::from_millis(self.integer(value, min, max)?),
+            Access::Micros { min, max, at } => *at(config) = Duration::from_micros(self.integer(value, min, max)?),
+            Access::Bool(at) => match value {
+                Value::Bool(value) => *at(config) = *value,
+                _ => return Err(expected("true or false")),
+            },
+            Access::Addr(at) => {
+                let what = "an address with a port, such as \"127.0.0.1:7600\"";
+                match value {
+                    Value::Text(text) => *at(config) = text.parse().map_err(|_| expected(what))?,
+                    _ => return Err(expected(what)),
+                }
+            }
+            Access::Path(at) => match value {
+                Value::Text(text) if !text.is_empty() => *at(config) = PathBuf::from(text),
+                _ => return Err(expected("a path")),
+            },
+            Access::Format(at) => match value {
+                Value::Text(text) if text == "text" => *at(config) = LogFormat::Text,
+                Value::Text(text) if text == "json" => *at(config) = LogFormat::Json,
+                _ => return Err(expected("\"text\" or \"json\"")),
+            },
+            Access::Level(at) => match value {
+                Value::Text(text) if text.parse::<tracing_subscriber::filter::Targets>().is_ok() => {
+                    *at(config) = text.clone();
+                }
+                _ => return Err(expected("a level (error, warn, info, debug, trace) or target=level,…")),
+            },
+        }
+        Ok(())
+    }
+
+    fn integer(&self, value: &Value, min: u64, max: u64) -> Result<u64, String> {
+        let found = match value {
+            Value::Integer(number) => u64::try_from(*number).ok().filter(|number| (min..=max).contains(number)),
+            _ => None,
+        };
+        found.ok_or_else(|| format!("{}: expected an integer from {min} to {max}, got {}", self.key, value.got()))
+    }
+}
+
+/// A number that was already compared with its field's maximum.
+fn narrow<T: TryFrom<u64>>(number: u64) -> T {
+    T::try_from(number).ok().expect("Setting::integer keeps to the bounds, which are values of the field's type")
+}
+
+fn quoted(text: &str) -> String {
+    toml::Value::String(text.to_owned()).to_string()
+}
+
+/// Connections that a limit of open files leaves room for: the rest is for shards, models and the control port.
+pub fn connections_allowed(nofile: u64) -> u32 {
+    u32::try_from(nofile / 5 * 4).unwrap_or(u32::MAX).max(1)
+}
+
+pub(super) fn connections_default(nofile: u64) -> u32 {
+    connections_allowed(nofile).min(10_000)
+}
+
+/// Pairs of keys that cannot both be meant. Each says what was expected and what came.
+pub(super) fn contradictions(config: &Config) -> Vec<String> {
+    let mut found = Vec::new();
+    let frontend = &config.frontend;
+    let payload = u64::from(frontend.payload_bytes_max);
+    if frontend.credit_bytes < payload {
+        found.push(format!(
+            "frontend.credit_bytes must be at least frontend.payload_bytes_max ({payload}), or a payload that is \
+             allowed could never be sent; got {}",
+            frontend.credit_bytes
+        ));
+    }
+    if config.queue.bytes_max < payload {
+        found.push(format!(
+            "queue.bytes_max must be at least frontend.payload_bytes_max ({payload}), or a payload that is allowed \
+             would always be refused; got {}",
+            config.queue.bytes_max
+        ));
+    }
+    if config.queue.cells_max < u64::from(config.queue.rows_max) {
+        found.push(format!(
+            "queue.cells_max must be at least queue.rows_max ({}), because every row has a cell; got {}",
+            config.queue.rows_max, config.queue.cells_max
+        ));
+    }
+    if u64::from(frontend.connections_max) < config.threads.shards as u64 {
+        found.push(format!(
+            "frontend.connections_max must be at least threads.shards ({}), or a shard could take no connection; got {}",
+            config.threads.shards, frontend.connections_max
+        ));
+    }
+    if frontend.idle_timeout < frontend.hello_timeout {
+        found.push(format!(
+            "frontend.idle_timeout_ms must be at least frontend.hello_timeout_ms ({}), got {}",
+            frontend.hello_timeout.as_millis(),
+            frontend.idle_timeout.as_millis()
+        ));
+    }
+    if config.listen == config.control && config.listen.port() != 0 {
+        found.push(format!("listen and control must differ, both are {}", config.listen));
+    }
+    for (key, addr) in [("listen", config.listen), ("control", config.control)] {
+        if !addr.ip().is_loopback() && !config.allow_unauthenticated {
+            found.push(format!(
+                "{key} must be a loopback address because ferry has no authentication yet, got {addr}; set \
+                 allow_unauthenticated = true if everyone who can reach it may use it"
+            ));
+        }
+    }
+    found
+}
+
+/// One part of the memory that limits allow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryPart {
+    pub what: String,
+    pub bytes: u64,
+}
+
+/// The most memory that the limits allow at once, part by part. `staging_bytes` is what the slots of all executors
+/// hold for the loaded models, `weight_bytes` what their weights take; both 0 where no model was read.
+pub fn memory(config: &Config, staging_bytes: u64, weight_bytes: u64) -> Vec<MemoryPart> {
+    let connections = u64::from(config.frontend.connections_max);
+    let part = |what: &str, bytes: u64| MemoryPart { what: what.into(), bytes };
+    vec![
+        part("accepted payloads (queue.bytes_max)", config.queue.bytes_max),
+        part(
+            "frames being received (connections_max × payload_bytes_max)",
+            connections.saturating_mul(config.frontend.payload_bytes_max.into()),
+        ),
+        part(
+            "unsent answers (connections_max × output_bytes_max)",
+            connections.saturating_mul(config.frontend.output_bytes_max.into()),
+        ),
+        part("batch staging (threads.executors × executor.slots × largest batch)", staging_bytes),
+        part("model weights", weight_bytes),
+    ]
+}
+
+/// Sum of [`memory`]'s parts.
+pub fn memory_total(parts: &[MemoryPart]) -> u64 {
+    parts.iter().fold(0, |sum, part| sum.saturating_add(part.bytes))
+}

@@ -1,0 +1,255 @@
+//! The configuration, checked: what the server may assume about every number it is given.
+//!
+//! Always true
+//! - A [`Config`] that came from [`Config::load`] has every key inside its bounds and no two keys that contradict
+//!   each other. All mistakes are reported together, each with where it was written.
+//! - Each key is declared once, in limits.rs, with its bounds and what it trades. Its default is in
+//!   [`Config::default`] and nowhere else; the dump and the documentation are made from the same table.
+//! - Nothing here starts, binds or allocates by what it read: that the machine can carry it is asked in
+//!   frontend/preflight.rs.
+//!
+//! Elsewhere: keys as written, with their lines (file.rs); per-model settings (models/, in each manifest).
+
+pub mod file;
+pub mod limits;
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use file::Origin;
+use limits::SETTINGS;
+
+/// Everything that can be configured, as the rooms' options are built from it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Data port.
+    pub listen: SocketAddr,
+    /// Control port: health, metrics, drain.
+    pub control: SocketAddr,
+    /// Directory of `<name>/model.toml`.
+    pub models: PathBuf,
+    /// Lets either port listen beyond this machine although there is no authentication.
+    pub allow_unauthenticated: bool,
+    /// How long accepted requests may take to finish once a drain began.
+    pub drain_timeout: Duration,
+    pub threads: Threads,
+    pub frontend: Frontend,
+    pub queue: Queue,
+    pub executor: Executor,
+    pub log: Log,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Threads {
+    pub shards: usize,
+    pub executors: usize,
+    pub tokenizers: usize,
+    pub pin: bool,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Frontend {
+    pub connections_max: u32,
+    pub credit_requests: u32,
+    pub credit_bytes: u64,
+    pub payload_bytes_max: u32,
+    pub output_bytes_max: u32,
+    pub hello_timeout: Duration,
+    pub frame_timeout: Duration,
+    pub stall_timeout: Duration,
+    pub idle_timeout: Duration,
+    pub spin: Duration,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Queue {
+    pub rows_max: u32,
+    pub cells_max: u64,
+    pub bytes_max: u64,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Executor {
+    pub slots: u32,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Log {
+    pub format: LogFormat,
+    pub level: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+impl LogFormat {
+    pub fn name(self) -> &'static str {
+        match self {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        }
+    }
+}
+
+/// What defaults are derived from. Read once, so that a test can say which machine it means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Machine {
+    pub cores: usize,
+    /// Soft limit of open files.
+    pub nofile: u64,
+}
+
+impl Machine {
+    pub fn here() -> Machine {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let nofile = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
+            .map_or(1024, |(soft, _hard)| soft);
+        Machine { cores, nofile }
+    }
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config::default_on(Machine::here())
+    }
+}
+
+impl Config {
+    /// The defaults on a given machine.
+    pub fn default_on(machine: Machine) -> Config {
+        let shards = (machine.cores / 4).max(1);
+        Config {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7600)),
+            control: SocketAddr::from((Ipv4Addr::LOCALHOST, 7601)),
+            models: PathBuf::from("models"),
+            allow_unauthenticated: false,
+            drain_timeout: Duration::from_secs(30),
+            threads: Threads {
+                shards,
+                executors: machine.cores.saturating_sub(shards).max(1),
+                tokenizers: 1,
+                pin: true,
+            },
+            frontend: Frontend {
+                connections_max: limits::connections_default(machine.nofile),
+                credit_requests: 256,
+                credit_bytes: 64 << 20,
+                payload_bytes_max: crate::wire::Limits::DEFAULT.payload_bytes,
+                output_bytes_max: 4 << 20,
+                hello_timeout: Duration::from_secs(3),
+                frame_timeout: Duration::from_secs(5),
+                stall_timeout: Duration::from_secs(10),
+                idle_timeout: Duration::from_secs(300),
+                spin: Duration::ZERO,
+            },
+            queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
+            executor: Executor { slots: 2 },
+            log: Log { format: LogFormat::Text, level: "info".into() },
+        }
+    }
+
+    /// Reads a file (none: only defaults), then applies `key=value` settings in their order, then checks all of it.
+    pub fn load(path: Option<&Path>, sets: &[String]) -> Result<Config, ConfigErrors> {
+        Config::load_on(Machine::here(), path, sets)
+    }
+
+    /// [`Config::load`], with the machine that defaults come from as an argument.
+    pub fn load_on(machine: Machine, path: Option<&Path>, sets: &[String]) -> Result<Config, ConfigErrors> {
+        let mut errors = Vec::new();
+        let mut written = Vec::new();
+        if let Some(path) = path {
+            match std::fs::read_to_string(path) {
+                Ok(text) => written.extend(file::read(&path.display().to_string(), &text, &mut errors)),
+                Err(error) => {
+                    let origin = Origin::File { path: path.display().to_string(), line: 0 };
+                    errors.push(ConfigError::new(origin, format!("cannot read it: {error}")));
+                }
+            }
+        }
+        for set in sets {
+            written.extend(file::read_set(set, &mut errors));
+        }
+        let mut config = Config::default_on(machine);
+        for item in written {
+            match limits::setting(&item.key) {
+                None => errors.push(ConfigError::new(item.origin, limits::unknown_key(&item.key))),
+                Some(setting) => {
+                    if let Err(message) = setting.write(&mut config, &item.value) {
+                        errors.push(ConfigError::new(item.origin, message));
+                    }
+                }
+            }
+        }
+        // A contradiction is only worth reading when both numbers are the ones that were meant.
+        if errors.is_empty() {
+            errors.extend(
+                limits::contradictions(&config).into_iter().map(|message| ConfigError { origin: None, message }),
+            );
+        }
+        if errors.is_empty() { Ok(config) } else { Err(ConfigErrors(errors)) }
+    }
+
+    /// The effective configuration as a file that loads to the same values, each key with what it trades.
+    pub fn to_toml(&self) -> String {
+        let mut text = String::from("# Effective configuration of ferry: every key, default or set.\n");
+        let mut section = "";
+        for setting in SETTINGS {
+            let (table, key) = setting.key.rsplit_once('.').unwrap_or(("", setting.key));
+            if table != section {
+                text += &format!("\n[{table}]\n");
+                section = table;
+            }
+            for line in setting.about.lines() {
+                text += &format!("# {}\n", line.trim());
+            }
+            text += &format!("{key} = {}\n", setting.read(self));
+        }
+        text
+    }
+}
+
+/// One mistake: where it was written, what was expected and what came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// None for a contradiction between keys, which may have been written in two places.
+    pub origin: Option<Origin>,
+    pub message: String,
+}
+
+impl ConfigError {
+    fn new(origin: Origin, message: impl Into<String>) -> ConfigError {
+        ConfigError { origin: Some(origin), message: message.into() }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.origin {
+            Some(origin) => write!(f, "{origin}: {}", self.message),
+            None => f.write_str(&self.message),
+        }
+    }
+}
+
+/// All mistakes of a configuration, in the order they were met. Never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors(pub Vec<ConfigError>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, error) in self.0.iter().enumerate() {
+            if at > 0 {
+                f.write_str("\n")?;
+            }
+            write!(f, "{error}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}

@@ -1,0 +1,309 @@
+//! What each thread counts. Every handle is made at the start, so recording is an atomic addition and never a look-up.
+//!
+//! Always true
+//! - A shard, a model's batcher and an executor each write only their own block, on cache lines of its own.
+//! - An event that did not happen is not recorded: `accepted(_, 0)` and an empty batch leave no trace.
+//! - A handle that names no model counts for the last place, "other".
+//!
+//! Elsewhere: names, labels and text (export.rs).
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Duration;
+
+use super::histogram::Histogram;
+use crate::vocab::{Code, ModelHandle, SealReason};
+
+/// A counter or, where it is set, a gauge.
+#[derive(Debug, Default)]
+pub(super) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Relaxed);
+    }
+
+    pub(super) fn set(&self, n: u64) {
+        self.0.store(n, Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+pub(super) const CODES: usize = Code::ALL.len();
+
+/// One count for each outcome. Codes are numbered without gaps, so a code's number is its place.
+#[derive(Debug, Default)]
+pub(super) struct ByCode([Count; CODES]);
+
+impl ByCode {
+    pub(super) fn of(&self, code: Code) -> &Count {
+        &self.0[code as usize]
+    }
+
+    pub(super) fn sum(&self) -> u64 {
+        self.0.iter().map(Count::get).sum()
+    }
+}
+
+/// What a shard counts for one model.
+#[derive(Debug, Default)]
+pub(super) struct ShardModel {
+    pub(super) accepted: Count,
+    pub(super) finished: ByCode,
+    pub(super) refused: ByCode,
+}
+
+/// What one shard counts. Aligned so that no two threads write the same cache line (128: lines are fetched in pairs).
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ShardMetrics {
+    pub(super) models: Vec<ShardModel>,
+    pub(super) connections_opened: Count,
+    pub(super) connections_closed: Count,
+    pub(super) bytes_read: Count,
+    pub(super) bytes_written: Count,
+    pub(super) goaways: ByCode,
+    pub(super) late_answers: Count,
+    pub(super) stalls: Count,
+    pub(super) accept_errors: Count,
+    /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
+    pub(super) table_entries: Count,
+}
+
+impl ShardMetrics {
+    pub(super) fn new(models: usize) -> ShardMetrics {
+        ShardMetrics {
+            models: (0..=models).map(|_| ShardModel::default()).collect(),
+            connections_opened: Count::default(),
+            connections_closed: Count::default(),
+            bytes_read: Count::default(),
+            bytes_written: Count::default(),
+            goaways: ByCode::default(),
+            late_answers: Count::default(),
+            stalls: Count::default(),
+            accept_errors: Count::default(),
+            table_entries: Count::default(),
+        }
+    }
+
+    fn model(&self, model: Option<ModelHandle>) -> &ShardModel {
+        let other = self.models.len() - 1;
+        &self.models[model.map_or(other, |model| model.index().min(other))]
+    }
+
+    pub fn connection_opened(&self) {
+        self.connections_opened.add(1);
+    }
+
+    pub fn connection_closed(&self) {
+        self.connections_closed.add(1);
+    }
+
+    /// `n` requests were accepted: each is owed exactly one [`ShardMetrics::finished`].
+    pub fn accepted(&self, model: ModelHandle, n: u64) {
+        self.model(Some(model)).accepted.add(n);
+    }
+
+    /// `n` accepted requests ended with `code`.
+    pub fn finished(&self, model: ModelHandle, code: Code, n: u64) {
+        self.model(Some(model)).finished.of(code).add(n);
+    }
+
+    /// A request was refused before it was accepted; `None` where no model could be told from it.
+    pub fn refused(&self, model: Option<ModelHandle>, code: Code) {
+        self.model(model).refused.of(code).add(1);
+    }
+
+    pub fn bytes_read(&self, n: u64) {
+        self.bytes_read.add(n);
+    }
+
+    pub fn bytes_written(&self, n: u64) {
+        self.bytes_written.add(n);
+    }
+
+    pub fn goaway(&self, code: Code) {
+        self.goaways.of(code).add(1);
+    }
+
+    /// A result was dropped because its request had already ended.
+    pub fn late_answer(&self) {
+        self.late_answers.add(1);
+    }
+
+    /// The shard had work and did not turn until it was nudged.
+    pub fn stall(&self) {
+        self.stalls.add(1);
+    }
+
+    pub fn accept_error(&self) {
+        self.accept_errors.add(1);
+    }
+
+    /// The number of entries in the shard's in-flight table, said after a burst. It is what [`super::Telemetry::audit`]
+    /// compares the counters with: without it an answer that was never counted cannot be told from one still owed.
+    pub fn table_entries(&self, entries: u64) {
+        self.table_entries.set(entries + 1);
+    }
+
+    pub fn accepted_total(&self) -> u64 {
+        self.models.iter().map(|model| model.accepted.get()).sum()
+    }
+
+    pub fn finished_total(&self) -> u64 {
+        self.models.iter().map(|model| model.finished.sum()).sum()
+    }
+
+    /// Accepted and not finished. Counts of other threads may be read in the middle of a burst.
+    pub fn in_flight(&self) -> u64 {
+        // Finished first: what is accepted in between makes the answer too large, never negative.
+        let finished = self.finished_total();
+        self.accepted_total().saturating_sub(finished)
+    }
+}
+
+/// What is counted for one model, by the batcher and by the executors that run it.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct ModelMetrics {
+    pub(super) batches: [Count; SealReason::ALL.len()],
+    pub(super) rows: Count,
+    pub(super) rows_possible: Count,
+    pub(super) cells_real: Count,
+    pub(super) cells_padded: Count,
+    pub(super) batch_rows: Histogram,
+    pub(super) batch_cells: Histogram,
+    pub(super) batch_padding: Histogram,
+    pub(super) queue_delay: Histogram,
+    pub(super) service_time: Histogram,
+    pub(super) queue_rows: Count,
+    pub(super) queue_cells: Count,
+    pub(super) queue_bytes: Count,
+}
+
+impl ModelMetrics {
+    pub(super) fn new() -> ModelMetrics {
+        ModelMetrics {
+            batches: Default::default(),
+            rows: Count::default(),
+            rows_possible: Count::default(),
+            cells_real: Count::default(),
+            cells_padded: Count::default(),
+            batch_rows: Histogram::counts(),
+            batch_cells: Histogram::counts(),
+            batch_padding: Histogram::shares(),
+            queue_delay: Histogram::times(),
+            service_time: Histogram::times(),
+            queue_rows: Count::default(),
+            queue_cells: Count::default(),
+            queue_bytes: Count::default(),
+        }
+    }
+
+    /// A batch was closed. `cells_padded` is everything that is launched (rows × padded length), `cells_real` the
+    /// part of it that callers sent: padding waste is `1 - cells_real / cells_padded`.
+    pub fn batch_sealed(&self, reason: SealReason, rows: u32, rows_possible: u32, cells_real: u64, cells_padded: u64) {
+        if rows == 0 {
+            return; // an empty poll is no batch, and would drag every mean down
+        }
+        let place = SealReason::ALL.iter().position(|known| *known == reason).expect("ALL has every reason");
+        self.batches[place].add(1);
+        self.rows.add(rows.into());
+        self.rows_possible.add(rows_possible.into());
+        self.cells_real.add(cells_real);
+        self.cells_padded.add(cells_padded);
+        self.batch_rows.observe(rows.into());
+        self.batch_cells.observe(cells_padded);
+        let padding = cells_padded.saturating_sub(cells_real).saturating_mul(1000);
+        if let Some(share) = padding.checked_div(cells_padded) {
+            self.batch_padding.observe(share);
+        }
+    }
+
+    /// One request waited this long between its admission and the sealing of its batch.
+    pub fn queue_delay(&self, delay: Duration) {
+        self.queue_delay.observe_time(delay);
+    }
+
+    /// One batch took this long from submission to its results.
+    pub fn service_time(&self, time: Duration) {
+        self.service_time.observe_time(time);
+    }
+
+    /// What waits for a batch now.
+    pub fn queue_depth(&self, rows: u64, cells: u64, bytes: u64) {
+        self.queue_rows.set(rows);
+        self.queue_cells.set(cells);
+        self.queue_bytes.set(bytes);
+    }
+
+    pub(super) fn batches_total(&self) -> u64 {
+        self.batches.iter().map(Count::get).sum()
+    }
+}
+
+/// What one executor counts.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ExecutorMetrics {
+    pub(super) busy_nanos: Count,
+    pub(super) failures: Count,
+    pub(super) panics: Count,
+}
+
+impl ExecutorMetrics {
+    /// The executor worked on a batch for this long.
+    pub fn busy(&self, time: Duration) {
+        self.busy_nanos.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// A batch ended with an error of the model.
+    pub fn failed(&self) {
+        self.failures.add(1);
+    }
+
+    /// A batch ended with a panic of the model.
+    pub fn panicked(&self) {
+        self.panics.add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_numbered_without_gaps() {
+        for (place, code) in Code::ALL.iter().enumerate() {
+            assert_eq!(place, *code as usize, "{code} is not at the place of its number");
+        }
+    }
+
+    #[test]
+    fn no_two_blocks_share_a_cache_line() {
+        assert_eq!(size_of::<ExecutorMetrics>() % 128, 0);
+        assert_eq!(align_of::<ShardMetrics>(), 128);
+        assert_eq!(align_of::<ModelMetrics>(), 128);
+    }
+
+    #[test]
+    fn an_empty_batch_is_not_recorded() {
+        let metrics = ModelMetrics::new();
+        metrics.batch_sealed(SealReason::Idle, 0, 8, 0, 0);
+        assert_eq!((metrics.batches_total(), metrics.batch_rows.count(), metrics.rows_possible.get()), (0, 0, 0));
+    }
+
+    #[test]
+    fn batch_histograms_and_counters_tell_the_same() {
+        let metrics = ModelMetrics::new();
+        metrics.batch_sealed(SealReason::Full, 8, 8, 60, 80);
+        metrics.batch_sealed(SealReason::Idle, 1, 8, 5, 10);
+        assert_eq!(metrics.batches_total(), 2);
+        assert_eq!(metrics.batch_rows.count(), 2);
+        assert_eq!(metrics.batch_rows.snapshot().sum, metrics.rows.get() as f64);
+        assert_eq!(metrics.batch_cells.snapshot().sum, metrics.cells_padded.get() as f64);
+        assert_eq!(metrics.batch_padding.snapshot().sum, 0.25 + 0.5);
+    }
+}

@@ -1,0 +1,317 @@
+//! What the server counts about itself, and how it is read: metrics, statistics, the log.
+//!
+//! | metric | type | labels | says |
+//! | --- | --- | --- | --- |
+//! | `ferry_build_info` | gauge | version | always 1 |
+//! | `ferry_uptime_seconds` | gauge | | time since the telemetry was made |
+//! | `ferry_model_info` | gauge | model, version | always 1 |
+//! | `ferry_limit` | gauge | key | a bound of the configuration, by its key |
+//! | `ferry_connections_opened_total` | counter | shard | connections taken |
+//! | `ferry_connections_closed_total` | counter | shard | connections ended; open are opened minus closed |
+//! | `ferry_read_bytes_total` | counter | shard | bytes received on the data port |
+//! | `ferry_written_bytes_total` | counter | shard | bytes sent on the data port |
+//! | `ferry_accept_errors_total` | counter | shard | connections that could not be taken |
+//! | `ferry_shard_stalls_total` | counter | shard | a shard with work did not turn until it was nudged |
+//! | `ferry_late_answers_total` | counter | shard | results dropped because the request had already ended |
+//! | `ferry_goaways_total` | counter | code | goodbyes sent, by reason |
+//! | `ferry_requests_accepted_total` | counter | model | requests that are owed an outcome |
+//! | `ferry_requests_finished_total` | counter | model, code | outcomes of accepted requests |
+//! | `ferry_requests_refused_total` | counter | model, code | requests that were never accepted |
+//! | `ferry_requests_in_flight` | gauge | model | accepted minus finished |
+//! | `ferry_batches_total` | counter | model, reason | sealed batches, by the reason of the seal |
+//! | `ferry_batch_rows` | histogram | model | rows of a sealed batch |
+//! | `ferry_batch_rows_possible_total` | counter | model | rows that sealed batches had place for |
+//! | `ferry_batch_cells` | histogram | model | cells launched by a batch, padding included |
+//! | `ferry_batch_cells_real_total` | counter | model | cells that callers sent |
+//! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
+//! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
+//! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
+//! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
+//! | `ferry_queue_cells` | gauge | model | cells waiting for a batch |
+//! | `ferry_queue_bytes` | gauge | model | payload bytes waiting for a batch |
+//! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
+//! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
+//! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
+//! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
+//! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
+//! | `ferry_process_threads` | gauge | | threads of the process, read at the scrape |
+//!
+//! Always true
+//! - This table and what is exported are the same list; a test compares them.
+//! - `accepted = Σ finished + in flight`, shard by shard and model by model; [`Telemetry::audit`] checks it.
+//! - Labels come from sets that are closed at the start (models, codes, reasons, numbers of threads), so no caller
+//!   can make a new time series.
+//!
+//! Elsewhere: counting (counters.rs, histogram.rs), text and JSON (export.rs), the log (log.rs).
+
+mod counters;
+mod export;
+mod histogram;
+pub mod log;
+
+pub use counters::{ExecutorMetrics, ModelMetrics, ShardMetrics};
+
+use std::sync::{Arc, OnceLock};
+
+use prometheus_client::registry::Registry;
+
+use crate::clock;
+use crate::vocab::{ModelHandle, Moment};
+
+/// Models with a label of their own. The rest is counted together as "other": a directory of thousands of models
+/// must not make a scrape of a hundred thousand lines.
+pub const MODELS_LABELLED_MAX: usize = 256;
+
+/// The label of what belongs to no known model.
+pub const OTHER: &str = "other";
+
+/// A model as it is labelled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelLabels {
+    pub name: String,
+    pub version: String,
+}
+
+/// All that is counted. One per server, shared by every thread.
+#[derive(Debug)]
+pub struct Telemetry {
+    started_at: Moment,
+    /// The labelled models, in the order of their handles.
+    labels: Vec<ModelLabels>,
+    shards: Vec<ShardMetrics>,
+    /// One for each label, and the last for [`OTHER`].
+    models: Vec<ModelMetrics>,
+    executors: Vec<ExecutorMetrics>,
+    limits: OnceLock<Vec<(String, u64)>>,
+}
+
+impl Telemetry {
+    /// Makes every handle. `models` in the order of their [`ModelHandle`]s.
+    pub fn new(models: &[ModelLabels], shards: usize, executors: usize) -> Arc<Telemetry> {
+        let labels: Vec<ModelLabels> = models.iter().take(MODELS_LABELLED_MAX).cloned().collect();
+        Arc::new(Telemetry {
+            started_at: clock::now(),
+            shards: (0..shards).map(|_| ShardMetrics::new(labels.len())).collect(),
+            models: (0..=labels.len()).map(|_| ModelMetrics::new()).collect(),
+            executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
+            limits: OnceLock::new(),
+            labels,
+        })
+    }
+
+    pub fn shard(&self, shard: usize) -> &ShardMetrics {
+        &self.shards[shard]
+    }
+
+    pub fn model(&self, model: ModelHandle) -> &ModelMetrics {
+        &self.models[model.index().min(self.labels.len())]
+    }
+
+    pub fn executor(&self, executor: usize) -> &ExecutorMetrics {
+        &self.executors[executor]
+    }
+
+    /// Exports the bounds that the server runs with. The first call counts.
+    pub fn publish_limits(&self, limits: Vec<(String, u64)>) {
+        let _ = self.limits.set(limits);
+    }
+
+    /// OpenMetrics text of everything.
+    pub fn encode(self: &Arc<Self>) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Arc::clone(self)));
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &registry).expect("writing to a String does not fail");
+        text
+    }
+
+    /// Label of a place in the per-model tables.
+    fn model_name(&self, place: usize) -> &str {
+        self.labels.get(place).map_or(OTHER, |labels| labels.name.as_str())
+    }
+
+    pub fn accepted_total(&self) -> u64 {
+        self.shards.iter().map(ShardMetrics::accepted_total).sum()
+    }
+
+    /// Accepted and not finished, all shards together.
+    pub fn in_flight(&self) -> u64 {
+        self.shards.iter().map(ShardMetrics::in_flight).sum()
+    }
+
+    /// Checks that every accepted request is accounted for. Meaningful when nothing is moving: counters of a
+    /// running burst are read one after the other.
+    pub fn audit(&self) -> Result<(), String> {
+        for (number, shard) in self.shards.iter().enumerate() {
+            for (place, model) in shard.models.iter().enumerate() {
+                let (accepted, finished) = (model.accepted.get(), model.finished.sum());
+                if finished > accepted {
+                    return Err(format!(
+                        "shard {number}, model {}: {finished} outcomes were counted for {accepted} accepted requests",
+                        self.model_name(place)
+                    ));
+                }
+            }
+            let (accepted, finished) = (shard.accepted_total(), shard.finished_total());
+            // Only where the shard says how many entries its table has: else in flight is defined by the difference.
+            if let Some(entries) = shard.table_entries.get().checked_sub(1)
+                && accepted != finished + entries
+            {
+                return Err(format!(
+                    "shard {number}: {accepted} accepted, {finished} finished and {entries} in flight do not add up"
+                ));
+            }
+        }
+        for (place, model) in self.models.iter().enumerate() {
+            let (batches, counted) = (model.batches_total(), model.batch_rows.count());
+            let (real, padded) = (model.cells_real.get(), model.cells_padded.get());
+            if batches != counted || real > padded || model.rows.get() > model.rows_possible.get() {
+                return Err(format!(
+                    "model {}: {batches} batches ({counted} in the histogram) with {} rows of {} possible and {real} \
+                     real of {padded} cells do not add up",
+                    self.model_name(place),
+                    model.rows.get(),
+                    model.rows_possible.get()
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::vocab::{Code, SealReason};
+
+    const MODEL: ModelHandle = ModelHandle(0);
+
+    fn telemetry() -> Arc<Telemetry> {
+        Telemetry::new(&[ModelLabels { name: "echo".into(), version: "1".into() }], 2, 1)
+    }
+
+    #[test]
+    fn the_table_on_top_of_this_file_is_what_is_exported() {
+        let telemetry = telemetry();
+        telemetry.publish_limits(vec![("queue.rows_max".into(), 5)]);
+        let documented: BTreeSet<(String, String)> = include_str!("mod.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("//! | `ferry_"))
+            .map(|rest| {
+                let mut cells = rest.split('|').map(str::trim);
+                let name = cells.next().expect("split gives at least one").trim_end_matches('`');
+                (format!("ferry_{name}"), cells.next().expect("the type follows the name").to_owned())
+            })
+            .collect();
+        let exported: BTreeSet<(String, String)> = telemetry
+            .encode()
+            .lines()
+            .filter_map(|line| line.strip_prefix("# TYPE "))
+            .map(|rest| {
+                let (name, kind) = rest.split_once(' ').expect("TYPE has a name and a type");
+                let suffix = if kind == "counter" { "_total" } else { "" };
+                (format!("{name}{suffix}"), kind.to_owned())
+            })
+            .collect();
+        assert_eq!(documented, exported);
+    }
+
+    #[test]
+    fn requests_that_ended_and_those_in_flight_add_up_to_those_accepted() {
+        let telemetry = telemetry();
+        let shard = telemetry.shard(0);
+        shard.accepted(MODEL, 10);
+        shard.finished(MODEL, Code::Ok, 6);
+        shard.finished(MODEL, Code::Cancelled, 1);
+        shard.refused(Some(MODEL), Code::Overloaded);
+        shard.table_entries(3);
+        assert_eq!(shard.in_flight(), 3);
+        assert_eq!(telemetry.audit(), Ok(()));
+    }
+
+    #[test]
+    fn an_outcome_too_many_is_found() {
+        let telemetry = telemetry();
+        telemetry.shard(1).accepted(MODEL, 1);
+        telemetry.shard(1).finished(MODEL, Code::Ok, 1);
+        telemetry.shard(1).finished(MODEL, Code::DeadlineExceeded, 1);
+        let error = telemetry.audit().expect_err("two outcomes for one request");
+        assert!(error.contains("shard 1") && error.contains("echo"), "{error}");
+    }
+
+    #[test]
+    fn an_outcome_that_was_never_counted_is_found() {
+        let telemetry = telemetry();
+        telemetry.shard(0).accepted(MODEL, 2);
+        telemetry.shard(0).finished(MODEL, Code::Ok, 1);
+        telemetry.shard(0).table_entries(0);
+        let error = telemetry.audit().expect_err("one request vanished");
+        assert!(error.contains("2 accepted, 1 finished and 0 in flight"), "{error}");
+    }
+
+    #[test]
+    fn an_outcome_counted_for_another_model_is_found() {
+        let telemetry = telemetry();
+        telemetry.shard(0).accepted(MODEL, 1);
+        telemetry.shard(0).finished(ModelHandle(7), Code::Ok, 1);
+        telemetry.shard(0).table_entries(0);
+        assert!(telemetry.audit().expect_err("the sums agree, the models do not").contains(OTHER));
+    }
+
+    #[test]
+    fn a_batch_with_more_real_cells_than_cells_is_found() {
+        let telemetry = telemetry();
+        telemetry.model(MODEL).batch_sealed(SealReason::Full, 1, 1, 11, 10);
+        assert!(telemetry.audit().is_err());
+    }
+
+    #[test]
+    fn a_handle_that_names_no_model_counts_as_other() {
+        let telemetry = telemetry();
+        telemetry.shard(0).accepted(ModelHandle(999), 1);
+        telemetry.shard(0).refused(None, Code::NotFound);
+        telemetry.model(ModelHandle(999)).queue_delay(Duration::from_micros(3));
+        let text = telemetry.encode();
+        assert!(text.contains("ferry_requests_accepted_total{model=\"other\"} 1"), "{text}");
+        assert!(text.contains("ferry_requests_refused_total{model=\"other\",code=\"not_found\"} 1"), "{text}");
+        assert!(!text.contains("999"), "{text}");
+    }
+
+    #[test]
+    fn statistics_are_the_counters() {
+        let telemetry = telemetry();
+        telemetry.shard(0).accepted(MODEL, 3);
+        telemetry.shard(1).accepted(MODEL, 2);
+        telemetry.shard(0).finished(MODEL, Code::Ok, 3);
+        telemetry.model(MODEL).batch_sealed(SealReason::Full, 3, 4, 30, 48);
+        telemetry.executor(0).busy(Duration::from_micros(1500));
+        let stats = telemetry.stats_json();
+        assert_eq!(stats["accepted"], 5);
+        assert_eq!(stats["in_flight"], 2);
+        assert_eq!(stats["outcomes"]["ok"], 3);
+        assert_eq!(
+            stats["models"],
+            serde_json::json!({"echo": {
+                "batches": 1, "rows": 3, "rows_possible": 4, "cells_real": 30, "cells_padded": 48
+            }})
+        );
+        assert_eq!(stats["executors"], serde_json::json!([{"busy_us": 1500}]));
+        let keys: Vec<&String> = stats.as_object().expect("an object").keys().collect();
+        assert_eq!(keys.len(), 6, "{keys:?}");
+    }
+
+    #[test]
+    fn a_directory_of_many_models_makes_no_more_labels_than_allowed() {
+        let models: Vec<ModelLabels> =
+            (0..1000).map(|n| ModelLabels { name: format!("m{n}"), version: "1".into() }).collect();
+        let telemetry = Telemetry::new(&models, 1, 1);
+        telemetry.shard(0).accepted(ModelHandle(300), 1);
+        telemetry.shard(0).accepted(ModelHandle(301), 1);
+        let text = telemetry.encode();
+        assert_eq!(text.matches("ferry_model_info{").count(), MODELS_LABELLED_MAX);
+        assert!(text.contains("ferry_requests_accepted_total{model=\"other\"} 2"), "{text}");
+    }
+}
