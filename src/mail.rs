@@ -43,7 +43,7 @@ pub struct Burst {
 pub enum ToBatcher {
     Burst(Burst),
     Finished(Finished),
-    /// Admit nothing more, hold nothing back.
+    /// Hold nothing back any more.
     Drain,
     SetQueueDelay { model: ModelHandle, delay: Duration },
     /// End the thread. Sent when every shard has ended.

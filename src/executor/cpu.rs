@@ -19,9 +19,13 @@ pub struct CpuExecutor {
 }
 
 impl CpuExecutor {
-    /// Makes one instance of every model.
-    pub fn new(loaded: Vec<Arc<dyn LoadedModel>>) -> Result<CpuExecutor, ModelError> {
-        let instances = loaded.iter().map(|model| model.instantiate().map(Some)).collect::<Result<_, _>>()?;
+    /// Makes one instance of each model that is `mine`.
+    pub fn new(loaded: Vec<Arc<dyn LoadedModel>>, mine: &[bool]) -> Result<CpuExecutor, ModelError> {
+        let instances = loaded
+            .iter()
+            .zip(mine)
+            .map(|(model, mine)| mine.then(|| model.instantiate()).transpose())
+            .collect::<Result<_, _>>()?;
         Ok(CpuExecutor { loaded, instances })
     }
 }

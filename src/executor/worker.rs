@@ -13,10 +13,10 @@ use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Received, Sender};
 use crate::scatter;
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, Moment};
+use crate::vocab::{Code, ModelHandle, Moment, Refusal};
 
 use super::Executor;
-use super::batch::{BatchOutput, BatchView, RowError};
+use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::slot::{FilledSlot, Staging};
 
 /// An executor with what it needs to answer.
@@ -89,9 +89,30 @@ impl Worker {
     pub fn run_thread(mut self, slots: Receiver<FilledSlot>, batcher: Sender<ToBatcher>, spin: Duration) {
         while let Received::Message(slot) = slots.recv_until(None, spin) {
             let finished = self.run(slot);
-            // The batcher ends after its executors; if it is gone, so is everybody who could care.
-            let _ = batcher.send(ToBatcher::Finished(finished));
+            // If the batcher is gone, so is everybody who could care.
+            let _ = batcher.send_or_wait(ToBatcher::Finished(finished));
         }
+    }
+
+    /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers.
+    pub fn warm(&mut self, model: ModelHandle, shapes: &[(u32, u32)]) -> Result<(), Refusal> {
+        let contract = Arc::clone(&self.contracts[model.index()]);
+        let pads: Vec<Vec<u8>> = contract.inputs.iter().map(|spec| spec.pad_bytes()).collect();
+        for (rows, len) in shapes.iter().copied() {
+            let mut inputs: Vec<AlignedBytes> = Vec::new();
+            for (spec, pad) in contract.inputs.iter().zip(&pads) {
+                let mut input = AlignedBytes::default();
+                input.set_len(rows as usize * spec.row_bytes(len));
+                input.bytes_mut().chunks_exact_mut(pad.len()).for_each(|element| element.copy_from_slice(pad));
+                inputs.push(input);
+            }
+            let lens = vec![len; rows as usize];
+            let mut output = BatchOutput::default();
+            output.prepare(&contract, rows, len);
+            let view = BatchView { contract: &contract, rows, padded_len: len, lens: &lens, inputs: &inputs };
+            self.executor.run(model, view, &mut output).map_err(|failure| failure.refusal)?;
+        }
+        Ok(())
     }
 
     fn take_finished(&mut self, contract: &Arc<Contract>, slot: &FilledSlot) -> Arc<FinishedBatch> {

@@ -20,6 +20,7 @@ use futures_lite::{AsyncRead, AsyncWrite, FutureExt};
 use glommio::net::{TcpListener, TcpStream};
 use glommio::timer::sleep;
 use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
+use nix::sys::pthread::{Pthread, pthread_self};
 use std::os::fd::AsRawFd;
 
 use super::connection::{Connection, Phase};
@@ -56,20 +57,23 @@ pub struct Setup {
     pub batcher: Sender<ToBatcher>,
     pub tokenizer: Option<Sender<Request>>,
     /// Told once: listening, or why not.
-    pub ready: flume::Sender<Result<(), String>>,
+    pub ready: flume::Sender<Result<Pthread, String>>,
     /// Counts turns, for the watchdog.
     pub turns: Arc<AtomicU64>,
 }
 
-/// Starts the thread.
-pub fn start(setup: Setup) -> Result<ExecutorJoinHandle<()>, String> {
+/// Starts the thread. `notice` is dropped when it ends, in whatever way.
+pub fn start(setup: Setup, notice: impl Send + 'static) -> Result<ExecutorJoinHandle<()>, String> {
     let placement = setup.cpu.map_or(Placement::Unbound, Placement::Fixed);
     LocalExecutorBuilder::new(placement)
         .name(&format!("ferry-shard-{}", setup.index))
         // Registered buffers are for files; a shard has none.
         .io_memory(64 << 10)
         .spin_before_park(setup.options.spin)
-        .spawn(move || run(setup))
+        .spawn(move || async move {
+            let _notice = notice;
+            run(setup).await;
+        })
         .map_err(|error| format!("cannot start shard: {error}"))
 }
 
@@ -124,7 +128,8 @@ async fn run(setup: Setup) {
     });
     spawn("accept", accept(Rc::clone(&shard), listener));
     spawn("housekeeping", housekeep(Rc::clone(&shard)));
-    let _ = setup.ready.send(Ok(()));
+    let _ = setup.ready.send(Ok(pthread_self()));
+    drop(setup.ready);
     loop {
         poll_fn(|cx| {
             let mut state = shard.state.borrow_mut();

@@ -146,9 +146,6 @@ impl Scheduler {
 
     /// Admits a request or refuses it. A refused one was never queued.
     pub fn handle_arrival(&mut self, now: Moment, arrival: Arrival) -> Result<TicketId, Refusal> {
-        if self.draining {
-            return Err(Refusal::new(Code::Draining, "the server is shutting down"));
-        }
         let queue = self.models.get(arrival.model.index()).ok_or_else(|| {
             Refusal::new(Code::NotFound, format!("model handle {} is unknown", arrival.model.0))
         })?;
@@ -261,7 +258,7 @@ impl Scheduler {
         self.models[model.index()].policy.service.observe(service);
     }
 
-    /// From now on nothing is admitted and nothing is held back.
+    /// From now on nothing is held back. What arrives was accepted before the drain and is still served.
     pub fn drain(&mut self) {
         self.draining = true;
     }

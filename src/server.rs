@@ -1,0 +1,621 @@
+//! Builds every room, joins them with mailboxes, owns the order of start and of drain.
+//!
+//! Always true
+//! - Threads are fixed at start: shards, one batcher, executors, tokenizers, control, and the caller's, which watches.
+//! - Drain: shards stop accepting, what was accepted is answered, connections end, shards end, then the batcher, then
+//!   executors. A thread that ends before its turn is a fault: the rest drains and the process exits non-zero.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use glommio::ExecutorJoinHandle;
+use nix::sys::pthread::{Pthread, pthread_kill};
+use nix::sys::signal::Signal;
+use socket2::{Domain, Socket, Type};
+
+use crate::batcher::{self, Batcher, ExecutorLink, SeatOptions, ThreadOutlet};
+use crate::clock;
+use crate::config::Config;
+use crate::contract::Contract;
+use crate::control::admin::{self, ControlHandle, ControlOptions};
+use crate::control::lifecycle::Lifecycle;
+use crate::executor::cpu::CpuExecutor;
+use crate::executor::worker::Worker;
+use crate::executor::model::LoadedModel;
+use crate::frontend::watchdog::Watch;
+use crate::frontend::{self, Catalog, preflight, shard};
+use crate::mail::{Request, ToBatcher, ToShard};
+use crate::mailbox::{Receiver, Sender, mailbox};
+use crate::models::manifest::{Manifest, Placement};
+use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
+use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler};
+use crate::telemetry::{ModelLabels, Telemetry};
+use crate::tokenizers::Tokenizing;
+use crate::vocab::{ModelHandle, Moment, Refusal};
+
+/// Why the server did not start.
+#[derive(Debug)]
+pub enum StartError {
+    /// The machine does not allow it: each with what was found, what is needed and how to fix it. Exit status 78.
+    Preflight(Vec<preflight::PreflightError>),
+    /// A model cannot be served.
+    Models(repository::RepositoryError),
+    /// The models directory has nothing to serve.
+    NoModels(String),
+    /// A model failed while it was warmed.
+    WarmUp { model: String, refusal: Refusal },
+    Thread(String),
+}
+
+impl std::fmt::Display for StartError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            StartError::Preflight(errors) => {
+                let lines: Vec<String> = errors.iter().map(|error| error.to_string()).collect();
+                f.write_str(&lines.join("\n"))
+            }
+            StartError::Models(error) => error.fmt(f),
+            StartError::NoModels(directory) => write!(f, "{directory} holds no model that can be served"),
+            StartError::WarmUp { model, refusal } => write!(f, "model {model} failed its warm-up: {refusal}"),
+            StartError::Thread(message) => f.write_str(message),
+        }
+    }
+}
+
+impl std::error::Error for StartError {}
+
+/// How a server ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// All that was accepted was answered.
+    Drained,
+    /// The drain was cut short: what was left was answered `executor_failed`.
+    Aborted,
+    /// A thread ended that should not have.
+    Fault(String),
+}
+
+/// What the watching thread is told.
+#[derive(Debug)]
+enum Event {
+    Drain,
+    Abort,
+    /// A thread ended: its name, and whether by a panic.
+    Exit { thread: String, panicked: bool },
+}
+
+/// Stops a running server, from any thread.
+#[derive(Clone, Debug)]
+pub struct Stopper(flume::Sender<Event>);
+
+impl Stopper {
+    /// Accept nothing more, finish what was accepted, end.
+    pub fn drain(&self) {
+        let _ = self.0.send(Event::Drain);
+    }
+
+    /// End now: answer what is unanswered with `executor_failed`.
+    pub fn abort(&self) {
+        let _ = self.0.send(Event::Abort);
+    }
+}
+
+/// Tells the watching thread when the thread that holds it ends.
+pub struct ExitNotice {
+    thread: String,
+    events: flume::Sender<Event>,
+}
+
+impl Drop for ExitNotice {
+    fn drop(&mut self) {
+        let _ = self.events.send(Event::Exit { thread: self.thread.clone(), panicked: std::thread::panicking() });
+    }
+}
+
+struct ShardHandle {
+    thread: ExecutorJoinHandle<()>,
+    mail: Sender<ToShard>,
+    watch: Watch,
+    pthread: Pthread,
+}
+
+/// A running server.
+pub struct ServerHandle {
+    pub data_addr: SocketAddr,
+    pub control_addr: SocketAddr,
+    pub models: Vec<String>,
+    /// Described but not delivered, with the reason and what to do.
+    pub skipped: Vec<repository::Skipped>,
+    pub telemetry: Arc<Telemetry>,
+    events: flume::Receiver<Event>,
+    stopper: Stopper,
+    shards: Vec<ShardHandle>,
+    batcher_mail: Sender<ToBatcher>,
+    batcher: JoinHandle<()>,
+    others: Vec<JoinHandle<()>>,
+    lifecycle: Arc<Lifecycle>,
+    control: ControlHandle,
+    drain_timeout: Duration,
+}
+
+/// Hooks that only tests use.
+#[derive(Clone, Debug, Default)]
+pub struct TestHooks {
+    /// A request with this id panics in its connection's task.
+    pub panic_on_request_id: Option<u64>,
+}
+
+/// Loads the models, starts every thread, and returns when all are warm and the ports are open.
+pub fn start(config: &Config) -> Result<ServerHandle, StartError> {
+    start_with(config, TestHooks::default())
+}
+
+pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, StartError> {
+    preflight::run(&preflight_options(config)).map_err(StartError::Preflight)?;
+    let repository = repository::load_all(&config.models, &LoadOptions::default()).map_err(StartError::Models)?;
+    if repository.models.is_empty() {
+        return Err(StartError::NoModels(config.models.display().to_string()));
+    }
+    install_nudge_handler()?;
+    build(config, &hooks, repository)
+}
+
+fn preflight_options(config: &Config) -> preflight::PreflightOptions {
+    preflight::PreflightOptions {
+        listen: config.listen,
+        control: config.control,
+        shards: config.threads.shards,
+        connections_max: config.frontend.connections_max,
+    }
+}
+
+/// Everything that rooms share while the server is being built.
+struct Plan<'a> {
+    config: &'a Config,
+    models: &'a [ModelEntry],
+    groups: Vec<Group>,
+    contracts: Vec<Arc<Contract>>,
+    telemetry: Arc<Telemetry>,
+    shards: Vec<Sender<ToShard>>,
+    batcher: Sender<ToBatcher>,
+    events: flume::Sender<Event>,
+}
+
+fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<ServerHandle, StartError> {
+    let models = &repository.models;
+    let contracts: Vec<Arc<Contract>> = models.iter().map(|model| Arc::new(model.model.contract().clone())).collect();
+    let groups: Vec<Group> = models.iter().map(|model| group_of(&model.manifest)).collect();
+    let seats = config.threads.executors + usize::from(groups.contains(&Group::Inline));
+    let telemetry = Telemetry::new(&labels_of(&contracts), config.threads.shards, seats);
+    let lifecycle = Arc::new(Lifecycle::new());
+    let (reserved, data_addr) = reserve_port(config.listen).map_err(StartError::Thread)?;
+    let (events_sender, events) = flume::unbounded();
+    let stopper = Stopper(events_sender.clone());
+
+    // A shard's mailbox holds what its in-flight table can cause; the batcher's a burst per busy connection and more.
+    let in_flight_max = config.queue.rows_max.saturating_mul(2).max(1024);
+    let (shard_mail, shard_mailboxes): (Vec<_>, Vec<_>) =
+        (0..config.threads.shards).map(|_| mailbox::<ToShard>(2 * in_flight_max as usize + 64)).unzip();
+    let (batcher_mail, batcher_mailbox) = mailbox(4096 * config.threads.shards + 1024);
+    let plan = Plan {
+        config,
+        models,
+        groups,
+        contracts,
+        telemetry: Arc::clone(&telemetry),
+        shards: shard_mail,
+        batcher: batcher_mail,
+        events: events_sender,
+    };
+
+    let mut others = Vec::new();
+    let (links, seats) = start_executors(&plan, &mut others)?;
+    let texts = start_tokenizers(&plan, &mut others)?;
+    let batcher = start_batcher(&plan, links, &seats, batcher_mailbox)?;
+    let catalog = Arc::new(Catalog::new(&plan.contracts));
+    let options = shard_options(config, hooks, in_flight_max);
+    let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
+    // Shards hold the port now.
+    drop(reserved);
+
+    let drain = stopper.clone();
+    let contract_json = |entry: &frontend::CatalogEntry| serde_json::to_value(&*entry.contract).expect("plain data");
+    let control = admin::spawn(ControlOptions {
+        addr: config.control,
+        telemetry: Arc::clone(&telemetry),
+        lifecycle: Arc::clone(&lifecycle),
+        models: catalog.entries.iter().map(contract_json).collect(),
+        config_toml: config.to_toml(),
+        on_drain: Arc::new(move || drain.drain()),
+    })
+    .map_err(|error| StartError::Thread(format!("control port {}: {error}", config.control)))?;
+    lifecycle.serving();
+    Ok(ServerHandle {
+        data_addr,
+        control_addr: control.addr,
+        models: plan.contracts.iter().map(|contract| contract.name.clone()).collect(),
+        telemetry,
+        events,
+        stopper,
+        shards,
+        batcher_mail: plan.batcher,
+        batcher,
+        others,
+        lifecycle,
+        control,
+        drain_timeout: config.drain_timeout,
+        skipped: repository.skipped,
+    })
+}
+
+fn labels_of(contracts: &[Arc<Contract>]) -> Vec<ModelLabels> {
+    contracts
+        .iter()
+        .map(|contract| ModelLabels { name: contract.name.clone(), version: contract.version.clone() })
+        .collect()
+}
+
+fn group_of(manifest: &Manifest) -> Group {
+    match manifest.placement {
+        Placement::Executor => Group::Executors,
+        Placement::Inline => Group::Inline,
+    }
+}
+
+/// How a model's manifest says it is batched.
+pub fn policy_of(manifest: &Manifest) -> Policy {
+    let batching = &manifest.batching;
+    let queue = &manifest.queue;
+    let buckets = match batching.buckets.as_slice() {
+        [] => Buckets::geometric(manifest.contract.len_max()),
+        lens => Buckets::new(lens).expect("the manifest checked its buckets"),
+    };
+    Policy {
+        rows_max: batching.rows_max,
+        cells_max: batching.padded_cells_max,
+        queue_delay_max: batching.queue_delay_max,
+        buckets,
+        fill_waste_max: batching.fill_waste_max.unwrap_or(FILL_WASTE_MAX),
+        group: group_of(manifest),
+        queue: QueueLimits {
+            rows_max: queue.rows_max.unwrap_or(u64::MAX),
+            cells_max: queue.cells_max.unwrap_or(u64::MAX),
+            bytes_max: queue.bytes_max.unwrap_or(u64::MAX),
+        },
+        service: Default::default(),
+    }
+}
+
+/// Shorter rows fill a batch while at most this share of them is padding.
+const FILL_WASTE_MAX: f64 = 0.25;
+
+/// Starts the executor threads and the inline worker; returns when all of them are warm.
+fn start_executors(
+    plan: &Plan<'_>,
+    others: &mut Vec<JoinHandle<()>>,
+) -> Result<(Vec<ExecutorLink>, Vec<SeatOptions>), StartError> {
+    let slots = plan.config.executor.slots;
+    let spin = plan.config.frontend.spin;
+    let mut links = Vec::new();
+    let mut seats = Vec::new();
+    let (warm_sender, warm) = flume::unbounded();
+    for index in 0..plan.config.threads.executors {
+        let (sender, receiver) = mailbox(slots as usize);
+        links.push(ExecutorLink::Thread(sender));
+        seats.push(SeatOptions { group: Group::Executors, slots });
+        let make = worker_maker(plan, index, Group::Executors);
+        let (batcher, warm) = (plan.batcher.clone(), warm_sender.clone());
+        others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || match make() {
+            Ok(worker) => {
+                let _ = warm.send(Ok(()));
+                drop(warm);
+                worker.run_thread(receiver, batcher, spin);
+            }
+            Err(error) => drop(warm.send(Err(error))),
+        })?);
+    }
+    drop(warm_sender);
+    if plan.groups.contains(&Group::Inline) {
+        let worker = worker_maker(plan, links.len(), Group::Inline)()?;
+        links.push(ExecutorLink::Inline(Box::new(worker)));
+        seats.push(SeatOptions { group: Group::Inline, slots: 1 });
+    }
+    for _ in 0..plan.config.threads.executors {
+        match warm.recv() {
+            Ok(outcome) => outcome?,
+            Err(_) => return Err(StartError::Thread("an executor ended while it was warmed".into())),
+        }
+    }
+    Ok((links, seats))
+}
+
+/// What makes and warms an executor's worker, on the thread that will run it: its memory is touched there first.
+fn worker_maker(
+    plan: &Plan<'_>,
+    index: usize,
+    group: Group,
+) -> impl FnOnce() -> Result<Worker, StartError> + Send + 'static {
+    let loaded: Vec<Arc<dyn LoadedModel>> = plan.models.iter().map(|model| Arc::clone(&model.model)).collect();
+    let mine: Vec<bool> = plan.groups.iter().map(|of_model| *of_model == group).collect();
+    let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
+    let (contracts, shards) = (plan.contracts.clone(), plan.shards.clone());
+    let telemetry = Arc::clone(&plan.telemetry);
+    move || {
+        let executor = CpuExecutor::new(loaded, &mine)
+            .map_err(|error| StartError::Thread(format!("executor {index}: {error}")))?;
+        let mut worker = Worker::new(index, Box::new(executor), contracts.clone(), shards, telemetry);
+        for (at, contract) in contracts.iter().enumerate() {
+            if mine[at] {
+                worker
+                    .warm(ModelHandle(at as u16), &shapes[at])
+                    .map_err(|refusal| StartError::WarmUp { model: contract.name.clone(), refusal })?;
+            }
+        }
+        Ok(worker)
+    }
+}
+
+/// Tokenizer threads, only where a model takes text.
+fn start_tokenizers(
+    plan: &Plan<'_>,
+    others: &mut Vec<JoinHandle<()>>,
+) -> Result<Option<Sender<Request>>, StartError> {
+    let tokenizers: Vec<_> = plan.models.iter().map(|model| model.tokenizer.clone()).collect();
+    if tokenizers.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let (sender, receiver) = mailbox(TEXTS_MAX);
+    let receiver = Arc::new(receiver);
+    for index in 0..plan.config.threads.tokenizers {
+        let tokenizing = Tokenizing {
+            tokenizers: tokenizers.clone(),
+            texts: Arc::clone(&receiver),
+            batcher: plan.batcher.clone(),
+            shards: plan.shards.clone(),
+        };
+        others.push(spawn_thread(format!("ferry-tok-{index}"), &plan.events, move || tokenizing.run())?);
+    }
+    Ok(Some(sender))
+}
+
+/// Texts that may wait for a tokenizer.
+const TEXTS_MAX: usize = 4096;
+
+fn start_batcher(
+    plan: &Plan<'_>,
+    executors: Vec<ExecutorLink>,
+    seats: &[SeatOptions],
+    mailbox: Receiver<ToBatcher>,
+) -> Result<JoinHandle<()>, StartError> {
+    let queue = &plan.config.queue;
+    let limits =
+        QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
+    let policies = plan.models.iter().map(|model| policy_of(&model.manifest)).collect();
+    let scheduler = Scheduler::new(limits, policies);
+    let outlet = ThreadOutlet { executors, shards: plan.shards.clone() };
+    let telemetry = Arc::clone(&plan.telemetry);
+    let batcher = Batcher::new(scheduler, outlet, &plan.contracts, seats, plan.shards.len(), telemetry);
+    let spin = plan.config.frontend.spin;
+    spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))
+}
+
+/// Starts the shards, last: from here on requests come. Returns when all of them listen.
+fn start_shards(
+    plan: &Plan<'_>,
+    listen: SocketAddr,
+    options: &frontend::Options,
+    catalog: &Arc<Catalog>,
+    texts: Option<&Sender<Request>>,
+    mailboxes: Vec<Receiver<ToShard>>,
+) -> Result<Vec<ShardHandle>, StartError> {
+    let cpus = available_cpus();
+    let mut shards = Vec::new();
+    for (index, mailbox) in mailboxes.into_iter().enumerate() {
+        let turns = Arc::new(AtomicU64::new(0));
+        let (ready_sender, ready) = flume::bounded(1);
+        let pin = plan.config.threads.pin && cpus.len() >= plan.shards.len();
+        let setup = shard::Setup {
+            index: index as u16,
+            listen,
+            cpu: pin.then(|| cpus[index]),
+            options: options.clone(),
+            catalog: Arc::clone(catalog),
+            telemetry: Arc::clone(&plan.telemetry),
+            mailbox,
+            batcher: plan.batcher.clone(),
+            tokenizer: texts.cloned(),
+            ready: ready_sender,
+            turns: Arc::clone(&turns),
+        };
+        let notice = ExitNotice { thread: format!("ferry-shard-{index}"), events: plan.events.clone() };
+        let thread = shard::start(setup, notice).map_err(StartError::Thread)?;
+        let pthread = match ready.recv_timeout(SHARD_START_MAX) {
+            Ok(Ok(pthread)) => pthread,
+            Ok(Err(message)) => return Err(StartError::Thread(message)),
+            Err(flume::RecvTimeoutError::Disconnected) => {
+                let reason = thread.join().err().map_or("for no known reason".into(), |error| error.to_string());
+                return Err(StartError::Thread(format!("shard {index} ended at its start: {reason}")));
+            }
+            Err(flume::RecvTimeoutError::Timeout) => {
+                return Err(StartError::Thread(format!("shard {index} did not start within {SHARD_START_MAX:?}")));
+            }
+        };
+        let mail = plan.shards[index].clone();
+        shards.push(ShardHandle { thread, mail, watch: Watch::new(turns), pthread });
+    }
+    Ok(shards)
+}
+
+const SHARD_START_MAX: Duration = Duration::from_secs(10);
+
+fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> frontend::Options {
+    let limits = &config.frontend;
+    frontend::Options {
+        connections_max: limits.connections_max.div_ceil(config.threads.shards as u32),
+        credit_requests: limits.credit_requests,
+        credit_bytes: limits.credit_bytes,
+        payload_bytes_max: limits.payload_bytes_max,
+        output_bytes_max: limits.output_bytes_max,
+        in_flight_max,
+        hello_timeout: limits.hello_timeout,
+        frame_timeout: limits.frame_timeout,
+        stall_timeout: limits.stall_timeout,
+        idle_timeout: limits.idle_timeout,
+        spin: limits.spin,
+        panic_on_request_id: hooks.panic_on_request_id,
+    }
+}
+
+/// The cores this process may run on.
+fn available_cpus() -> Vec<usize> {
+    let Ok(set) = nix::sched::sched_getaffinity(nix::unistd::Pid::from_raw(0)) else { return Vec::new() };
+    (0..nix::sched::CpuSet::count()).filter(|cpu| set.is_set(*cpu).unwrap_or(false)).collect()
+}
+
+/// Binds the port without listening, so that port 0 becomes one number for all shards and nobody else takes it.
+fn reserve_port(listen: SocketAddr) -> Result<(Socket, SocketAddr), String> {
+    let reserve = || -> std::io::Result<(Socket, SocketAddr)> {
+        let socket = Socket::new(Domain::for_address(listen), Type::STREAM, None)?;
+        socket.set_reuse_port(true)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&listen.into())?;
+        let addr = socket.local_addr()?.as_socket().unwrap_or(listen);
+        Ok((socket, addr))
+    };
+    reserve().map_err(|error| format!("cannot bind {listen}: {error}"))
+}
+
+fn spawn_thread(
+    name: String,
+    events: &flume::Sender<Event>,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, StartError> {
+    let notice = ExitNotice { thread: name.clone(), events: events.clone() };
+    std::thread::Builder::new()
+        .name(name.clone())
+        .spawn(move || {
+            let _notice = notice;
+            body();
+        })
+        .map_err(|error| StartError::Thread(format!("cannot start thread {name}: {error}")))
+}
+
+/// How often a busy server's shards are looked at.
+const WATCH_BUSY: Duration = Duration::from_millis(20);
+const WATCH_IDLE: Duration = Duration::from_millis(500);
+
+impl ServerHandle {
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
+    }
+
+    /// Accept nothing more, finish what was accepted, end. `wait` returns then.
+    pub fn drain(&self) {
+        self.stopper.drain();
+    }
+
+    /// Watches the threads until the server has ended, by drain, abort or fault.
+    pub fn wait(mut self) -> Ending {
+        let mut ending = Ending::Drained;
+        let mut shards_left = self.shards.len();
+        let mut give_up_at: Option<Moment> = None;
+        let mut aborted = false;
+        while shards_left > 0 {
+            let busy = give_up_at.is_some() || self.telemetry.in_flight() > 0;
+            match self.events.recv_timeout(if busy { WATCH_BUSY } else { WATCH_IDLE }) {
+                Ok(Event::Drain) if give_up_at.is_none() => {
+                    give_up_at = Some(self.start_drain());
+                }
+                // A second request to stop ends at once, after a word to everybody who waits.
+                Ok(Event::Drain | Event::Abort) => {
+                    give_up_at.get_or_insert_with(|| clock::now() + self.drain_timeout);
+                    aborted = true;
+                    ending = Ending::Aborted;
+                    self.abort_shards();
+                }
+                Ok(Event::Exit { thread, panicked }) => {
+                    let shard = thread.starts_with("ferry-shard");
+                    shards_left -= usize::from(shard);
+                    if panicked || give_up_at.is_none() || !shard {
+                        tracing::error!(thread, panicked, "a thread ended before its turn; draining the rest");
+                        ending = Ending::Fault(format!("thread {thread} ended before its turn"));
+                        give_up_at.get_or_insert_with(|| self.start_drain());
+                        if !shard && !aborted {
+                            // Nobody is left to run what waits.
+                            aborted = true;
+                            self.abort_shards();
+                        }
+                    }
+                }
+                Err(_) => {}
+            }
+            if give_up_at.is_some_and(|at| clock::now() >= at) && !aborted {
+                tracing::error!(timeout = ?self.drain_timeout, "the drain took too long; answering what is left with executor_failed");
+                aborted = true;
+                ending = Ending::Aborted;
+                self.abort_shards();
+            }
+            self.nudge_stalled_shards();
+        }
+        self.end_threads(&ending);
+        ending
+    }
+
+    fn start_drain(&self) -> Moment {
+        tracing::info!("draining");
+        self.lifecycle.draining();
+        for shard in &self.shards {
+            let _ = shard.mail.send_or_wait(ToShard::Drain);
+        }
+        let _ = self.batcher_mail.send_or_wait(ToBatcher::Drain);
+        clock::now() + self.drain_timeout
+    }
+
+    fn abort_shards(&self) {
+        for shard in &self.shards {
+            let _ = shard.mail.send_or_wait(ToShard::Abort);
+        }
+    }
+
+    fn nudge_stalled_shards(&mut self) {
+        for (index, shard) in self.shards.iter_mut().enumerate() {
+            if shard.watch.look(!shard.mail.is_empty()) {
+                tracing::warn!(shard = index, "a shard has mail and does not move; nudging it");
+                self.telemetry.shard(index).stall();
+                // The thread is not joined yet, so its id is valid.
+                let _ = pthread_kill(shard.pthread, NUDGE);
+            }
+        }
+    }
+
+    /// Joins what is left, in the order in which each becomes idle for ever.
+    fn end_threads(self, ending: &Ending) {
+        for shard in self.shards {
+            let _ = shard.thread.join();
+        }
+        let _ = self.batcher_mail.send_or_wait(ToBatcher::Stop);
+        // A model that hangs must not keep the process: after an abort or a fault, executors are left to its end.
+        if *ending == Ending::Drained {
+            let _ = self.batcher.join();
+            for thread in self.others {
+                let _ = thread.join();
+            }
+        }
+        self.lifecycle.stopped();
+        self.control.stop();
+    }
+}
+
+/// Interrupts a shard's wait in the kernel. Its handler does nothing; that it is handled is the point.
+const NUDGE: Signal = Signal::SIGURG;
+
+/// Makes [`NUDGE`] harmless. Once per process, before any shard starts.
+fn install_nudge_handler() -> Result<(), StartError> {
+    let flag = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    signal_hook::flag::register(signal_hook::consts::SIGURG, flag)
+        .map(drop)
+        .map_err(|error| StartError::Thread(format!("cannot handle SIGURG: {error}")))
+}
