@@ -5,6 +5,7 @@ pub mod batcher;
 pub mod clock;
 pub mod config;
 pub mod contract;
+pub mod control;
 pub mod executor;
 pub mod frontend;
 pub mod mail;

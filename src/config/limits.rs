@@ -225,6 +225,18 @@ impl Setting {
         }
     }
 
+    /// The field's value as JSON.
+    pub fn json(&self, config: &Config) -> serde_json::Value {
+        let text = self.read(config);
+        match self.access {
+            Access::Addr(_) | Access::Path(_) | Access::Format(_) | Access::Level(_) => {
+                let table: toml::Table = toml::from_str(&format!("value = {text}")).expect("quoted() writes TOML");
+                table["value"].as_str().into()
+            }
+            _ => serde_json::from_str(&text).expect("numbers and booleans are the same in TOML and JSON"),
+        }
+    }
+
     /// Checks a value and stores it. The error says what was expected and what came.
     pub fn write(&self, config: &mut Config, value: &Value) -> Result<(), String> {
         let key = self.key;

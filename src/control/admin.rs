@@ -1,0 +1,345 @@
+//! The control port: health, readiness, models, metrics, statistics, configuration, drain. HTTP/1 on one thread.
+//!
+//! | request | answer |
+//! | --- | --- |
+//! | `GET /healthz` | 200 while the process lives |
+//! | `GET /readyz` | 200 when requests would be served, else 503 with the reason |
+//! | `GET /v1/models` | contracts, each with `ready` |
+//! | `GET /metrics` | OpenMetrics text |
+//! | `GET /stats` | cumulative counts as JSON |
+//! | `GET /config` | the effective configuration as TOML |
+//! | `POST /drain` | 202; the server begins to drain |
+//!
+//! Always true
+//! - Connections, bytes of a request, time of a request and requests per second are bounded: a caller that hammers,
+//!   dawdles or floods costs this thread a bounded share of a core, and the data path nothing.
+//! - Health and readiness are answered beyond the request rate, so that a busy scraper cannot make a supervisor
+//!   think that the server is dead.
+//! - A page in a browser cannot drain the server: requests that carry an `Origin` are refused for `POST`.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use axum::extract::{Request, State};
+use axum::http::{StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::Sleep;
+
+use super::lifecycle::Lifecycle;
+use crate::clock;
+use crate::telemetry::Telemetry;
+use crate::vocab::Moment;
+
+/// Connections at once; the next wait in the kernel's queue until one ends.
+pub const CONNECTIONS_MAX: usize = 64;
+/// Bytes of one request, its head and body together.
+pub const REQUEST_BYTES_MAX: usize = 16 * 1024;
+/// From connecting, or from the last byte of the answer before, to the first byte of the answer; and for any pause
+/// while an answer is taken.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
+/// Requests per second in the long run, and at once after a pause.
+pub const RATE: u32 = 100;
+
+/// What the control port serves.
+pub struct ControlOptions {
+    pub addr: SocketAddr,
+    pub telemetry: Arc<Telemetry>,
+    pub lifecycle: Arc<Lifecycle>,
+    /// Contracts, in the order of their handles.
+    pub models: Vec<serde_json::Value>,
+    pub config_toml: String,
+    /// Begins the drain. Called once for each `POST /drain`, on the control thread: it must not wait.
+    pub on_drain: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// The running control port. Dropping it ends the thread.
+#[derive(Debug)]
+pub struct ControlHandle {
+    pub addr: SocketAddr,
+    end: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ControlHandle {
+    /// Ends the thread and waits for it. Requests that are being answered are cut.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed; there is nothing left to lose with it.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for ControlHandle {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Binds the port and starts its thread.
+pub fn spawn(options: ControlOptions) -> io::Result<ControlHandle> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+    let listener = std::net::TcpListener::bind(options.addr)?;
+    listener.set_nonblocking(true)?;
+    let addr = listener.local_addr()?;
+    let listener = {
+        let _inside = runtime.enter();
+        TcpListener::from_std(listener)?
+    };
+    let router = router(options);
+    let (end, ended) = oneshot::channel::<()>();
+    let thread = std::thread::Builder::new().name("ferry-control".into()).spawn(move || {
+        runtime.block_on(async {
+            let serve = axum::serve(Bounded::new(listener), router);
+            tokio::select! {
+                _ = serve => {}
+                _ = ended => {} // by drop, too
+            }
+        });
+        // Connections are dropped with the runtime; no blocking task is ever started on it.
+        runtime.shutdown_background();
+    })?;
+    Ok(ControlHandle { addr, end: Some(end), thread: Some(thread) })
+}
+
+struct Shared {
+    options: ControlOptions,
+    rate: Mutex<Rate>,
+}
+
+fn router(options: ControlOptions) -> Router {
+    let shared = Arc::new(Shared { options, rate: Mutex::new(Rate::new(RATE, clock::now())) });
+    let paced = Router::new()
+        .route("/v1/models", get(models))
+        .route("/metrics", get(metrics))
+        .route("/stats", get(stats))
+        .route("/config", get(config))
+        .fallback(unknown)
+        .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
+    Router::new()
+        .route("/healthz", get(health))
+        .route("/readyz", get(ready))
+        .route("/drain", post(drain)) // never refused for rate: it is what ends an overload
+        .merge(paced)
+        .with_state(shared)
+}
+
+async fn health() -> &'static str {
+    "ok\n"
+}
+
+async fn ready(State(shared): State<Arc<Shared>>) -> Response {
+    match shared.options.lifecycle.ready() {
+        Ok(()) => "ready\n".into_response(),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")).into_response(),
+    }
+}
+
+async fn models(State(shared): State<Arc<Shared>>) -> Response {
+    let lifecycle = &shared.options.lifecycle;
+    let models: Vec<serde_json::Value> = shared
+        .options
+        .models
+        .iter()
+        .enumerate()
+        .map(|(handle, contract)| {
+            let name = contract["name"].as_str().unwrap_or_default();
+            serde_json::json!({
+                "name": name,
+                "version": contract["version"],
+                "handle": handle,
+                "ready": lifecycle.serves(name),
+                "contract": contract,
+            })
+        })
+        .collect();
+    Json(serde_json::json!({ "state": lifecycle.state().name(), "models": models })).into_response()
+}
+
+async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, kind)], shared.options.telemetry.encode()).into_response()
+}
+
+async fn stats(State(shared): State<Arc<Shared>>) -> Response {
+    Json(shared.options.telemetry.stats_json()).into_response()
+}
+
+async fn config(State(shared): State<Arc<Shared>>) -> Response {
+    ([(header::CONTENT_TYPE, "application/toml")], shared.options.config_toml.clone()).into_response()
+}
+
+async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    if request.headers().contains_key(header::ORIGIN) {
+        return (StatusCode::FORBIDDEN, "a page in a browser may not drain the server\n").into_response();
+    }
+    (shared.options.on_drain)();
+    tracing::info!("drain asked for on the control port");
+    (StatusCode::ACCEPTED, Json(serde_json::json!({ "state": "draining" }))).into_response()
+}
+
+async fn unknown() -> Response {
+    let known = "known are /healthz /readyz /v1/models /metrics /stats /config, and POST /drain\n";
+    (StatusCode::NOT_FOUND, known).into_response()
+}
+
+async fn pace(State(shared): State<Arc<Shared>>, request: Request, next: Next) -> Response {
+    let allowed = shared.rate.lock().expect("nobody panics while holding the rate").take(clock::now());
+    if allowed {
+        next.run(request).await
+    } else {
+        let message = format!("the control port answers {RATE} requests per second\n");
+        (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], message).into_response()
+    }
+}
+
+/// A bucket of tokens: holds one second's worth, refills evenly.
+#[derive(Debug)]
+struct Rate {
+    interval: Duration,
+    burst: Duration,
+    /// When the bucket would be full if nothing more were taken.
+    full_at: Moment,
+}
+
+impl Rate {
+    fn new(per_second: u32, now: Moment) -> Rate {
+        Rate { interval: Duration::from_secs(1) / per_second, burst: Duration::from_secs(1), full_at: now }
+    }
+
+    fn take(&mut self, now: Moment) -> bool {
+        let full_at = self.full_at.max(now) + self.interval;
+        let allowed = full_at <= now + self.burst;
+        if allowed {
+            self.full_at = full_at;
+        }
+        allowed
+    }
+}
+
+/// Accepts at most [`CONNECTIONS_MAX`] connections at once.
+struct Bounded {
+    listener: TcpListener,
+    seats: Arc<Semaphore>,
+}
+
+impl Bounded {
+    fn new(listener: TcpListener) -> Bounded {
+        Bounded { listener, seats: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+    }
+}
+
+impl axum::serve::Listener for Bounded {
+    type Io = Guarded;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Guarded, SocketAddr) {
+        let seat = Arc::clone(&self.seats).acquire_owned().await.expect("the seats are never closed");
+        loop {
+            match self.listener.accept().await {
+                Ok((stream, addr)) => return (Guarded::new(stream, seat), addr),
+                // Out of files, or the peer went away: neither gets better by asking again at once.
+                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            }
+        }
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A connection that ends when a request takes too long or is too long.
+struct Guarded {
+    stream: TcpStream,
+    /// Bytes read since the last were written.
+    request_bytes: usize,
+    deadline: Pin<Box<Sleep>>,
+    _seat: OwnedSemaphorePermit,
+}
+
+impl Guarded {
+    fn new(stream: TcpStream, seat: OwnedSemaphorePermit) -> Guarded {
+        Guarded { stream, request_bytes: 0, deadline: Box::pin(tokio::time::sleep(REQUEST_TIMEOUT)), _seat: seat }
+    }
+
+    fn overdue(&mut self, context: &mut Context<'_>) -> io::Result<()> {
+        match self.deadline.as_mut().poll(context) {
+            Poll::Ready(()) => Err(io::Error::new(io::ErrorKind::TimedOut, "the request took too long")),
+            Poll::Pending => Ok(()),
+        }
+    }
+
+    /// Something was written: the request has been read, and the time for the next begins.
+    fn progressed(&mut self) {
+        self.request_bytes = 0;
+        let until = tokio::time::Instant::from_std(clock::instant_of(clock::now() + REQUEST_TIMEOUT));
+        self.deadline.as_mut().reset(until);
+    }
+}
+
+impl AsyncRead for Guarded {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        this.overdue(context)?;
+        let before = buffer.filled().len();
+        let read = Pin::new(&mut this.stream).poll_read(context, buffer);
+        this.request_bytes += buffer.filled().len() - before;
+        if this.request_bytes > REQUEST_BYTES_MAX {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the request is too long")));
+        }
+        read
+    }
+}
+
+impl AsyncWrite for Guarded {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        this.overdue(context)?;
+        let written = Pin::new(&mut this.stream).poll_write(context, bytes);
+        if let Poll::Ready(Ok(1..)) = written {
+            this.progressed();
+        }
+        written
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_of_requests_is_allowed_at_once_and_then_one_for_each_interval() {
+        let mut rate = Rate::new(100, Moment::ZERO);
+        let now = Moment::ZERO + Duration::from_secs(5);
+        assert_eq!((0..1000).filter(|_| rate.take(now)).count(), 100);
+        assert!(!rate.take(now + Duration::from_micros(9_999)));
+        assert!(rate.take(now + Duration::from_millis(10)));
+        assert!(!rate.take(now + Duration::from_millis(10)));
+    }
+}
