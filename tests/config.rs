@@ -1,0 +1,259 @@
+//! The configuration from outside: files and settings in, values or a complete list of mistakes out.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use ferry::config::file::Value;
+use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memory_total, setting};
+use ferry::config::{Config, LogFormat, Machine};
+use proptest::prelude::*;
+
+const MACHINE: Machine = Machine { cores: 8, nofile: 20_000 };
+
+/// The configuration of a file with this text.
+fn of_file(text: &str) -> Result<Config, Vec<String>> {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(file.path(), text).expect("it can be written");
+    let shown = file.path().display().to_string();
+    Config::load_on(MACHINE, Some(file.path()), &[])
+        .map_err(|errors| errors.0.iter().map(|error| error.to_string().replace(&shown, "FILE")).collect())
+}
+
+fn of_sets(sets: &[&str]) -> Result<Config, Vec<String>> {
+    let sets: Vec<String> = sets.iter().map(ToString::to_string).collect();
+    Config::load_on(MACHINE, None, &sets).map_err(|errors| errors.0.iter().map(ToString::to_string).collect())
+}
+
+fn mistakes(result: Result<Config, Vec<String>>) -> Vec<String> {
+    result.expect_err("a mistake was planted")
+}
+
+#[test]
+fn without_a_file_every_default_is_the_documented_one() {
+    let config = of_sets(&[]).expect("defaults contradict nothing");
+    assert_eq!(config.listen, "127.0.0.1:7600".parse::<SocketAddr>().expect("an address"));
+    assert_eq!(config.control, "127.0.0.1:7601".parse::<SocketAddr>().expect("an address"));
+    assert_eq!(config.models, PathBuf::from("models"));
+    assert_eq!(config.drain_timeout, Duration::from_secs(30));
+    assert_eq!((config.threads.shards, config.threads.executors), (2, 6));
+    assert_eq!((config.threads.tokenizers, config.threads.pin), (1, true));
+    assert_eq!(config.frontend.connections_max, 10_000);
+    assert_eq!((config.frontend.credit_requests, config.frontend.credit_bytes), (256, 64 << 20));
+    assert_eq!((config.frontend.payload_bytes_max, config.frontend.output_bytes_max), (16 << 20, 4 << 20));
+    assert_eq!(config.frontend.hello_timeout, Duration::from_secs(3));
+    assert_eq!(config.frontend.frame_timeout, Duration::from_secs(5));
+    assert_eq!(config.frontend.stall_timeout, Duration::from_secs(10));
+    assert_eq!(config.frontend.idle_timeout, Duration::from_secs(300));
+    assert_eq!(config.frontend.spin, Duration::ZERO);
+    assert_eq!((config.queue.rows_max, config.queue.bytes_max), (65_536, 1 << 30));
+    assert_eq!(config.executor.slots, 2);
+    assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Text, "info"));
+}
+
+#[test]
+fn a_small_machine_still_gets_one_thread_of_each_kind_and_fewer_connections() {
+    let config = Config::default_on(Machine { cores: 1, nofile: 1024 });
+    assert_eq!((config.threads.shards, config.threads.executors), (1, 1));
+    assert_eq!(config.frontend.connections_max, connections_allowed(1024));
+    assert_eq!(connections_allowed(1024), 816, "80 % of what is allowed, in whole steps of five files");
+    assert_eq!(Config::default_on(Machine { cores: 1, nofile: u64::MAX }).frontend.connections_max, 10_000);
+}
+
+#[test]
+fn every_key_says_what_it_trades_and_is_in_the_dump_with_its_default() {
+    let config = Config::default_on(MACHINE);
+    let dump = config.to_toml();
+    for setting in SETTINGS {
+        assert!(setting.about.len() > 20, "{} is not documented", setting.key);
+        let last = setting.key.rsplit('.').next().expect("split gives at least one");
+        assert!(dump.contains(&format!("\n{last} = {}\n", setting.read(&config))), "{} is not dumped", setting.key);
+    }
+    let keys: std::collections::BTreeSet<&str> = SETTINGS.iter().map(|setting| setting.key).collect();
+    assert_eq!(keys.len(), SETTINGS.len(), "a key is declared twice");
+}
+
+#[test]
+fn the_dump_of_a_configuration_loads_to_the_same_configuration() {
+    let config = of_sets(&[
+        "frontend.credit_requests=512",
+        "frontend.hello_timeout_ms=1500",
+        "frontend.spin_us=30",
+        "threads.pin=false",
+        "models=some \"dir\"\\with\ttrouble",
+        "log.format=json",
+        "log.level=info,ferry::batcher=debug",
+        "listen=[::1]:0",
+    ])
+    .expect("none of these is wrong");
+    assert_eq!(of_file(&config.to_toml()), Ok(config));
+}
+
+#[test]
+fn an_unknown_key_names_the_nearest_known_one_with_file_and_line() {
+    let found = mistakes(of_file("listen = \"127.0.0.1:1\"\n\n[frontend]\ncredit_request = 5\n"));
+    assert_eq!(
+        found,
+        ["FILE:4: unknown key frontend.credit_request; the nearest known key is frontend.credit_requests"]
+    );
+    let found = mistakes(of_sets(&["credit_requests=5"]));
+    assert!(found[0].starts_with("--set credit_requests=5: unknown key"), "{found:?}");
+    assert!(found[0].ends_with("frontend.credit_requests"), "{found:?}");
+    let found = mistakes(of_file("[fronted]\nspin_us = 5\n"));
+    assert_eq!(found, ["FILE:2: unknown key fronted.spin_us; the nearest known key is frontend.spin_us"]);
+}
+
+#[test]
+fn all_mistakes_are_listed_in_the_order_of_the_file_and_not_only_the_first() {
+    let found = mistakes(of_file(
+        "models = 5\n[queue]\nrows_max = 0\nbytes = 1\n[frontend]\nspin_us = \"long\"\n[log]\nformat = \"xml\"\n",
+    ));
+    assert_eq!(found.len(), 5, "{found:#?}");
+    assert_eq!(found[0], "FILE:1: models: expected a path, got 5");
+    assert_eq!(found[1], "FILE:3: queue.rows_max: expected an integer from 1 to 1073741824, got 0");
+    assert!(found[2].starts_with("FILE:4: unknown key queue.bytes"), "{}", found[2]);
+    assert_eq!(found[3], "FILE:6: frontend.spin_us: expected an integer from 0 to 100000, got \"long\"");
+    assert_eq!(found[4], "FILE:8: log.format: expected \"text\" or \"json\", got \"xml\"");
+}
+
+#[test]
+fn a_missing_quote_does_not_hide_the_other_mistakes() {
+    let found = mistakes(of_file("models = \"dir\nlisten = 7\n"));
+    assert!(found.iter().any(|line| line.starts_with("FILE:1: not TOML")), "{found:#?}");
+    assert!(found.iter().any(|line| line.starts_with("FILE:2: listen: expected an address")), "{found:#?}");
+}
+
+#[test]
+fn a_file_that_is_not_there_is_a_mistake_and_not_the_defaults() {
+    let path = std::path::Path::new("no/such/ferry.toml");
+    let errors = Config::load_on(MACHINE, Some(path), &[]).expect_err("there is no such file");
+    assert!(errors.to_string().starts_with("no/such/ferry.toml: cannot read it"), "{errors}");
+}
+
+#[test]
+fn settings_come_after_the_file_and_the_last_one_wins() {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    std::fs::write(file.path(), "[executor]\nslots = 3\n[queue]\nrows_max = 10\n").expect("it can be written");
+    let sets = ["executor.slots=4".to_owned(), "executor.slots = 5".to_owned()];
+    let config = Config::load_on(MACHINE, Some(file.path()), &sets).expect("none of these is wrong");
+    assert_eq!((config.executor.slots, config.queue.rows_max), (5, 10));
+}
+
+#[test]
+fn a_setting_without_a_value_says_how_one_looks() {
+    assert!(mistakes(of_sets(&["executor.slots"]))[0].contains("expected key=value"));
+}
+
+#[test]
+fn dotted_keys_and_tables_mean_the_same() {
+    assert_eq!(of_file("frontend.spin_us = 7\n"), of_file("[frontend]\nspin_us = 7\n"));
+    assert_eq!(of_file("frontend = { spin_us = 7 }\n"), of_file("[frontend]\nspin_us = 7\n"));
+    assert_eq!(of_file("[frontend]\n"), of_file(""));
+}
+
+/// Smallest and largest value of a key, for those that are numbers.
+fn bounds(access: Access) -> Option<(u64, u64)> {
+    match access {
+        Access::U32 { min, max, .. } => Some((min.into(), max.into())),
+        Access::U64 { min, max, .. } | Access::Millis { min, max, .. } | Access::Micros { min, max, .. } => {
+            Some((min, max))
+        }
+        Access::Count { min, max, .. } => Some((min as u64, max as u64)),
+        _ => None,
+    }
+}
+
+#[test]
+fn every_number_is_taken_at_its_bounds_and_refused_beyond_them() {
+    for setting in SETTINGS {
+        let Some((min, max)) = bounds(setting.access) else { continue };
+        let mut config = Config::default_on(MACHINE);
+        for value in [i128::from(min), i128::from(max)] {
+            assert_eq!(setting.write(&mut config, &Value::Integer(value)), Ok(()), "{} = {value}", setting.key);
+            assert_eq!(setting.read(&config), value.to_string(), "{} keeps what it was given", setting.key);
+        }
+        for value in [i128::from(min) - 1, i128::from(max) + 1] {
+            let message = setting.write(&mut config, &Value::Integer(value)).expect_err(setting.key);
+            assert!(message.contains(&format!("from {min} to {max}, got {value}")), "{message}");
+            assert_eq!(setting.read(&config), max.to_string(), "{} is not changed by a mistake", setting.key);
+        }
+    }
+}
+
+#[test]
+fn knobs_that_contradict_each_other_are_refused_with_both_numbers() {
+    let cases: &[(&[&str], &str)] = &[
+        (
+            &["frontend.credit_bytes=4096"],
+            "frontend.credit_bytes must be at least frontend.payload_bytes_max (16777216)",
+        ),
+        (&["queue.bytes_max=4096"], "queue.bytes_max must be at least frontend.payload_bytes_max (16777216)"),
+        (&["queue.cells_max=1"], "queue.cells_max must be at least queue.rows_max (65536)"),
+        (&["frontend.connections_max=1"], "frontend.connections_max must be at least threads.shards (2)"),
+        (&["frontend.idle_timeout_ms=1"], "frontend.idle_timeout_ms must be at least frontend.hello_timeout_ms (3000)"),
+        (&["control=127.0.0.1:7600"], "listen and control must differ, both are 127.0.0.1:7600"),
+    ];
+    for (sets, expected) in cases {
+        let found = mistakes(of_sets(sets));
+        assert_eq!(found.len(), 1, "{found:#?}");
+        assert!(found[0].contains(expected), "{found:#?} should say: {expected}");
+    }
+    let together: Vec<&str> = cases.iter().flat_map(|(sets, _)| sets.iter().copied()).collect();
+    assert_eq!(mistakes(of_sets(&together)).len(), cases.len(), "all contradictions are listed");
+}
+
+#[test]
+fn two_free_ports_do_not_contradict_each_other() {
+    assert!(of_sets(&["listen=127.0.0.1:0", "control=127.0.0.1:0"]).is_ok());
+}
+
+#[test]
+fn an_address_beyond_this_machine_is_refused_until_it_is_allowed_in_words() {
+    for (key, addr) in [("listen", "0.0.0.0:7600"), ("control", "192.0.2.1:7601"), ("listen", "[::]:7600")] {
+        let set = format!("{key}={addr}");
+        let found = mistakes(of_sets(&[&set]));
+        assert_eq!(found.len(), 1, "{found:#?}");
+        assert!(found[0].contains("no authentication yet") && found[0].contains(addr), "{found:#?}");
+        assert!(of_sets(&[&set, "allow_unauthenticated=true"]).is_ok());
+    }
+    assert!(of_sets(&["listen=127.8.7.6:1"]).is_ok(), "all of 127/8 is this machine");
+}
+
+#[test]
+fn memory_adds_up_and_grows_with_each_of_its_limits() {
+    let config = of_sets(&["frontend.connections_max=10"]).expect("ten connections are enough for two shards");
+    let parts = memory(&config, 7, 11);
+    let expected = (1u64 << 30) + 10 * (16 << 20) + 10 * (4 << 20) + 7 + 11;
+    assert_eq!(memory_total(&parts), expected);
+    for set in ["queue.bytes_max=2147483648", "frontend.connections_max=11", "frontend.output_bytes_max=8388608"] {
+        let more = of_sets(&["frontend.connections_max=10", set]).expect("each of these is allowed");
+        assert!(memory_total(&memory(&more, 7, 11)) > expected, "{set} must cost memory");
+    }
+}
+
+#[test]
+fn a_sum_too_large_to_count_does_not_wrap_to_a_small_one() {
+    let config = of_sets(&["frontend.connections_max=1000000", "queue.bytes_max=17592186044416"]).expect("allowed");
+    assert_eq!(memory_total(&memory(&config, u64::MAX, 0)), u64::MAX);
+}
+
+proptest! {
+    /// Any text is read or refused; none makes the loader panic, and what loads is inside its bounds.
+    #[test]
+    fn any_text_is_a_configuration_or_a_list_of_mistakes(text in "[a-z_.=\\[\\]\"0-9 \n-]{0,200}") {
+        match of_file(&text) {
+            Ok(config) => prop_assert!(config.frontend.credit_requests >= 1),
+            Err(found) => prop_assert!(!found.is_empty()),
+        }
+    }
+
+    #[test]
+    fn any_value_of_any_key_is_taken_or_refused_by_name(at in 0..SETTINGS.len(), value in ".{0,20}") {
+        let key = SETTINGS[at].key;
+        if let Err(found) = of_sets(&[&format!("{key}={value}")]) {
+            prop_assert!(!found.is_empty());
+            prop_assert!(found.iter().all(|line| !line.contains("unknown key")), "{found:?}");
+        }
+        prop_assert!(setting(key).is_some());
+    }
+}
