@@ -87,11 +87,11 @@ fn readiness_follows_the_life_of_the_server_and_health_does_not() {
     assert_eq!(both(&control), (200, 503));
     assert_eq!(control.get("/readyz").body, "starting\n");
     control.lifecycle.set_cold("digits");
-    control.lifecycle.serving();
+    control.lifecycle.set_serving();
     assert_eq!(control.get("/readyz").body, "serving: not warm: digits\n");
     control.lifecycle.set_warm("digits");
     assert_eq!(both(&control), (200, 200));
-    control.lifecycle.draining();
+    control.lifecycle.set_draining();
     assert_eq!(both(&control), (200, 503));
     assert_eq!(control.get("/readyz").body, "draining\n");
 }
@@ -99,7 +99,7 @@ fn readiness_follows_the_life_of_the_server_and_health_does_not() {
 #[test]
 fn models_are_listed_with_their_contracts_and_whether_each_is_ready() {
     let control = start();
-    control.lifecycle.serving();
+    control.lifecycle.set_serving();
     control.lifecycle.set_cold("digits");
     let answer = control.get("/v1/models");
     assert!(answer.head.contains("content-type: application/json"), "{}", answer.head);
@@ -199,7 +199,7 @@ fn a_control_port_that_is_stopped_is_free_again() {
     let control = start();
     let addr = control.handle.addr;
     assert_eq!(control.get("/healthz").status, 200);
-    control.handle.stop();
+    control.handle.shutdown();
     assert!(TcpStream::connect(addr).is_err(), "nobody listens any more");
 }
 

@@ -74,7 +74,7 @@ pub struct ControlHandle {
 
 impl ControlHandle {
     /// Ends the thread and waits for it. Requests that are being answered are cut.
-    pub fn stop(mut self) {
+    pub fn shutdown(mut self) {
         self.end();
     }
 

@@ -1,7 +1,7 @@
 //! The server's state: starting, serving, draining, stopped; and which models are not warm.
 //!
 //! Always true
-//! - States only move forward. Setting an earlier one changes nothing, so a late `serving` cannot undo a drain.
+//! - States only move forward. Setting an earlier one changes nothing, so a late `set_serving` cannot undo a drain.
 //! - Ready means: serving, and no model is cold.
 //! - Reading the state is one atomic load; only those who wait take the lock.
 
@@ -58,15 +58,15 @@ impl Lifecycle {
         }
     }
 
-    pub fn serving(&self) {
+    pub fn set_serving(&self) {
         self.advance(State::Serving);
     }
 
-    pub fn draining(&self) {
+    pub fn set_draining(&self) {
         self.advance(State::Draining);
     }
 
-    pub fn stopped(&self) {
+    pub fn set_stopped(&self) {
         self.advance(State::Stopped);
     }
 
@@ -137,11 +137,11 @@ mod tests {
     #[test]
     fn states_only_move_forward() {
         let lifecycle = Lifecycle::new();
-        lifecycle.draining();
-        lifecycle.serving();
+        lifecycle.set_draining();
+        lifecycle.set_serving();
         assert_eq!(lifecycle.state(), State::Draining);
-        lifecycle.stopped();
-        lifecycle.draining();
+        lifecycle.set_stopped();
+        lifecycle.set_draining();
         assert_eq!(lifecycle.state(), State::Stopped);
     }
 
@@ -151,11 +151,11 @@ mod tests {
         assert_eq!(lifecycle.ready(), Err("starting".into()));
         lifecycle.set_cold("minilm");
         lifecycle.set_cold("minilm");
-        lifecycle.serving();
+        lifecycle.set_serving();
         assert_eq!(lifecycle.ready(), Err("serving: not warm: minilm".into()));
         lifecycle.set_warm("minilm");
         assert_eq!(lifecycle.ready(), Ok(()));
-        lifecycle.draining();
+        lifecycle.set_draining();
         assert_eq!(lifecycle.ready(), Err("draining".into()));
     }
 
@@ -166,7 +166,7 @@ mod tests {
             let lifecycle = Arc::clone(&lifecycle);
             std::thread::spawn(move || lifecycle.wait(State::Draining, FOREVER))
         };
-        lifecycle.draining();
+        lifecycle.set_draining();
         assert!(waiter.join().expect("the waiter does not panic"));
         assert!(lifecycle.wait(State::Serving, Duration::ZERO), "later states include earlier ones");
         assert!(!lifecycle.wait(State::Stopped, Duration::ZERO));
