@@ -2,12 +2,14 @@
 #![deny(unsafe_code)]
 
 pub mod batcher;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod contract;
 pub mod control;
 pub mod executor;
 pub mod frontend;
+pub mod load;
 pub mod mail;
 pub mod mailbox;
 pub mod models;
