@@ -1,4 +1,21 @@
 //! ferry: a dynamic batching inference runtime with its own scheduler.
+//!
+//! The rooms, in the order data visits them:
+//!
+//! ```text
+//!     client ══▶ frontend ──▶ scheduler ──▶ executor ──▶ scatter ──▶ frontend ══▶ client
+//!           wire         admit, wait, seal   pack, run     slice              wire
+//! ```
+//!
+//! 1. A shard ([`frontend`]) reads bytes; [`wire`] turns them into messages, [`contract`] checks them against the model.
+//! 2. The request crosses a [`mailbox`] to the [`batcher`] (text goes through [`tokenizers`] first). The [`scheduler`]
+//!    admits it or refuses it.
+//! 3. It waits in the lane of its bucket until the batch is sealed: full, idle executor, out of time, or draining.
+//! 4. The batcher packs the rows into a padded batch, and an [`executor`] runs the model ([`models`]) on it.
+//! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
+//!
+//! Beside the path: [`config`], [`telemetry`], [`control`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
+//! all of it. [`client`], [`load`] and [`commands`] are the other end of the wire.
 #![deny(unsafe_code)]
 
 pub mod batcher;
@@ -15,7 +32,9 @@ pub mod mailbox;
 pub mod models;
 pub mod scatter;
 pub mod scheduler;
+pub mod server;
 pub mod telemetry;
 pub mod tokenize;
+pub mod tokenizers;
 pub mod vocab;
 pub mod wire;

@@ -232,7 +232,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         on_drain: Arc::new(move || drain.drain()),
     })
     .map_err(|error| StartError::Thread(format!("control port {}: {error}", config.control)))?;
-    lifecycle.serving();
+    lifecycle.set_serving();
     Ok(ServerHandle {
         data_addr,
         control_addr: control.addr,
@@ -566,7 +566,7 @@ impl ServerHandle {
 
     fn start_drain(&self) -> Moment {
         tracing::info!("draining");
-        self.lifecycle.draining();
+        self.lifecycle.set_draining();
         for shard in &self.shards {
             let _ = shard.mail.send_or_wait(ToShard::Drain);
         }
@@ -604,8 +604,8 @@ impl ServerHandle {
                 let _ = thread.join();
             }
         }
-        self.lifecycle.stopped();
-        self.control.stop();
+        self.lifecycle.set_stopped();
+        self.control.shutdown();
     }
 }
 
