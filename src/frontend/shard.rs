@@ -143,6 +143,7 @@ async fn run(setup: Setup) {
         shard.drain_mailbox();
         if shard.state.borrow().is_done() {
             shard.done.set(true);
+            shard.state.borrow_mut().close();
             return;
         }
     }

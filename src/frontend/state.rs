@@ -105,6 +105,12 @@ impl State {
         }
     }
 
+    /// Lets go of the other rooms. A glommio executor that ends may leak tasks that still hold this state, and a
+    /// tokenizer ends only when all senders to it are gone.
+    pub fn close(&mut self) {
+        self.tokenizer = None;
+    }
+
     pub fn is_done(&self) -> bool {
         self.mode == Mode::Draining && self.connections.is_empty()
     }
