@@ -10,6 +10,7 @@
 pub mod arrivals;
 pub mod engine;
 pub mod lengths;
+pub mod offline;
 pub mod payload;
 pub mod report;
 pub mod verify;

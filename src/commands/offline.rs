@@ -1,0 +1,122 @@
+//! `ferry offline`: how fast the executors alone could be on this traffic. The bound that `ferry load` is compared with.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::ValueEnum;
+use ferry::load::lengths::Lengths;
+use ferry::load::offline::{self, OfflineReport, Options};
+use ferry::load::payload::{Common, Inputs};
+use ferry::models::repository::{self, LoadOptions, Loaded};
+use indicatif::ProgressBar;
+
+use super::EXIT_FAILED;
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Model to run.
+    #[arg(long, value_name = "NAME")]
+    model: String,
+    /// Directory of <name>/model.toml.
+    #[arg(long, value_name = "DIR", default_value = "models")]
+    models: PathBuf,
+    /// fixed:64, uniform:8..128, lognormal:MEAN,SIGMA,MAX or file:F. Without it: all lengths the model allows.
+    #[arg(long, value_name = "LENGTHS")]
+    lengths: Option<String>,
+    /// Requests, all there at once.
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    requests: u32,
+    /// Executor threads. Without it: as many as `ferry serve` would start.
+    #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    #[arg(long, value_enum, default_value_t = Layout::Padded)]
+    layout: Layout,
+    /// Most padded cells in a batch. Without it: the model's own limit.
+    #[arg(long, value_name = "CELLS", value_parser = clap::value_parser!(u64).range(1..))]
+    cells_max: Option<u64>,
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    seed: u64,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Layout {
+    /// Rows × the longest of them, with a mask.
+    Padded,
+    /// All tokens end to end, no padding. No model of this version has it.
+    Packed,
+}
+
+pub fn run(args: &Args) -> ExitCode {
+    match measure(args) {
+        Ok(report) if args.json => {
+            println!("{}", serde_json::to_string(&report).expect("plain data"));
+            ExitCode::SUCCESS
+        }
+        Ok(report) => {
+            print!("{}", text(&report));
+            ExitCode::SUCCESS
+        }
+        Err(message) => {
+            eprintln!("ferry offline: {message}");
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn measure(args: &Args) -> Result<OfflineReport, String> {
+    if matches!(args.layout, Layout::Packed) {
+        return Err(format!("model {} has no packed layout; expected --layout padded", args.model));
+    }
+    let loaded = repository::load(&args.models, &args.model, &LoadOptions::default()).map_err(|e| e.to_string())?;
+    let entry = match loaded {
+        Loaded::Model(entry) => entry,
+        Loaded::Skipped(skipped) => return Err(format!("model {}: {}", skipped.name, skipped.reason)),
+    };
+    let contract = entry.model.contract();
+    let lengths = match (&args.lengths, &contract.length) {
+        (Some(text), _) => Lengths::parse(text)?,
+        (None, Some(length)) => Lengths::Uniform(length.min, length.max),
+        (None, None) => Lengths::Fixed(1),
+    };
+    let requests = args.requests as usize;
+    let inputs =
+        Inputs::new(contract, lengths.sampler(args.seed).take(requests), 4096, args.seed, Common::default())?;
+    let threads = args
+        .threads
+        .map_or_else(|| ferry::config::Config::default_on(ferry::config::Machine::here()).threads.executors, usize::from);
+    let batching = &entry.manifest.batching;
+    let options = Options {
+        requests,
+        threads,
+        rows_max: batching.rows_max,
+        cells_max: args.cells_max.unwrap_or(batching.padded_cells_max),
+    };
+    let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let progress = |done: usize, all: usize| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    };
+    let report = offline::run(&entry.model, &inputs, &options, &progress).map_err(|error| error.to_string());
+    bar.finish_and_clear();
+    report
+}
+
+fn text(report: &OfflineReport) -> String {
+    format!(
+        "{} requests to {} in {} batches on {} thread(s), {} layout: {:.2} s\n\
+         {:.1} rows/s, {:.0} tokens/s, {:.1} rows in a batch, {:.1} % of the cells padding\n",
+        report.requests,
+        report.model,
+        report.batches,
+        report.threads,
+        report.layout,
+        report.duration_s,
+        report.rows_per_s,
+        report.tokens_per_s,
+        report.batch_rows_mean,
+        100.0 * report.padding_waste,
+    )
+}
