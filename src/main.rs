@@ -1,1 +1,32 @@
-fn main() {}
+//! Arguments, and which command they name. No logic.
+//!
+//! Exit status: 0 success, 1 the work failed, 2 wrong use, 78 the configuration or the machine does not allow it.
+
+mod commands;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A dynamic batching inference runtime.
+#[derive(Parser)]
+#[command(name = "ferry", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Serve models until told to stop.
+    Serve(commands::serve::Args),
+    /// Check the configuration and the models, without starting anything.
+    Check(commands::check::Args),
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command {
+        Command::Serve(args) => commands::serve::run(args),
+        Command::Check(args) => commands::check::run(args),
+    }
+}

@@ -257,3 +257,80 @@ proptest! {
         prop_assert!(setting(key).is_some());
     }
 }
+
+/// Runs `ferry` and returns its exit status, standard output and standard error.
+fn ferry(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_ferry"))
+        .args(arguments)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .env("RUST_LOG", "error")
+        .output()
+        .expect("the binary was built for this test");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("ferry prints UTF-8");
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+fn check_json(arguments: &[&str]) -> (Option<i32>, serde_json::Value) {
+    let (status, out, _) = ferry(&[&["check", "--json"], arguments].concat());
+    (status, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}")))
+}
+
+fn warnings_of(value: &serde_json::Value) -> Vec<&str> {
+    value["warnings"].as_array().expect("a list").iter().map(|line| line.as_str().expect("text")).collect()
+}
+
+#[test]
+fn check_prints_every_limit_and_the_memory_they_add_up_to() {
+    let (status, value) = check_json(&["--set", "executor.slots=3"]);
+    assert_eq!((status, &value["ok"]), (Some(0), &serde_json::json!(true)), "{value}");
+    for setting in SETTINGS {
+        assert!(value["limits"].get(setting.key).is_some(), "{} is missing", setting.key);
+    }
+    assert_eq!(value["limits"]["executor.slots"], 3);
+    let parts = value["memory"].as_array().expect("a list");
+    let sum: u64 = parts.iter().map(|part| part["bytes"].as_u64().expect("a number")).sum();
+    assert_eq!(value["memory_bytes"], sum);
+    assert!(value["models"].as_array().expect("a list").iter().any(|model| model["name"] == "echo"), "{value}");
+}
+
+#[test]
+fn check_warns_of_a_batch_that_callers_can_never_fill() {
+    let few =
+        ["--set", "frontend.connections_max=2", "--set", "frontend.credit_requests=1", "--set", "threads.shards=1"];
+    let (status, value) = check_json(&few);
+    assert_eq!(status, Some(0), "a warning is not a failure");
+    let found = warnings_of(&value);
+    assert!(found.iter().any(|line| line.contains("but callers can have at most 2 in flight")), "{found:#?}");
+    let (_, value) = check_json(&["--set", "frontend.credit_requests=1"]);
+    let found = warnings_of(&value);
+    assert!(found.iter().any(|line| line.contains("a single caller never fills a batch")), "{found:#?}");
+}
+
+#[test]
+fn check_says_every_mistake_and_fails() {
+    let (status, value) = check_json(&["--set", "queue.rows=1", "--set", "log.format=xml"]);
+    assert_eq!(status, Some(1));
+    assert_eq!(value["errors"].as_array().expect("a list").len(), 2, "{value}");
+    let models = tempfile::tempdir().expect("a temporary directory");
+    std::fs::create_dir(models.path().join("broken")).expect("a folder in it");
+    std::fs::write(models.path().join("broken/model.toml"), "architectur = \"echo\"\n").expect("a manifest");
+    let (status, out, _) = ferry(&["check", "--models", &models.path().display().to_string()]);
+    assert_eq!(status, Some(1));
+    assert!(out.contains("error: ") && out.contains("broken"), "{out}");
+}
+
+#[test]
+fn wrong_use_is_2_and_a_configuration_that_cannot_be_served_is_78() {
+    assert_eq!(ferry(&["serve", "--no-such-flag"]).0, Some(2));
+    assert_eq!(ferry(&["no-such-command"]).0, Some(2));
+    let (status, out, err) = ferry(&["serve", "--set", "queue.rows_max=0", "--set", "frontend.spin=1"]);
+    assert_eq!((status, out.as_str()), (Some(78), ""));
+    assert_eq!(err.lines().count(), 2, "{err}");
+}
+
+#[test]
+fn the_thread_plan_is_printed_without_starting_anything() {
+    let (status, out, err) = ferry(&["serve", "--threads", "--set", "threads.shards=3"]);
+    assert_eq!((status, out.as_str()), (Some(0), ""));
+    assert!(err.contains("3 shard(s)"), "{err}");
+}

@@ -394,3 +394,60 @@ fn labels_come_only_from_sets_that_were_fixed_at_the_start() {
     // Only handle 0 of the multiples of 97 is a model: the rest is "other".
     assert_eq!(families["ferry_requests_finished"].1.len(), 2 * Code::ALL.len());
 }
+
+/// A `ferry serve` that is killed when its test ends early.
+struct Served(std::process::Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts a server with few threads, a free control port, and the models of this repository.
+fn serve(listen: &str) -> Served {
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_ferry"))
+        .args(["serve", "--listen", listen, "--control", "127.0.0.1:0"])
+        .args(["--set", "threads.shards=1", "--set", "threads.executors=1", "--set", "threads.pin=false"])
+        .args(["--set", "frontend.connections_max=64"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("the binary was built for this test");
+    Served(child)
+}
+
+/// Goal: what a supervisor does with a server works: start it, wait for its line, ask, stop it by a signal.
+#[test]
+fn a_served_process_says_when_it_is_ready_and_ends_on_sigterm_with_0() {
+    let mut served = serve("127.0.0.1:0");
+    let mut out = std::io::BufReader::new(served.0.stdout.take().expect("it is piped"));
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut out, &mut line).expect("a line, or the end of a server that failed");
+    let words: Vec<&str> = line.trim_end().split(' ').collect();
+    if words.len() != 4 {
+        let mut err = String::new();
+        served.0.stderr.take().expect("it is piped").read_to_string(&mut err).expect("it ended");
+        panic!("not a ready line: {line:?}; standard error: {err}");
+    }
+    assert_eq!(words[0], "ready");
+    let data: SocketAddr = words[1].strip_prefix("data=").expect("data=").parse().expect("an address");
+    let control: SocketAddr = words[2].strip_prefix("control=").expect("control=").parse().expect("an address");
+    assert!(words[3].strip_prefix("models=").expect("models=").split(',').any(|name| name == "echo"), "{line}");
+    assert_eq!(send(control, "GET /readyz", "").status, 200);
+    assert!(parse_openmetrics(&send(control, "GET /metrics", "").body).is_ok());
+    // A second server is told that the port is taken, before it starts anything.
+    let mut second = serve(&data.to_string());
+    assert_eq!(second.0.wait().expect("it ends by itself").code(), Some(78));
+    let mut err = String::new();
+    second.0.stderr.take().expect("it is piped").read_to_string(&mut err).expect("it ended");
+    assert!(err.contains(&format!("{data} is taken by another server")), "{err}");
+    let pid = nix::unistd::Pid::from_raw(i32::try_from(served.0.id()).expect("process ids are small"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("it runs");
+    assert_eq!(served.0.wait().expect("it ends").code(), Some(0));
+    let mut rest = String::new();
+    out.read_to_string(&mut rest).expect("it ended");
+    assert_eq!(rest, "", "the ready line is the only one");
+}

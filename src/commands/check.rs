@@ -1,0 +1,277 @@
+//! `ferry check`: reads the configuration and every manifest, prints what they allow, and warns of knobs that work
+//! against each other. Starts nothing, opens no port, loads no weights.
+//!
+//! Always true
+//! - Exit status 0: it can be served, perhaps with warnings. 1: it cannot; every mistake was printed.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use ferry::config::limits::{MemoryPart, SETTINGS, memory, memory_total};
+use ferry::config::{Config, Machine};
+use ferry::models::manifest::Manifest;
+use ferry::models::repository;
+
+use super::{ConfigArgs, EXIT_FAILED};
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+/// What was found out.
+#[derive(Default)]
+struct Report {
+    config: Option<Config>,
+    manifests: Vec<Manifest>,
+    memory: Vec<MemoryPart>,
+    errors: Vec<String>,
+    warnings: Vec<String>,
+}
+
+pub fn run(args: Args) -> ExitCode {
+    let report = check(&args.config);
+    if args.json {
+        println!("{}", report.to_json());
+    } else {
+        print!("{}", report.to_text());
+    }
+    if report.errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(EXIT_FAILED) }
+}
+
+fn check(args: &ConfigArgs) -> Report {
+    let mut report = Report::default();
+    let config = match args.load(&[]) {
+        Ok(config) => config,
+        Err(errors) => {
+            report.errors = errors.0.iter().map(ToString::to_string).collect();
+            return report;
+        }
+    };
+    match repository::names(&config.models) {
+        Ok(names) if names.is_empty() => {
+            report.errors.push(format!("{} holds no <name>/model.toml", config.models.display()));
+        }
+        Ok(names) => {
+            for name in names {
+                match repository::read_manifest(&config.models, &name) {
+                    Ok(manifest) => {
+                        report.note_missing_weights(&config, &manifest);
+                        report.manifests.push(manifest);
+                    }
+                    Err(error) => report.errors.push(error.to_string()),
+                }
+            }
+        }
+        Err(error) => report.errors.push(error.to_string()),
+    }
+    let staging = staging_bytes(&config, &report.manifests);
+    report.memory = memory(&config, staging, weight_bytes(&config.models, &report.manifests));
+    let memory_bytes = memory_total(&report.memory);
+    report.warnings.extend(warnings(&config, &report.manifests, Machine::here().cores, memory_bytes));
+    report.config = Some(config);
+    report
+}
+
+/// What the slots of all executors hold once each has seen the largest batch. Buffers are shared by models and never
+/// shrink, so the largest model counts.
+fn staging_bytes(config: &Config, manifests: &[Manifest]) -> u64 {
+    let largest = manifests.iter().map(batch_bytes_max).max().unwrap_or(0);
+    largest * config.threads.executors as u64 * u64::from(config.executor.slots)
+}
+
+/// Bytes of inputs and outputs of the largest batch, over all buckets.
+fn batch_bytes_max(manifest: &Manifest) -> u64 {
+    let contract = &manifest.contract;
+    let bytes_at = |len: u32| -> u64 {
+        let rows = u64::from(manifest.batching.rows_at(len));
+        contract.inputs.iter().chain(&contract.outputs).map(|spec| rows * spec.row_bytes(len) as u64).sum()
+    };
+    manifest.batching.buckets.iter().map(|len| bytes_at(*len)).max().unwrap_or(0)
+}
+
+/// Sizes of the weight files that are there; their layout in memory is the model's own matter.
+fn weight_bytes(directory: &Path, manifests: &[Manifest]) -> u64 {
+    manifests.iter().filter_map(|manifest| Some(weight_file(directory, manifest).metadata().ok()?.len())).sum()
+}
+
+fn weight_file(directory: &Path, manifest: &Manifest) -> PathBuf {
+    let contract = &manifest.contract;
+    directory.join(&contract.name).join(&contract.version).join("weights.safetensors")
+}
+
+/// Knobs that are each allowed and together not what anybody means.
+fn warnings(config: &Config, manifests: &[Manifest], cores: usize, memory_bytes: u64) -> Vec<String> {
+    let mut found = Vec::new();
+    let (frontend, threads) = (&config.frontend, &config.threads);
+    let callers = u64::from(frontend.connections_max) * u64::from(frontend.credit_requests);
+    if threads.shards + threads.executors > cores {
+        found.push(format!(
+            "{} shards and {} executors share {cores} core(s): each batch gets slower, none gets sooner",
+            threads.shards, threads.executors
+        ));
+    }
+    if !frontend.spin.is_zero() && threads.shards + threads.executors >= cores {
+        found.push("frontend.spin_us keeps a core busy that executors need; every core already has a thread".into());
+    }
+    if let Some(physical) = physical_memory_bytes()
+        && memory_bytes > physical
+    {
+        found.push(format!(
+            "the limits add up to {} and the machine has {}: lower frontend.connections_max, payload_bytes_max or \
+             output_bytes_max",
+            size_text(memory_bytes),
+            size_text(physical)
+        ));
+    }
+    for manifest in manifests {
+        let name = &manifest.contract.name;
+        let batching = &manifest.batching;
+        let cap = u64::from(batching.rows_max);
+        if cap > callers {
+            found.push(format!("{name}: batches up to {cap} rows, but callers can have at most {callers} in flight"));
+        } else if cap > u64::from(frontend.credit_requests) {
+            found.push(format!(
+                "{name}: batches up to {cap} rows, but one connection can have at most {} requests in flight: a \
+                 single caller never fills a batch",
+                frontend.credit_requests
+            ));
+        }
+        let queue_rows = manifest.queue.rows_max.unwrap_or(u64::from(config.queue.rows_max));
+        let wanted = cap * threads.executors as u64;
+        if queue_rows.min(config.queue.rows_max.into()) < wanted {
+            found.push(format!(
+                "{name}: the queue holds {} rows, but {} executors want {wanted} for a full batch each",
+                queue_rows.min(config.queue.rows_max.into()),
+                threads.executors
+            ));
+        }
+        let contract = &manifest.contract;
+        let (rows, len) = (contract.rows_max, contract.len_max());
+        let request = contract.input_offset(contract.inputs.len(), rows, len) as u64;
+        if request > u64::from(frontend.payload_bytes_max) {
+            found.push(format!(
+                "{name}: its largest request has {request} bytes, but frontend.payload_bytes_max is {}",
+                frontend.payload_bytes_max
+            ));
+        }
+        let answer: u64 = contract.outputs.iter().map(|spec| u64::from(rows) * spec.row_bytes(len) as u64).sum();
+        if answer > u64::from(frontend.output_bytes_max) {
+            found.push(format!(
+                "{name}: its largest answer has {answer} bytes, but frontend.output_bytes_max is {}: each one stops \
+                 its connection from being read",
+                frontend.output_bytes_max
+            ));
+        }
+        if batching.queue_delay_max >= config.drain_timeout {
+            found.push(format!(
+                "{name}: batches wait up to {:?}, but a drain ends after {:?}",
+                batching.queue_delay_max, config.drain_timeout
+            ));
+        }
+    }
+    found
+}
+
+fn physical_memory_bytes() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+fn size_text(bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut size = bytes as f64;
+    let mut unit = 0;
+    while size >= 1024.0 && unit + 1 < units.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{size:.1} {}", units[unit]) }
+}
+
+impl Report {
+    /// A model without its weights is skipped or refused at the start: better said now.
+    fn note_missing_weights(&mut self, config: &Config, manifest: &Manifest) {
+        let Some(weights) = &manifest.weights else { return };
+        let file = weight_file(&config.models, manifest);
+        if file.exists() {
+            return;
+        }
+        let how = weights.fetch.as_ref().map_or(String::new(), |command| format!("; `{command}` fetches it"));
+        let line = format!("{}: {} is not there{how}", manifest.contract.name, file.display());
+        if weights.optional { self.warnings.push(line) } else { self.errors.push(line) }
+    }
+
+    fn to_text(&self) -> String {
+        let mut text = String::new();
+        if let Some(config) = &self.config {
+            text += "limits\n";
+            for setting in SETTINGS {
+                text += &format!("  {:<30} {}\n", setting.key, setting.read(config));
+            }
+            text += "models\n";
+            for manifest in &self.manifests {
+                text += &format!(
+                    "  {} {}: batches up to {} rows and {} cells, buckets {:?}, queue delay up to {:?}, largest batch {}\n",
+                    manifest.contract.name,
+                    manifest.contract.version,
+                    manifest.batching.rows_max,
+                    manifest.batching.padded_cells_max,
+                    manifest.batching.buckets,
+                    manifest.batching.queue_delay_max,
+                    size_text(batch_bytes_max(manifest)),
+                );
+            }
+            text += "memory at most\n";
+            for part in &self.memory {
+                text += &format!("  {:>10}  {}\n", size_text(part.bytes), part.what);
+            }
+            text += &format!("  {:>10}  together\n", size_text(memory_total(&self.memory)));
+        }
+        for warning in &self.warnings {
+            text += &format!("warning: {warning}\n");
+        }
+        for error in &self.errors {
+            text += &format!("error: {error}\n");
+        }
+        text
+    }
+
+    fn to_json(&self) -> serde_json::Value {
+        let limits: serde_json::Map<String, serde_json::Value> = self
+            .config
+            .iter()
+            .flat_map(|config| SETTINGS.iter().map(move |setting| (setting.key.to_owned(), setting.json(config))))
+            .collect();
+        let models: Vec<serde_json::Value> = self
+            .manifests
+            .iter()
+            .map(|manifest| {
+                serde_json::json!({
+                    "name": manifest.contract.name,
+                    "version": manifest.contract.version,
+                    "rows_max": manifest.batching.rows_max,
+                    "padded_cells_max": manifest.batching.padded_cells_max,
+                    "buckets": manifest.batching.buckets,
+                    "batch_bytes_max": batch_bytes_max(manifest),
+                })
+            })
+            .collect();
+        let memory: Vec<serde_json::Value> =
+            self.memory.iter().map(|part| serde_json::json!({ "what": part.what, "bytes": part.bytes })).collect();
+        serde_json::json!({
+            "ok": self.errors.is_empty(),
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "limits": limits,
+            "models": models,
+            "memory": memory,
+            "memory_bytes": memory_total(&self.memory),
+        })
+    }
+}

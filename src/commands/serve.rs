@@ -1,0 +1,145 @@
+//! `ferry serve`: starts the server, says when it is ready, and turns signals into a drain.
+//!
+//! Always true
+//! - Standard output gets exactly one line, `ready data=ADDR control=ADDR models=a,b`, once every model is warm.
+//! - SIGTERM or SIGINT starts a drain; a second one ends at once; before the server is ready the first one ends it,
+//!   because nothing has been accepted.
+
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use ferry::config::{Config, LogFormat};
+use ferry::server::{self, Ending, StartError, Stopper};
+use ferry::telemetry::log;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::{ConfigArgs, EXIT_CONFIG, EXIT_FAILED};
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Address of the data port; port 0 picks a free one [default: 127.0.0.1:7600].
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// Address of the control port [default: 127.0.0.1:7601].
+    #[arg(long, value_name = "ADDR")]
+    control: Option<String>,
+    /// Print which threads would run, and end.
+    #[arg(long)]
+    threads: bool,
+}
+
+pub fn run(args: Args) -> ExitCode {
+    let config = match args.config.load(&[("listen", args.listen), ("control", args.control)]) {
+        Ok(config) => config,
+        Err(errors) => {
+            eprintln!("{errors}");
+            return ExitCode::from(EXIT_CONFIG);
+        }
+    };
+    if args.threads {
+        eprint!("{}", thread_plan(&config));
+        return ExitCode::SUCCESS;
+    }
+    if let Err(error) = run_each_model_on_one_thread() {
+        eprintln!("cannot start again with RAYON_NUM_THREADS=1: {error}");
+        return ExitCode::from(EXIT_FAILED);
+    }
+    if let Err(message) = log::init(config.log.format == LogFormat::Json, &config.log.level) {
+        eprintln!("{message}");
+        return ExitCode::from(EXIT_CONFIG);
+    }
+    let stopper = match watch_signals() {
+        Ok(stopper) => stopper,
+        Err(error) => {
+            eprintln!("cannot watch signals: {error}");
+            return ExitCode::from(EXIT_FAILED);
+        }
+    };
+    eprint!("{}", thread_plan(&config));
+    let server = match server::start(&config) {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("{error}");
+            return ExitCode::from(status_of(&error));
+        }
+    };
+    for skipped in &server.skipped {
+        eprintln!("{}", skipped.reason);
+    }
+    *stopper.lock().expect("the signal thread does not panic") = Some(server.stopper());
+    let ready =
+        format!("ready data={} control={} models={}\n", server.data_addr, server.control_addr, server.models.join(","));
+    let mut out = std::io::stdout().lock();
+    // Whoever started us may have closed the pipe; that is no reason to stop serving.
+    let _ = out.write_all(ready.as_bytes()).and_then(|()| out.flush());
+    drop(out);
+    match server.wait() {
+        Ending::Drained => ExitCode::SUCCESS,
+        Ending::Aborted => ExitCode::from(EXIT_FAILED),
+        Ending::Fault(what) => {
+            eprintln!("{what}");
+            ExitCode::from(EXIT_FAILED)
+        }
+    }
+}
+
+fn status_of(error: &StartError) -> u8 {
+    match error {
+        StartError::Preflight(_) | StartError::Models(_) | StartError::NoModels(_) => EXIT_CONFIG,
+        StartError::WarmUp { .. } | StartError::Thread(_) => EXIT_FAILED,
+    }
+}
+
+/// Which threads will run, one line each kind.
+fn thread_plan(config: &Config) -> String {
+    let threads = &config.threads;
+    let pinned = if threads.pin { ", pinned" } else { "" };
+    let total = threads.shards + 1 + threads.executors + threads.tokenizers + 3;
+    format!(
+        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s), up to {} tokenizer(s), 1 control, 1 signals, 1 main; \
+         {total} at most, on {} core(s)\n",
+        threads.shards,
+        threads.executors,
+        threads.tokenizers,
+        ferry::config::Machine::here().cores,
+    )
+}
+
+/// One thread inside each executor: candle splits its matrix products over all cores unless this variable says
+/// otherwise, and executors are already one per core. A process cannot safely change its own environment, so it is
+/// started again, under the same process id, with the variable set.
+fn run_each_model_on_one_thread() -> std::io::Result<()> {
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_some() {
+        return Ok(());
+    }
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "ferry".into());
+    // Returns only when it failed.
+    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(arguments).env(VARIABLE, "1").exec())
+}
+
+/// Watches for signals from now on. The stopper is filled in once there is something to stop.
+fn watch_signals() -> std::io::Result<Arc<Mutex<Option<Stopper>>>> {
+    let stopper = Arc::new(Mutex::new(None::<Stopper>));
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let shared = Arc::clone(&stopper);
+    std::thread::Builder::new().name("ferry-signals".into()).spawn(move || {
+        for (count, _signal) in signals.forever().enumerate() {
+            let stopper = shared.lock().expect("nobody panics while holding the stopper").clone();
+            match (count, stopper) {
+                (_, None) => std::process::exit(0),
+                (0, Some(stopper)) => stopper.drain(),
+                (1, Some(stopper)) => stopper.abort(),
+                // Not even the abort came to an end.
+                _ => std::process::exit(EXIT_FAILED.into()),
+            }
+        }
+    })?;
+    Ok(stopper)
+}
