@@ -45,7 +45,10 @@ pub enum ToBatcher {
     Finished(Finished),
     /// Hold nothing back any more.
     Drain,
-    SetQueueDelay { model: ModelHandle, delay: Duration },
+    SetQueueDelay {
+        model: ModelHandle,
+        delay: Duration,
+    },
     /// End the thread. Sent when every shard has ended.
     Stop,
 }

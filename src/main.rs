@@ -20,6 +20,8 @@ struct Cli {
 enum Command {
     /// Serve models until told to stop.
     Serve(commands::serve::Args),
+    /// Run the executors alone on all requests at once: the bound.
+    Offline(commands::offline::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
 }
@@ -27,6 +29,7 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => commands::serve::run(args),
+        Command::Offline(args) => commands::offline::run(&args),
         Command::Check(args) => commands::check::run(args),
     }
 }

@@ -23,8 +23,8 @@ use crate::contract::Contract;
 use crate::control::admin::{self, ControlHandle, ControlOptions};
 use crate::control::lifecycle::Lifecycle;
 use crate::executor::cpu::CpuExecutor;
-use crate::executor::worker::Worker;
 use crate::executor::model::LoadedModel;
+use crate::executor::worker::Worker;
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, preflight, shard};
 use crate::mail::{Request, ToBatcher, ToShard};
@@ -46,7 +46,10 @@ pub enum StartError {
     /// The models directory has nothing to serve.
     NoModels(String),
     /// A model failed while it was warmed.
-    WarmUp { model: String, refusal: Refusal },
+    WarmUp {
+        model: String,
+        refusal: Refusal,
+    },
     Thread(String),
 }
 
@@ -84,7 +87,10 @@ enum Event {
     Drain,
     Abort,
     /// A thread ended: its name, and whether by a panic.
-    Exit { thread: String, panicked: bool },
+    Exit {
+        thread: String,
+        panicked: bool,
+    },
 }
 
 /// Stops a running server, from any thread.
@@ -359,10 +365,7 @@ fn worker_maker(
 }
 
 /// Tokenizer threads, only where a model takes text.
-fn start_tokenizers(
-    plan: &Plan<'_>,
-    others: &mut Vec<JoinHandle<()>>,
-) -> Result<Option<Sender<Request>>, StartError> {
+fn start_tokenizers(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Option<Sender<Request>>, StartError> {
     let tokenizers: Vec<_> = plan.models.iter().map(|model| model.tokenizer.clone()).collect();
     if tokenizers.iter().all(Option::is_none) {
         return Ok(None);

@@ -43,7 +43,8 @@ impl Flights {
 
     /// The next request whose deadline has come while its batch runs. Call until `None`.
     pub fn poll_expired(&mut self, now: Moment) -> Option<TicketKey> {
-        let flight = self.flights.iter_mut().find(|flight| flight.deadlines.last().is_some_and(|(at, _)| *at <= now))?;
+        let flight =
+            self.flights.iter_mut().find(|flight| flight.deadlines.last().is_some_and(|(at, _)| *at <= now))?;
         flight.deadlines.pop().map(|(_, key)| key)
     }
 

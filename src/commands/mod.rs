@@ -5,8 +5,10 @@
 //! - What is for people while work goes on (progress, plans, mistakes) is printed on standard error.
 
 pub mod check;
+pub mod offline;
 pub mod serve;
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -44,4 +46,18 @@ impl ConfigArgs {
         }
         Config::load(self.config.as_deref(), &sets)
     }
+}
+
+/// One thread inside each executor: candle splits its matrix products over all cores unless this variable says
+/// otherwise, and executors are already one per core. A process cannot safely change its own environment, so it is
+/// started again, under the same process id, with the variable set.
+pub fn run_each_model_on_one_thread() -> std::io::Result<()> {
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+    if std::env::var_os(VARIABLE).is_some() {
+        return Ok(());
+    }
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_else(|| "ferry".into());
+    // Returns only when it failed.
+    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(arguments).env(VARIABLE, "1").exec())
 }

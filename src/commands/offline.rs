@@ -10,7 +10,7 @@ use ferry::load::payload::{Common, Inputs};
 use ferry::models::repository::{self, LoadOptions, Loaded};
 use indicatif::ProgressBar;
 
-use super::EXIT_FAILED;
+use super::{EXIT_FAILED, run_each_model_on_one_thread};
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -50,6 +50,10 @@ enum Layout {
 }
 
 pub fn run(args: &Args) -> ExitCode {
+    if let Err(error) = run_each_model_on_one_thread() {
+        eprintln!("cannot start again with RAYON_NUM_THREADS=1: {error}");
+        return ExitCode::from(EXIT_FAILED);
+    }
     match measure(args) {
         Ok(report) if args.json => {
             println!("{}", serde_json::to_string(&report).expect("plain data"));
@@ -82,11 +86,11 @@ fn measure(args: &Args) -> Result<OfflineReport, String> {
         (None, None) => Lengths::Fixed(1),
     };
     let requests = args.requests as usize;
-    let inputs =
-        Inputs::new(contract, lengths.sampler(args.seed).take(requests), 4096, args.seed, Common::default())?;
-    let threads = args
-        .threads
-        .map_or_else(|| ferry::config::Config::default_on(ferry::config::Machine::here()).threads.executors, usize::from);
+    let inputs = Inputs::new(contract, lengths.sampler(args.seed).take(requests), 4096, args.seed, Common::default())?;
+    let threads = args.threads.map_or_else(
+        || ferry::config::Config::default_on(ferry::config::Machine::here()).threads.executors,
+        usize::from,
+    );
     let batching = &entry.manifest.batching;
     let options = Options {
         requests,

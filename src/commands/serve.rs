@@ -6,7 +6,6 @@
 //!   because nothing has been accepted.
 
 use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -16,7 +15,7 @@ use ferry::telemetry::log;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{ConfigArgs, EXIT_CONFIG, EXIT_FAILED};
+use super::{ConfigArgs, EXIT_CONFIG, EXIT_FAILED, run_each_model_on_one_thread};
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -78,6 +77,7 @@ pub fn run(args: Args) -> ExitCode {
     // Whoever started us may have closed the pipe; that is no reason to stop serving.
     let _ = out.write_all(ready.as_bytes()).and_then(|()| out.flush());
     drop(out);
+    eprint!("{}", how_to_try(&server));
     match server.wait() {
         Ending::Drained => ExitCode::SUCCESS,
         Ending::Aborted => ExitCode::from(EXIT_FAILED),
@@ -86,6 +86,23 @@ pub fn run(args: Args) -> ExitCode {
             ExitCode::from(EXIT_FAILED)
         }
     }
+}
+
+/// A first request for what is served.
+fn how_to_try(server: &server::ServerHandle) -> String {
+    let data = server.data_addr;
+    let mut text = String::from("try it, in another terminal:\n");
+    let mut line = |command: String| text.push_str(&format!("  {command}\n"));
+    if server.models.iter().any(|name| name == "minilm") {
+        line(format!(
+            "ferry infer --addr {data} --model minilm --text \"a cat sat on the mat\" --text \"a kitten on a rug\""
+        ));
+    }
+    if let Some(name) = server.models.iter().find(|name| *name == "echo").or(server.models.first()) {
+        line(format!("ferry load --addr {data} --model {name} --rate 1000"));
+    }
+    line(format!("curl http://{}/metrics", server.control_addr));
+    text
 }
 
 fn status_of(error: &StartError) -> u8 {
@@ -108,20 +125,6 @@ fn thread_plan(config: &Config) -> String {
         threads.tokenizers,
         ferry::config::Machine::here().cores,
     )
-}
-
-/// One thread inside each executor: candle splits its matrix products over all cores unless this variable says
-/// otherwise, and executors are already one per core. A process cannot safely change its own environment, so it is
-/// started again, under the same process id, with the variable set.
-fn run_each_model_on_one_thread() -> std::io::Result<()> {
-    const VARIABLE: &str = "RAYON_NUM_THREADS";
-    if std::env::var_os(VARIABLE).is_some() {
-        return Ok(());
-    }
-    let mut arguments = std::env::args_os();
-    let name = arguments.next().unwrap_or_else(|| "ferry".into());
-    // Returns only when it failed.
-    Err(std::process::Command::new(std::env::current_exe()?).arg0(name).args(arguments).env(VARIABLE, "1").exec())
 }
 
 /// Watches for signals from now on. The stopper is filled in once there is something to stop.

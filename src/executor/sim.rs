@@ -51,7 +51,8 @@ impl Executor for SimExecutor {
         if delay > 0 {
             std::thread::sleep(Duration::from_micros(delay));
         }
-        let fails = self.faults.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
+        let fails =
+            self.faults.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
         if !fails {
             for (output, buffer) in out.outputs.iter_mut().zip(&self.device) {
                 output.bytes_mut().copy_from_slice(buffer);

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::clock;
 use crate::contract::{Contract, NonFinite, first_non_finite};
 use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
-use crate::mailbox::{Receiver, Received, Sender};
+use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, ModelHandle, Moment, Refusal};

@@ -159,14 +159,7 @@ fn cancel(state: &mut State, at: u32, request_id: u64, burst: &mut Burst) {
 /// Accepts a request or refuses it.
 ///
 /// Hot: once per request. Guarded by benches/decoder.rs and benches/echo_path.rs.
-fn infer(
-    state: &mut State,
-    at: u32,
-    frame: &Frame,
-    data: &Bytes,
-    now: Moment,
-    burst: &mut Burst,
-) -> Result<(), Fatal> {
+fn infer(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment, burst: &mut Burst) -> Result<(), Fatal> {
     let header = &frame.header;
     if state.options.panic_on_request_id == Some(header.request_id) {
         panic!("test hook: request {}", header.request_id);
@@ -188,13 +181,7 @@ fn infer(
     Ok(())
 }
 
-fn accept(
-    state: &mut State,
-    at: u32,
-    frame: &Frame,
-    data: &Bytes,
-    now: Moment,
-) -> Result<(Request, bool), Refusal> {
+fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) -> Result<(Request, bool), Refusal> {
     let header = &frame.header;
     let connection = &mut state.connections[at as usize];
     if header.request_id <= connection.last_id {
@@ -262,7 +249,10 @@ fn check_credit(connection: &Connection, payload: u32, requests: u32, bytes: u64
     }
     if connection.bytes_in_flight + u64::from(payload) > bytes {
         return Err(Refusal::overloaded(
-            format!("the credit is {bytes} bytes in flight, {} are used, {payload} more do not fit", connection.bytes_in_flight),
+            format!(
+                "the credit is {bytes} bytes in flight, {} are used, {payload} more do not fit",
+                connection.bytes_in_flight
+            ),
             Duration::from_millis(1),
         ));
     }

@@ -117,8 +117,7 @@ async fn run(setup: Setup) {
             return;
         }
     };
-    let state =
-        State::new(setup.index, setup.options, setup.catalog, setup.telemetry, setup.batcher, setup.tokenizer);
+    let state = State::new(setup.index, setup.options, setup.catalog, setup.telemetry, setup.batcher, setup.tokenizer);
     let shard = Rc::new(Shard {
         state: RefCell::new(state),
         mailbox: setup.mailbox,

@@ -255,8 +255,7 @@ impl State {
         match self.batcher.send(ToBatcher::Burst(mail::Burst { arrivals, cancelled })) {
             Ok(()) => {}
             Err(SendError::Full(ToBatcher::Burst(back)) | SendError::Closed(ToBatcher::Burst(back))) => {
-                let refusal =
-                    Refusal::overloaded("the batcher's mailbox is full", Duration::from_millis(5));
+                let refusal = Refusal::overloaded("the batcher's mailbox is full", Duration::from_millis(5));
                 for request in back.arrivals {
                     self.end(request.key, &refusal);
                 }

@@ -63,7 +63,9 @@ impl QueueLimits {
             ("payload bytes", waiting.bytes, asked.bytes, self.bytes_max),
         ] {
             if asked > max {
-                return Err(Refusal::too_large(format!("expected at most {max} {what}, the {whose}'s queue limit; got {asked}")));
+                return Err(Refusal::too_large(format!(
+                    "expected at most {max} {what}, the {whose}'s queue limit; got {asked}"
+                )));
             }
             if waiting + asked > max {
                 let message = format!("the {whose}'s queue holds {waiting} of {max} {what}, {asked} more do not fit");

@@ -146,9 +146,10 @@ impl Scheduler {
 
     /// Admits a request or refuses it. A refused one was never queued.
     pub fn handle_arrival(&mut self, now: Moment, arrival: Arrival) -> Result<TicketId, Refusal> {
-        let queue = self.models.get(arrival.model.index()).ok_or_else(|| {
-            Refusal::new(Code::NotFound, format!("model handle {} is unknown", arrival.model.0))
-        })?;
+        let queue = self
+            .models
+            .get(arrival.model.index())
+            .ok_or_else(|| Refusal::new(Code::NotFound, format!("model handle {} is unknown", arrival.model.0)))?;
         if arrival.deadline.is_some_and(|deadline| deadline <= now) {
             return Err(Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, "the deadline was over on arrival"));
         }
@@ -301,16 +302,7 @@ impl Scheduler {
             self.forget(*id);
         }
         self.batches += 1;
-        SealedBatch {
-            id: self.batches,
-            model,
-            rows,
-            rows_possible,
-            padded_len,
-            cells_real,
-            reason,
-            sealed_at: now,
-        }
+        SealedBatch { id: self.batches, model, rows, rows_possible, padded_len, cells_real, reason, sealed_at: now }
     }
 
     /// Takes a waiting ticket off its list and off the books.

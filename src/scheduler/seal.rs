@@ -127,13 +127,7 @@ pub fn next_window_end(lanes: &Lanes, tickets: &Tickets, policy: &Policy) -> Opt
 }
 
 /// Takes rows for one batch: the chosen lane first, then shorter lanes, nearest first.
-pub fn take_rows(
-    lanes: &mut Lanes,
-    tickets: &mut Tickets,
-    policy: &Policy,
-    bucket: u16,
-    members: &mut Vec<TicketId>,
-) {
+pub fn take_rows(lanes: &mut Lanes, tickets: &mut Tickets, policy: &Policy, bucket: u16, members: &mut Vec<TicketId>) {
     let padded_len = policy.buckets.len_at(bucket);
     let mut room = policy.rows_at(padded_len);
     for from in (0..=bucket).rev() {
