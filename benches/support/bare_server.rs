@@ -63,6 +63,8 @@ pub fn echo_contract() -> Contract {
 }
 
 /// Binds to a free port and serves on its own thread until the process ends.
+// Tests use it; the bench, which includes this file too, serves in a process of its own.
+#[allow(dead_code)]
 pub fn spawn(options: BareOptions) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("the loopback address has a free port");
     let addr = listener.local_addr().expect("a bound listener has an address");

@@ -169,6 +169,16 @@ impl Request {
                 ))
             })?;
             let meta = TensorMeta { index: *index, dtype: input.dtype as u8, dims };
+            // Checked here and not by the contract alone: there, padding behind a short tensor would pass for values.
+            if input.dtype != DType::Text && tensor_bytes(&meta, input.dtype) != Some(input.bytes.len()) {
+                return Err(Refusal::invalid(format!(
+                    "input {}: expected {:?} elements of {}, got {} bytes",
+                    input.name,
+                    input.dims,
+                    input.dtype,
+                    input.bytes.len()
+                )));
+            }
             metas.push(meta).map_err(|_| Refusal::invalid(format!("{} inputs are too many", places.len())))?;
         }
         Ok(Placed { metas, parts: places.into_iter().map(|(_, input)| input.bytes.as_slice()).collect() })
