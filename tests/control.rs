@@ -22,13 +22,17 @@ struct Control {
 const ECHO: ModelHandle = ModelHandle(0);
 
 fn start() -> Control {
+    start_on([127, 0, 0, 1])
+}
+
+fn start_on(ip: [u8; 4]) -> Control {
     let labels = |name: &str| ModelLabels { name: name.into(), version: "1".into() };
     let telemetry = Telemetry::new(&[labels("echo"), labels("digits")], 2, 1);
     let lifecycle = Arc::new(Lifecycle::new());
     let drains = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&drains);
     let handle = admin::spawn(ControlOptions {
-        addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+        addr: SocketAddr::from((ip, 0)),
         telemetry: Arc::clone(&telemetry),
         lifecycle: Arc::clone(&lifecycle),
         models: vec![
@@ -196,7 +200,7 @@ fn silent_connections_are_thrown_out() {
 
 #[test]
 fn a_control_port_that_is_stopped_is_free_again() {
-    let control = start();
+    let control = start_on([127, 77, 0, 1]); // where no other test could be given the port in between
     let addr = control.handle.addr;
     assert_eq!(control.get("/healthz").status, 200);
     control.handle.shutdown();
