@@ -5,7 +5,8 @@
 //! shared buffer and slice payloads out of it without a copy.
 //!
 //! Always true
-//! - A frame over a limit is refused on its header, before its bytes are waited for.
+//! - A frame over a limit is refused on its header, before its bytes are waited for. A kind that has no payload has
+//!   the limit 0.
 //! - The head checksum (header and metadata) is verified before a frame is shown. The payload's is left to the caller
 //!   through [`Frame::payload_is_intact`], because only that request is lost by it, not the stream.
 
@@ -132,8 +133,12 @@ impl Decoder {
         if header.metadata_len > self.limits.metadata_bytes {
             return Err(DecodeError::MetadataTooLong { len: header.metadata_len, max: self.limits.metadata_bytes });
         }
-        if header.payload_len > self.limits.payload_bytes {
-            return Err(DecodeError::PayloadTooLong { len: header.payload_len, max: self.limits.payload_bytes });
+        let payload_max = match kind {
+            Some(kind) if !kind.carries_payload() => 0,
+            _ => self.limits.payload_bytes,
+        };
+        if header.payload_len > payload_max {
+            return Err(DecodeError::PayloadTooLong { len: header.payload_len, max: payload_max });
         }
         // Both lengths are below 2^29 here, so the sum cannot wrap.
         let head_len = HEADER_LEN + header.metadata_len as usize;
