@@ -452,7 +452,6 @@ fn every_kind_but_the_reserved_one_has_a_golden_file() {
 #[test]
 fn a_change_of_any_byte_of_any_golden_file_is_noticed() {
     let files = files();
-    std::panic::set_hook(Box::new(|_| {})); // thousands of expected panics
     let mut unnoticed = Vec::new();
     for Golden { name, check } in goldens() {
         let bytes = &files[name];
@@ -477,7 +476,6 @@ fn a_change_of_any_byte_of_any_golden_file_is_noticed() {
             }
         }
     }
-    let _ = std::panic::take_hook();
     assert!(unnoticed.is_empty(), "{unnoticed:?}");
 }
 
@@ -512,5 +510,62 @@ fn a_file_that_is_not_of_the_form_is_refused() {
         ("## t\n# 0 a\nzz\n", "no hex"),
     ] {
         assert!(std::panic::catch_unwind(|| bytes_of(broken, "broken")).is_err(), "{why}");
+    }
+}
+
+/// The page for writers of clients, which must not drift from the bytes and tables it describes.
+const WIRE_PAGE: &str = include_str!("../src/wire/WIRE.md");
+
+#[test]
+fn the_examples_of_the_written_specification_are_golden_files() {
+    let examples = WIRE_PAGE.split("## 11. Examples").nth(1).expect("the page ends with its examples");
+    let hex: Vec<u8> = examples
+        .lines()
+        .filter_map(|line| line.strip_prefix("    "))
+        .flat_map(|line| line.split("   ").next().expect("split gives one part").split(' '))
+        .map(|byte| u8::from_str_radix(byte, 16).expect("examples are hex, three spaces, words"))
+        .collect();
+    let files = files();
+    assert_eq!(hex, [&files["ping"][..], &files["infer_echo"]].concat());
+}
+
+#[test]
+fn the_tables_of_the_written_specification_are_those_of_the_code() {
+    for code in Code::ALL {
+        let executed = match code.executed() {
+            Executed::Never => "never",
+            Executed::Maybe => "maybe",
+            Executed::Yes => "yes",
+        };
+        let retry = match code.retry() {
+            Retry::No => "no",
+            Retry::Same => "same",
+            Retry::Elsewhere => "elsewhere",
+            Retry::After => "after",
+            Retry::ClientDecides => "the client decides",
+        };
+        let row = format!("| {} | {} | {executed} | {retry} |", *code as u16, code.name());
+        assert!(WIRE_PAGE.contains(&row), "WIRE.md has no row {row}");
+    }
+    for dtype in DType::ALL {
+        assert!(WIRE_PAGE.contains(&format!("| {} | {}", dtype as u8, dtype.name())), "WIRE.md has no dtype {dtype}");
+    }
+    for reason in SealReason::ALL {
+        let text = format!("{} {}", reason as u8, reason.name());
+        assert!(WIRE_PAGE.contains(&text), "WIRE.md has no seal reason {text}");
+    }
+    for stage in [Stage::None, Stage::Arrival, Stage::Queue, Stage::Executing, Stage::Writing] {
+        let text = format!("{} {}", stage as u8, stage.name());
+        assert!(WIRE_PAGE.contains(&text), "WIRE.md has no stage {text}");
+    }
+    for kind in Kind::ALL {
+        let row = WIRE_PAGE
+            .lines()
+            .find(|line| line.starts_with(&format!("| {} | ", kind as u8)) && line.matches('|').count() == 7)
+            .unwrap_or_else(|| panic!("WIRE.md has no row of {kind:?}"));
+        let sender = row.split('|').nth(3).expect("seven bars").trim();
+        assert_eq!(kind.from_client(), matches!(sender, "client" | "both"), "{row}");
+        let payload = row.split('|').nth(5).expect("seven bars").trim();
+        assert_eq!(kind.carries_payload(), payload != "none", "{row}");
     }
 }
