@@ -565,6 +565,8 @@ fn the_tables_of_the_written_specification_are_those_of_the_code() {
             .unwrap_or_else(|| panic!("WIRE.md has no row of {kind:?}"));
         let sender = row.split('|').nth(3).expect("seven bars").trim();
         assert_eq!(kind.from_client(), matches!(sender, "client" | "both"), "{row}");
+        let metadata = row.split('|').nth(4).expect("seven bars").trim();
+        assert_eq!(kind.carries_metadata(), metadata != "none", "{row}");
         let payload = row.split('|').nth(5).expect("seven bars").trim();
         assert_eq!(kind.carries_payload(), payload != "none", "{row}");
     }

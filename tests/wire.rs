@@ -406,8 +406,12 @@ fn an_unknown_kind_is_held_to_the_limits_even_when_it_may_be_skipped() {
 }
 
 #[test]
-fn a_kind_that_has_no_payload_may_not_bring_one() {
+fn a_kind_that_has_no_metadata_or_no_payload_may_not_bring_any() {
     for kind in Kind::ALL {
+        let bytes = frame_bytes(kind as u8, 0, &[1], &[]);
+        let expected =
+            if kind.carries_metadata() { None } else { Some(DecodeError::MetadataTooLong { len: 1, max: 0 }) };
+        assert_eq!(decoder().next(&bytes).err(), expected, "{kind:?}");
         let bytes = frame_bytes(kind as u8, 0, &[], &[1]);
         let expected = if kind.carries_payload() { None } else { Some(DecodeError::PayloadTooLong { len: 1, max: 0 }) };
         assert_eq!(decoder().next(&bytes).err(), expected, "{kind:?}");
@@ -443,7 +447,9 @@ fn metadata_with_a_byte_more_or_less_is_refused() {
 #[test]
 fn a_metadata_length_that_disagrees_with_its_content_is_refused_by_the_content() {
     let payload = [0; 8];
-    for (kind, metadata) in sample_metadata().into_iter().filter(|(kind, _)| kind.carries_payload()) {
+    for (kind, metadata) in
+        sample_metadata().into_iter().filter(|(kind, _)| kind.carries_payload() && kind.carries_metadata())
+    {
         let all = [&metadata[..], &payload].concat();
         for len in 0..=all.len() {
             let bytes = frame_bytes(kind as u8, 0, &all[..len], &all[len..]);

@@ -5,8 +5,8 @@
 //! shared buffer and slice payloads out of it without a copy.
 //!
 //! Always true
-//! - A frame over a limit is refused on its header, before its bytes are waited for. A kind that has no payload has
-//!   the limit 0.
+//! - A frame over a limit is refused on its header, before its bytes are waited for. A kind that has no metadata
+//!   or no payload has the limit 0 for it.
 //! - The head checksum (header and metadata) is verified before a frame is shown. The payload's is left to the caller
 //!   through [`Frame::payload_is_intact`], because only that request is lost by it, not the stream.
 
@@ -130,8 +130,12 @@ impl Decoder {
         if kind.is_none() && header.flags & FLAG_OPTIONAL == 0 {
             return Err(DecodeError::Kind(header.kind));
         }
-        if header.metadata_len > self.limits.metadata_bytes {
-            return Err(DecodeError::MetadataTooLong { len: header.metadata_len, max: self.limits.metadata_bytes });
+        let metadata_max = match kind {
+            Some(kind) if !kind.carries_metadata() => 0,
+            _ => self.limits.metadata_bytes,
+        };
+        if header.metadata_len > metadata_max {
+            return Err(DecodeError::MetadataTooLong { len: header.metadata_len, max: metadata_max });
         }
         let payload_max = match kind {
             Some(kind) if !kind.carries_payload() => 0,
