@@ -292,7 +292,10 @@ impl Contract {
         // Compared as integers: an f64 next to 2^63 would call a pad inside that is one outside.
         let pad = spec.pad as i128;
         if pad as f64 != spec.pad || pad < least || pad > most {
-            return Err(format!("{name}: pad {} is no {}", spec.pad, spec.dtype));
+            return Err(format!(
+                "{name}: expected a whole pad from {least} to {most} for dtype {}, got {}",
+                spec.dtype, spec.pad
+            ));
         }
         match spec.range {
             Some([low, high]) if low > high => Err(format!("{name}: range [{low}, {high}] is empty")),

@@ -63,10 +63,13 @@ fn files() -> BTreeMap<String, Vec<u8>> {
     files
 }
 
+/// Panics where the bytes are not what was expected.
+type Check = dyn Fn(&[u8]);
+
 /// What one file is expected to be, and the check that it is.
 struct Golden {
     name: &'static str,
-    check: Box<dyn Fn(&[u8])>,
+    check: Box<Check>,
 }
 
 /// A frame of `value` and `payload`.
