@@ -15,7 +15,7 @@ use sha2::Digest;
 
 use crate::vocab::{DType, Refusal};
 use crate::wire::encoder::align8;
-use crate::wire::message::{Infer, RANK_MAX, TENSORS_MAX, TensorMeta};
+use crate::wire::message::{INFER_FLAGS_KNOWN, Infer, RANK_MAX, TENSORS_MAX, TensorMeta};
 
 impl Serialize for DType {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -280,11 +280,26 @@ impl Contract {
         if spec.pad != 0.0 && matches!(spec.dtype, DType::F16 | DType::BF16) {
             return Err(format!("{name}: pad must be 0 for {}", spec.dtype));
         }
-        let integer = !matches!(spec.dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64);
+        if !spec.pad.is_finite() {
+            return Err(format!("{name}: pad {} is not a number that JSON can carry", spec.pad));
+        }
+        let Some((least, most)) = integer_bounds(spec.dtype) else {
+            return match spec.range {
+                Some(_) => Err(format!("{name}: a range is for integers, its dtype is {}", spec.dtype)),
+                None => Ok(()),
+            };
+        };
+        // Compared as integers: an f64 next to 2^63 would call a pad inside that is one outside.
+        let pad = spec.pad as i128;
+        if pad as f64 != spec.pad || pad < least || pad > most {
+            return Err(format!(
+                "{name}: expected a whole pad from {least} to {most} for dtype {}, got {}",
+                spec.dtype, spec.pad
+            ));
+        }
         match spec.range {
-            Some(_) if !integer => Err(format!("{name}: a range is for integers, its dtype is {}", spec.dtype)),
             Some([low, high]) if low > high => Err(format!("{name}: range [{low}, {high}] is empty")),
-            Some([low, high]) if integer && (spec.pad < low as f64 || spec.pad > high as f64) => {
+            Some([low, high]) if pad < i128::from(low) || pad > i128::from(high) => {
                 Err(format!("{name}: pad {} is outside its range [{low}, {high}]", spec.pad))
             }
             _ => Ok(()),
@@ -317,6 +332,12 @@ impl Contract {
     ///
     /// Hot: once per request, on the shard. Guarded by benches/decoder.rs.
     pub fn check(&self, infer: &Infer, payload: &[u8]) -> Result<Checked, Refusal> {
+        if infer.flags & !INFER_FLAGS_KNOWN != 0 {
+            return Err(Refusal::invalid(format!(
+                "expected request flags within {INFER_FLAGS_KNOWN:#04x}, got {:#04x}",
+                infer.flags
+            )));
+        }
         if let Some(text) = &self.text
             && infer.inputs.len() == 1
             && usize::from(infer.inputs[0].index) == self.inputs.len()
@@ -437,6 +458,21 @@ impl Contract {
     }
 }
 
+/// Smallest and largest value of an integer dtype; `None` for the others.
+fn integer_bounds(dtype: DType) -> Option<(i128, i128)> {
+    Some(match dtype {
+        DType::U8 => (u8::MIN.into(), u8::MAX.into()),
+        DType::I8 => (i8::MIN.into(), i8::MAX.into()),
+        DType::U16 => (u16::MIN.into(), u16::MAX.into()),
+        DType::I16 => (i16::MIN.into(), i16::MAX.into()),
+        DType::U32 => (u32::MIN.into(), u32::MAX.into()),
+        DType::I32 => (i32::MIN.into(), i32::MAX.into()),
+        DType::U64 => (u64::MIN.into(), u64::MAX.into()),
+        DType::I64 => (i64::MIN.into(), i64::MAX.into()),
+        DType::F16 | DType::BF16 | DType::F32 | DType::F64 | DType::Text => return None,
+    })
+}
+
 /// Rows and length as the inputs so far agree on them.
 struct Shape {
     rows: Option<u32>,
@@ -514,11 +550,10 @@ fn check_range(spec: &TensorSpec, bytes: &[u8], low: i64, high: i64) -> Result<(
 
 /// Token ids are nearly always u32 from 0: compare in 32 bits, without an early exit, so that it vectorises.
 fn scan_u32(bytes: &[u8], low: i64, high: i64) -> Option<(usize, i128)> {
+    // Cut to what a u32 can be. A range wholly outside of that has no value inside, not its nearest one.
+    let none_fits = high < 0 || low > i64::from(u32::MAX);
     let low = u32::try_from(low.max(0)).unwrap_or(u32::MAX);
-    let (high, none_fits) = match u32::try_from(high) {
-        Ok(high) => (high, false),
-        Err(_) => (u32::MAX, high < 0),
-    };
+    let high = u32::try_from(high).unwrap_or(u32::MAX);
     let value = |chunk: &[u8]| u32::from_le_bytes(chunk.try_into().expect("chunks_exact gives whole elements"));
     let bad = bytes.chunks_exact(4).fold(none_fits, |bad, chunk| bad | (value(chunk) < low) | (value(chunk) > high));
     if !bad {

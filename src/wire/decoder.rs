@@ -5,7 +5,8 @@
 //! shared buffer and slice payloads out of it without a copy.
 //!
 //! Always true
-//! - A frame over a limit is refused on its header, before its bytes are waited for.
+//! - A frame over a limit is refused on its header, before its bytes are waited for. A kind that has no metadata
+//!   or no payload has the limit 0 for it.
 //! - The head checksum (header and metadata) is verified before a frame is shown. The payload's is left to the caller
 //!   through [`Frame::payload_is_intact`], because only that request is lost by it, not the stream.
 
@@ -129,11 +130,19 @@ impl Decoder {
         if kind.is_none() && header.flags & FLAG_OPTIONAL == 0 {
             return Err(DecodeError::Kind(header.kind));
         }
-        if header.metadata_len > self.limits.metadata_bytes {
-            return Err(DecodeError::MetadataTooLong { len: header.metadata_len, max: self.limits.metadata_bytes });
+        let metadata_max = match kind {
+            Some(kind) if !kind.carries_metadata() => 0,
+            _ => self.limits.metadata_bytes,
+        };
+        if header.metadata_len > metadata_max {
+            return Err(DecodeError::MetadataTooLong { len: header.metadata_len, max: metadata_max });
         }
-        if header.payload_len > self.limits.payload_bytes {
-            return Err(DecodeError::PayloadTooLong { len: header.payload_len, max: self.limits.payload_bytes });
+        let payload_max = match kind {
+            Some(kind) if !kind.carries_payload() => 0,
+            _ => self.limits.payload_bytes,
+        };
+        if header.payload_len > payload_max {
+            return Err(DecodeError::PayloadTooLong { len: header.payload_len, max: payload_max });
         }
         // Both lengths are below 2^29 here, so the sum cannot wrap.
         let head_len = HEADER_LEN + header.metadata_len as usize;

@@ -72,6 +72,17 @@ impl Kind {
         Kind::ALL.get(usize::from(number).wrapping_sub(1)).copied()
     }
 
+    /// Whether frames of this kind may have metadata. The others say all in their header.
+    pub fn carries_metadata(self) -> bool {
+        !matches!(self, Kind::Cancel | Kind::Ping | Kind::Pong | Kind::Stats | Kind::StatsReply)
+    }
+
+    /// Whether frames of this kind may have a payload. The others are a header and little metadata, whatever the
+    /// limits of the connection are: credit counts the payload of requests only, so nothing else may bring bytes.
+    pub fn carries_payload(self) -> bool {
+        matches!(self, Kind::Description | Kind::Infer | Kind::Result | Kind::Item | Kind::StatsReply)
+    }
+
     /// Whether clients send this kind; the others come from servers only.
     pub fn from_client(self) -> bool {
         matches!(

@@ -56,7 +56,7 @@ pub fn decode_exact<T: Decode<()>>(bytes: &[u8]) -> Result<T, MetadataError> {
     Ok(value)
 }
 
-/// Appends the encoding of `value` to `out`. Fails only for a value over the metadata limit.
+/// Appends the encoding of `value` to `out`, whole or not at all. Fails only for a value over the metadata limit.
 pub fn encode_into<T: Encode>(value: &T, out: &mut Vec<u8>) -> Result<(), MetadataError> {
     struct Sink<'a>(&'a mut Vec<u8>);
     impl bincode::enc::write::Writer for Sink<'_> {
@@ -66,10 +66,12 @@ pub fn encode_into<T: Encode>(value: &T, out: &mut Vec<u8>) -> Result<(), Metada
         }
     }
     let start = out.len();
-    bincode::encode_into_writer(value, Sink(out), CONFIG)
-        .map_err(|error| MetadataError { message: format!("metadata does not encode: {error}") })?;
-    if out.len() - start > METADATA_LIMIT {
-        let len = out.len() - start;
+    if let Err(error) = bincode::encode_into_writer(value, Sink(out), CONFIG) {
+        out.truncate(start);
+        return Err(MetadataError { message: format!("metadata does not encode: {error}") });
+    }
+    let len = out.len() - start;
+    if len > METADATA_LIMIT {
         out.truncate(start);
         return Err(MetadataError { message: format!("metadata of {len} bytes is over {METADATA_LIMIT}") });
     }
