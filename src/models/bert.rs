@@ -1,6 +1,6 @@
 //! The BERT encoder: token ids to one embedding per row, pooled over the real tokens.
 //!
-//! The arithmetic is candle's; what this file adds is how it is arranged for serving:
+//! The arithmetic is candle's (between the matmuls, on a CPU, fused.rs's); what this file adds is how it is arranged:
 //! - query, key and value are one matmul, with 1/sqrt(head size) folded into the query's weights when they are loaded;
 //! - weights are stored transposed and contiguous, so that no forward pass transposes them again;
 //! - segment embeddings (always segment 0) are folded into the position embeddings;
@@ -9,16 +9,17 @@
 //! Always true
 //! - A row's embedding depends on its own real tokens only: padding takes no part in attention or pooling, whatever ids
 //!   stand there.
-//! - Every value stays finite for a row without any real token: masked scores are a finite floor, not -inf, and a norm of 0
-//!   divides by a small constant. Such a row's embedding is all zeros.
+//! - Every value stays finite for a row without any real token: masked scores are a finite floor, not -inf (fused: no share
+//!   at all), and a norm of 0 divides by a small constant. Such a row's embedding is all zeros.
 //!
-//! Elsewhere: tensor names of a file (weights.rs), sizes as the manifest gives them (manifest.rs).
+//! Elsewhere: bias, GELU, norm and softmax in one pass each (fused.rs), tensor names of a file (weights.rs), sizes as the manifest gives them (manifest.rs).
 
 use std::sync::Arc;
 
 use candle_core::{D, Device, Tensor};
 use candle_nn::ops::{layer_norm, softmax_last_dim};
 
+use super::fused::{AddBias, AddNorm, BiasGelu, MaskedSoftmax};
 use super::manifest::{Activation, BertParams, Manifest, Pooling};
 use super::weights::{Weights, WeightsError};
 use crate::contract::{Contract, Dim};
@@ -37,17 +38,15 @@ const NORM_MIN: f64 = 1e-12;
 struct Linear {
     weight: Tensor,
     bias: Tensor,
-}
-
-impl Linear {
-    fn forward(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        x.matmul(&self.weight)?.broadcast_add(&self.bias)
-    }
+    /// The bias again, on the host, for the fused operations.
+    bias_host: Vec<f32>,
 }
 
 struct Norm {
     weight: Tensor,
     bias: Tensor,
+    weight_host: Vec<f32>,
+    bias_host: Vec<f32>,
 }
 
 struct Layer {
@@ -68,6 +67,8 @@ pub struct Encoder {
     norm: Norm,
     layers: Vec<Layer>,
     device: Device,
+    /// Takes the operations of fused.rs between the matmuls instead of candle's own, which are the reference.
+    fused: bool,
 }
 
 impl Encoder {
@@ -84,7 +85,7 @@ impl Encoder {
         let norm = load_norm(weights, "embeddings.LayerNorm", h)?;
         let layers =
             (0..params.layers).map(|n| load_layer(&params, weights, n)).collect::<Result<Vec<_>, WeightsError>>()?;
-        Ok(Encoder { params, words, places, norm, layers, device: device.clone() })
+        Ok(Encoder { params, words, places, norm, layers, device: device.clone(), fused: device.is_cpu() })
     }
 
     pub fn params(&self) -> &BertParams {
@@ -106,13 +107,12 @@ impl Encoder {
         let ids = Tensor::from_slice(ids, rows * len, &self.device)?;
         let words = self.words.index_select(&ids, 0)?.reshape((rows, len, h))?;
         let mut x = words.broadcast_add(&self.places.narrow(0, 0, len)?)?.reshape((rows * len, h))?;
-        x = self.normed(&x, &self.norm)?;
+        x = layer_norm(&x, &self.norm.weight, &self.norm.bias, self.eps())?;
         for layer in &self.layers {
-            let attended =
-                layer.attention_out.forward(&self.attend(&layer.qkv.forward(&x)?, rows, len, &padding)?)?;
-            x = self.normed(&(x + attended)?, &layer.attention_norm)?;
-            let inner = layer.inner.forward(&x)?.gelu_erf()?;
-            x = self.normed(&(x + layer.out.forward(&inner)?)?, &layer.norm)?;
+            let context = self.attend(&self.project(&x, &layer.qkv)?, len, &padding)?;
+            x = self.project_and_norm(&context, &layer.attention_out, &x, &layer.attention_norm)?;
+            let inner = self.project_and_gelu(&x, &layer.inner)?;
+            x = self.project_and_norm(&inner, &layer.out, &x, &layer.norm)?;
         }
 
         // The mean as a matmul with 1/length on real tokens and 0 on padding: one pass, no copy of the masked states.
@@ -125,7 +125,8 @@ impl Encoder {
     }
 
     /// Scaled dot-product attention of all rows and heads; `[rows * len, 3 * hidden]` to `[rows * len, hidden]`.
-    fn attend(&self, qkv: &Tensor, rows: usize, len: usize, padding: &Padding) -> candle_core::Result<Tensor> {
+    fn attend(&self, qkv: &Tensor, len: usize, padding: &Padding<'_>) -> candle_core::Result<Tensor> {
+        let rows = padding.lengths.len();
         let heads = self.params.heads;
         let size = self.params.hidden / heads;
         let parts = qkv.reshape((rows, len, 3, heads, size))?;
@@ -135,21 +136,64 @@ impl Encoder {
         let k = part(1)?.transpose(2, 3)?.contiguous()?;
         let v = part(2)?.contiguous()?;
 
-        let mut scores = q.matmul(&k)?;
-        if let Some(floor) = &padding.floor {
-            scores = scores.broadcast_add(floor)?;
-        }
-        let context = softmax_last_dim(&scores)?.matmul(&v)?;
-        context.transpose(1, 2)?.reshape((rows * len, self.params.hidden))
+        let shares = self.softmax(q.matmul(&k)?, len, padding)?;
+        shares.matmul(&v)?.transpose(1, 2)?.reshape((rows * len, self.params.hidden))
     }
 
-    fn normed(&self, x: &Tensor, norm: &Norm) -> candle_core::Result<Tensor> {
-        layer_norm(x, &norm.weight, &norm.bias, self.params.layer_norm_eps as f32)
+    fn softmax(&self, scores: Tensor, len: usize, padding: &Padding<'_>) -> candle_core::Result<Tensor> {
+        if self.fused {
+            let scores_per_row = self.params.heads * len;
+            scores.inplace_op1(&MaskedSoftmax { len, scores_per_row, lengths: padding.lengths })?;
+            return Ok(scores);
+        }
+        match &padding.floor {
+            Some(floor) => softmax_last_dim(&scores.broadcast_add(floor)?),
+            None => softmax_last_dim(&scores),
+        }
+    }
+
+    fn project(&self, x: &Tensor, linear: &Linear) -> candle_core::Result<Tensor> {
+        let y = x.matmul(&linear.weight)?;
+        if self.fused {
+            y.inplace_op1(&AddBias(&linear.bias_host))?;
+            return Ok(y);
+        }
+        y.broadcast_add(&linear.bias)
+    }
+
+    fn project_and_gelu(&self, x: &Tensor, linear: &Linear) -> candle_core::Result<Tensor> {
+        let y = x.matmul(&linear.weight)?;
+        if self.fused {
+            y.inplace_op1(&BiasGelu(&linear.bias_host))?;
+            return Ok(y);
+        }
+        y.broadcast_add(&linear.bias)?.gelu_erf()
+    }
+
+    fn project_and_norm(
+        &self,
+        x: &Tensor,
+        linear: &Linear,
+        residual: &Tensor,
+        norm: &Norm,
+    ) -> candle_core::Result<Tensor> {
+        let y = x.matmul(&linear.weight)?;
+        if self.fused {
+            let (weight, shift) = (&norm.weight_host[..], &norm.bias_host[..]);
+            y.inplace_op2(residual, &AddNorm { bias: &linear.bias_host, weight, shift, eps: self.eps() })?;
+            return Ok(y);
+        }
+        layer_norm(&(y.broadcast_add(&linear.bias)? + residual)?, &norm.weight, &norm.bias, self.eps())
+    }
+
+    fn eps(&self) -> f32 {
+        self.params.layer_norm_eps as f32
     }
 }
 
 /// What of a batch is padding, in the two forms the encoder needs it.
-struct Padding {
+struct Padding<'a> {
+    lengths: &'a [u32],
     /// `[rows, 1, 1, len]`, 0 on real tokens and [`MASKED`] elsewhere. None when no row is shorter than `len`: most of
     /// the batches of a well-chosen bucket are like that, or have one row.
     floor: Option<Tensor>,
@@ -157,8 +201,8 @@ struct Padding {
     shares: Tensor,
 }
 
-impl Padding {
-    fn new(len: usize, lengths: &[u32], device: &Device) -> candle_core::Result<Padding> {
+impl<'a> Padding<'a> {
+    fn new(len: usize, lengths: &'a [u32], device: &Device) -> candle_core::Result<Padding<'a>> {
         let rows = lengths.len();
         let mut shares = vec![0.0f32; rows * len];
         for (row, place) in lengths.iter().zip(shares.chunks_exact_mut(len)) {
@@ -172,7 +216,7 @@ impl Padding {
             let floor: Vec<f32> = shares.iter().map(|share| if *share > 0.0 { 0.0 } else { MASKED }).collect();
             Some(Tensor::from_vec(floor, (rows, 1, 1, len), device)?)
         };
-        Ok(Padding { floor, shares: Tensor::from_vec(shares, (rows, 1, len), device)? })
+        Ok(Padding { lengths, floor, shares: Tensor::from_vec(shares, (rows, 1, len), device)? })
     }
 }
 
@@ -254,17 +298,18 @@ impl Model for Instance {
 }
 
 fn load_norm(weights: &mut Weights, name: &str, size: usize) -> Result<Norm, WeightsError> {
-    Ok(Norm {
-        weight: weights.take(&format!("{name}.weight"), &[size])?,
-        bias: weights.take(&format!("{name}.bias"), &[size])?,
-    })
+    let weight = weights.take(&format!("{name}.weight"), &[size])?;
+    let bias = weights.take(&format!("{name}.bias"), &[size])?;
+    let host = |tensor: &Tensor| tensor.to_vec1().map_err(|error| weights.device_error(name, error));
+    Ok(Norm { weight_host: host(&weight)?, bias_host: host(&bias)?, weight, bias })
 }
 
 /// Checkpoints store `[out, in]`; matmul wants `[in, out]`.
 fn load_linear(weights: &mut Weights, name: &str, input: usize, output: usize) -> Result<Linear, WeightsError> {
     let weight = weights.take(&format!("{name}.weight"), &[output, input])?;
-    let weight = weight.t().and_then(|w| w.contiguous()).map_err(|e| weights.device_error(name, e))?;
-    Ok(Linear { weight, bias: weights.take(&format!("{name}.bias"), &[output])? })
+    let bias = weights.take(&format!("{name}.bias"), &[output])?;
+    let finish = || Ok(Linear { weight: weight.t()?.contiguous()?, bias_host: bias.to_vec1()?, bias: bias.clone() });
+    finish().map_err(|error| weights.device_error(name, error))
 }
 
 fn load_layer(params: &BertParams, weights: &mut Weights, n: usize) -> Result<Layer, WeightsError> {
@@ -289,7 +334,7 @@ fn fold_qkv(qkv: &[Linear], scale: f64) -> candle_core::Result<Linear> {
     let [q, k, v] = qkv else { unreachable!("load_layer brings three") };
     let weight = Tensor::cat(&[&(&q.weight * scale)?, &k.weight, &v.weight], 1)?.contiguous()?;
     let bias = Tensor::cat(&[&(&q.bias * scale)?, &k.bias, &v.bias], 0)?;
-    Ok(Linear { weight, bias })
+    Ok(Linear { weight, bias_host: bias.to_vec1()?, bias })
 }
 
 #[cfg(test)]
@@ -297,6 +342,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::models::weights::WeightNames;
 
     const TINY: &str = include_str!("../../tests/fixtures/tiny_bert/model.toml");
 
@@ -314,6 +360,32 @@ mod tests {
                 Manifest::parse("tiny_bert", Path::new("model.toml"), &TINY.replace(from, to)).expect("parses");
             let error = check(&manifest).expect_err("is refused");
             assert!(error.contains(expected), "{error}\nexpected: {expected}");
+        }
+    }
+
+    /// Goal: the fused operations are the reference's. Method: the same batch both ways, in every mix of real and padding.
+    #[test]
+    fn the_fused_path_equals_candles_own_operations() {
+        let manifest = Manifest::parse("tiny_bert", Path::new("model.toml"), TINY).expect("parses");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny_bert/1/weights.safetensors");
+        let load = |fused: bool| {
+            let mut weights =
+                Weights::open(&file, u64::MAX, None, WeightNames::default(), &Device::Cpu).expect("is there");
+            let params = check(&manifest).expect("is an encoder's").clone();
+            let mut encoder = Encoder::load(params, &mut weights, &Device::Cpu).expect("loads");
+            encoder.fused = fused;
+            encoder
+        };
+        let (fused, reference) = (load(true), load(false));
+        for (len, lengths) in [(1, &[1, 1][..]), (7, &[7, 1, 0, 3]), (16, &[16]), (33, &[33, 32, 5]), (64, &[9, 64])] {
+            let ids: Vec<u32> = (0..len * lengths.len()).map(|n| (n * 37 % 100) as u32).collect();
+            let answer = |encoder: &Encoder| {
+                let embeddings = encoder.forward(&ids, len, lengths).expect("computes");
+                embeddings.flatten_all().and_then(|all| all.to_vec1::<f32>()).expect("is f32")
+            };
+            for (got, want) in answer(&fused).iter().zip(answer(&reference)) {
+                assert!((got - want).abs() <= 1e-5, "padded to {len}: expected {want}, got {got}");
+            }
         }
     }
 }
