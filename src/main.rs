@@ -20,6 +20,12 @@ struct Cli {
 enum Command {
     /// Serve models until told to stop.
     Serve(commands::serve::Args),
+    /// Offer a load to a server and report what came of it.
+    Load(commands::load::Args),
+    /// Send a few requests by hand.
+    Infer(commands::infer::Args),
+    /// List a server's models and their contracts.
+    Models(commands::models::Args),
     /// Run the executors alone on all requests at once: the bound.
     Offline(commands::offline::Args),
     /// Check the configuration and the models, without starting anything.
@@ -29,6 +35,9 @@ enum Command {
 fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Serve(args) => commands::serve::run(args),
+        Command::Load(args) => commands::load::run(args),
+        Command::Infer(args) => commands::infer::run(args),
+        Command::Models(args) => commands::models::run(args),
         Command::Offline(args) => commands::offline::run(&args),
         Command::Check(args) => commands::check::run(args),
     }

@@ -67,7 +67,8 @@ const EXPIRY_TICK: Duration = Duration::from_millis(50);
 
 /// What a waiter may be told.
 enum Answer {
-    Response(Response),
+    /// Boxed: a slot lives as long as its request, and most of that time it is empty.
+    Response(Box<Response>),
     Model(Arc<ModelInfo>),
     Models(Vec<ModelEntry>),
     Stats(ServerStats),
@@ -511,7 +512,7 @@ impl Shared {
                 Event::Result { id, result, payload } => {
                     // Waiters that gave up at their deadline are no longer in the table; their results end here.
                     let Some(model) = waiters.get(&id).and_then(|waiter| waiter.model.clone()) else { return };
-                    (id, Response::new(model, result, payload).map(Answer::Response))
+                    (id, Response::new(model, result, payload).map(|response| Answer::Response(Box::new(response))))
                 }
                 Event::Refused { id, refusal } => (id, Err(ClientError::Refused(refusal))),
                 Event::Described { id, model } => (id, Ok(Answer::Model(model))),
@@ -628,7 +629,7 @@ impl Pending {
 
 fn response(outcome: Outcome) -> Result<Response, ClientError> {
     match outcome? {
-        Answer::Response(response) => Ok(response),
+        Answer::Response(response) => Ok(*response),
         _ => unreachable!("the session answers an infer with a result or an error"),
     }
 }

@@ -157,7 +157,8 @@ pub enum SendError {
     Refused(Refusal),
 }
 
-/// What received bytes meant.
+/// What received bytes meant. One exists at a time, on the stack: its size costs nothing.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Event<'a> {
     Ready(&'a HelloAck),

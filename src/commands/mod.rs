@@ -5,6 +5,9 @@
 //! - What is for people while work goes on (progress, plans, mistakes) is printed on standard error.
 
 pub mod check;
+pub mod infer;
+pub mod load;
+pub mod models;
 pub mod offline;
 pub mod serve;
 
