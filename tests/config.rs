@@ -74,6 +74,14 @@ fn every_key_says_what_it_trades_and_is_in_the_dump_with_its_default() {
 }
 
 #[test]
+fn every_number_is_among_the_limits_that_are_exported() {
+    let limits = Config::default_on(MACHINE).limits();
+    let numbers = SETTINGS.iter().filter(|setting| bounds(setting.access).is_some()).count();
+    assert_eq!(limits.len(), numbers);
+    assert!(limits.contains(&("queue.rows_max".into(), 65_536)), "{limits:?}");
+}
+
+#[test]
 fn the_dump_of_a_configuration_loads_to_the_same_configuration() {
     let config = of_sets(&[
         "frontend.credit_requests=512",

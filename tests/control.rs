@@ -298,7 +298,9 @@ fn parse_sample(line: &str) -> Result<Sample, String> {
 }
 
 fn check_histogram(name: &str, samples: &[Sample]) -> Result<(), String> {
-    let mut by_labels: BTreeMap<String, (Vec<(f64, f64)>, Option<f64>)> = BTreeMap::new();
+    /// Bounds with their cumulative counts, and the count of the whole.
+    type Buckets = (Vec<(f64, f64)>, Option<f64>);
+    let mut by_labels: BTreeMap<String, Buckets> = BTreeMap::new();
     for sample in samples {
         let mut labels = sample.labels.clone();
         let bound = labels.remove("le");

@@ -194,6 +194,11 @@ impl Config {
         if errors.is_empty() { Ok(config) } else { Err(ConfigErrors(errors)) }
     }
 
+    /// Every bound that is a number, by its key: what `Telemetry::publish_limits` exports.
+    pub fn limits(&self) -> Vec<(String, u64)> {
+        SETTINGS.iter().filter_map(|setting| Some((setting.key.to_owned(), setting.json(self).as_u64()?))).collect()
+    }
+
     /// The effective configuration as a file that loads to the same values, each key with what it trades.
     pub fn to_toml(&self) -> String {
         let mut text = String::from("# Effective configuration of ferry: every key, default or set.\n");
