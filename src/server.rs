@@ -217,27 +217,19 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         events: events_sender,
     };
 
+    // The control port first: whoever waits for readiness sees "starting" and why.
+    let catalog = Arc::new(Catalog::new(&plan.contracts));
+    let control = start_control(&plan, &lifecycle, &catalog, &stopper)?;
+
     let mut others = Vec::new();
     let (links, seats) = start_executors(&plan, &mut others)?;
+    plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
     let batcher = start_batcher(&plan, links, &seats, batcher_mailbox)?;
-    let catalog = Arc::new(Catalog::new(&plan.contracts));
     let options = shard_options(config, hooks, in_flight_max);
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
     drop(reserved);
-
-    let drain = stopper.clone();
-    let contract_json = |entry: &frontend::CatalogEntry| serde_json::to_value(&*entry.contract).expect("plain data");
-    let control = admin::spawn(ControlOptions {
-        addr: config.control,
-        telemetry: Arc::clone(&telemetry),
-        lifecycle: Arc::clone(&lifecycle),
-        models: catalog.entries.iter().map(contract_json).collect(),
-        config_toml: config.to_toml(),
-        on_drain: Arc::new(move || drain.drain()),
-    })
-    .map_err(|error| StartError::Thread(format!("control port {}: {error}", config.control)))?;
     lifecycle.set_serving();
     Ok(ServerHandle {
         data_addr,
@@ -255,6 +247,27 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         drain_timeout: config.drain_timeout,
         skipped: repository.skipped,
     })
+}
+
+fn start_control(
+    plan: &Plan<'_>,
+    lifecycle: &Arc<Lifecycle>,
+    catalog: &Catalog,
+    stopper: &Stopper,
+) -> Result<ControlHandle, StartError> {
+    plan.contracts.iter().for_each(|contract| lifecycle.set_cold(&contract.name));
+    plan.telemetry.publish_limits(plan.config.limits());
+    let drain = stopper.clone();
+    let contract_json = |entry: &frontend::CatalogEntry| serde_json::to_value(&*entry.contract).expect("plain data");
+    admin::spawn(ControlOptions {
+        addr: plan.config.control,
+        telemetry: Arc::clone(&plan.telemetry),
+        lifecycle: Arc::clone(lifecycle),
+        models: catalog.entries.iter().map(contract_json).collect(),
+        config_toml: plan.config.to_toml(),
+        on_drain: Arc::new(move || drain.drain()),
+    })
+    .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))
 }
 
 fn labels_of(contracts: &[Arc<Contract>]) -> Vec<ModelLabels> {

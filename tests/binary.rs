@@ -3,8 +3,17 @@
 use std::process::Command;
 
 /// Libraries the binary may ask for. The C library, its parts, and the compiler's runtime.
-const ALLOWED: &[&str] =
-    &["linux-vdso", "linux-gate", "libc.so", "libm.so", "libgcc_s.so", "libdl.so", "libpthread.so", "librt.so", "ld-linux"];
+const ALLOWED: &[&str] = &[
+    "linux-vdso",
+    "linux-gate",
+    "libc.so",
+    "libm.so",
+    "libgcc_s.so",
+    "libdl.so",
+    "libpthread.so",
+    "librt.so",
+    "ld-linux",
+];
 
 fn not_allowed(listing: &str) -> Vec<String> {
     listing
@@ -26,7 +35,8 @@ fn the_binary_needs_nothing_but_the_c_library() {
 
 #[test]
 fn a_banned_library_would_be_seen() {
-    let listing = "\tlibpython3.11.so.1.0 => /usr/lib/libpython3.11.so.1.0 (0x0)\n\tlibc.so.6 => /lib/libc.so.6 (0x0)\n";
+    let listing =
+        "\tlibpython3.11.so.1.0 => /usr/lib/libpython3.11.so.1.0 (0x0)\n\tlibc.so.6 => /lib/libc.so.6 (0x0)\n";
     assert_eq!(not_allowed(listing), ["libpython3.11.so.1.0"]);
 }
 

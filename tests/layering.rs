@@ -20,10 +20,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("models", &["contract", "executor", "scheduler", "tokenize", "vocab"]),
     ("tokenize", &["models", "vocab"]),
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
-    (
-        "frontend",
-        &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"],
-    ),
+    ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
     ("control", &["telemetry", "clock", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("load", &["client", "clock", "contract", "executor", "vocab", "wire"]),

@@ -20,7 +20,7 @@ use crate::mail::{Burst, Finished, Request, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Group, Scheduler, TicketId, Vacancy};
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, Moment, Refusal, Stage, TicketKey};
+use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
@@ -123,6 +123,10 @@ impl<O: Outlet> Batcher<O> {
             self.fill_seat(now, executor);
         }
         self.mail_ends();
+        for model in (0..self.forms.len()).map(|index| ModelHandle(index as u16)) {
+            let (rows, cells, bytes) = self.scheduler.waiting(model);
+            self.telemetry.model(model).queue_depth(rows, cells, bytes);
+        }
         let seats = &self.seats;
         let idle = |group| seats.iter().any(|seat| seat.group == group && seat.running == 0);
         let next = self.scheduler.poll_timeout(idle);

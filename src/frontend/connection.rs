@@ -56,6 +56,8 @@ pub struct Connection {
     pub blocked: bool,
     /// The task's waker, to be used when something changed for it.
     pub waker: Option<Waker>,
+    /// The stream can no longer be read as frames: what comes is thrown away while answers go out.
+    pub deaf: bool,
     /// Listed among those to flush at the end of this burst.
     pub dirty: bool,
     pub owned: Owned,
@@ -81,6 +83,7 @@ impl Connection {
             sent: 0,
             blocked: false,
             waker: None,
+            deaf: false,
             dirty: false,
             owned: Owned::default(),
             requests_in_flight: 0,

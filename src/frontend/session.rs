@@ -18,8 +18,8 @@ use crate::scheduler::Compose;
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
-    Describe, Description, Goaway, Hello, HelloAck, INFER_FLAGS_KNOWN, INFER_TIMINGS, INFER_TRUNCATE, Infer,
-    MESSAGE_MAX, NAME_MAX, cut, decode_exact,
+    Describe, Description, Goaway, Hello, HelloAck, INFER_TIMINGS, INFER_TRUNCATE, Infer, MESSAGE_MAX, NAME_MAX, cut,
+    decode_exact,
 };
 use crate::wire::{Frame, Kind, Limits, PROTOCOL_MAJOR};
 
@@ -201,9 +201,6 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         ));
     }
     let infer: Infer = decode_exact(frame.metadata(data)).map_err(|error| Refusal::invalid(error.message))?;
-    if infer.flags & !INFER_FLAGS_KNOWN != 0 {
-        return Err(Refusal::invalid(format!("flags {:#04x} have bits that must be zero", infer.flags)));
-    }
     let entry = state
         .catalog
         .by_handle(header.model)

@@ -102,6 +102,7 @@ impl Shard {
             }
         }
         state.flush(now.unwrap_or_else(clock::now));
+        state.metrics().table_entries(state.in_flight.len() as u64);
     }
 
     fn is_draining(&self) -> bool {

@@ -202,6 +202,10 @@ impl State {
     /// Acts on every whole frame in `data` and keeps the rest; hands the burst on.
     fn take_bytes(&mut self, at: u32, mut data: Bytes, count: usize, now: Moment) {
         self.metrics().bytes_read(count as u64);
+        if self.connections[at as usize].deaf {
+            self.connections[at as usize].needed = 0;
+            return;
+        }
         let mut burst = std::mem::take(&mut self.burst);
         let mut needed = 0;
         while !data.is_empty() && self.connections[at as usize].phase != Phase::Closed {
@@ -371,9 +375,10 @@ impl State {
 
     /// Sends a goaway and stops accepting on this connection.
     pub fn fail(&mut self, at: u32, fatal: &Fatal, now: Moment) {
-        let phase = self.connections[at as usize].phase;
-        if !matches!(phase, Phase::Greeting | Phase::Open) {
-            self.connections[at as usize].phase = Phase::Closed;
+        let connection = &mut self.connections[at as usize];
+        connection.deaf = true;
+        if !matches!(connection.phase, Phase::Greeting | Phase::Open) {
+            // It has had its goaway; what was accepted is still answered.
             return;
         }
         self.metrics().goaway(fatal.code);
