@@ -23,16 +23,35 @@ struct Bell {
     waker: AtomicWaker,
 }
 
+impl Bell {
+    fn ring(&self) {
+        if self.armed.load(Ordering::Acquire) && self.armed.swap(false, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+}
+
+/// Rings when a sender goes: the last one leaves nothing behind that could wake the receiver.
+#[derive(Debug)]
+struct RingAtEnd(Arc<Bell>);
+
+impl Drop for RingAtEnd {
+    fn drop(&mut self) {
+        self.0.ring();
+    }
+}
+
 /// The sending end. Clones send to the same mailbox.
 #[derive(Debug)]
 pub struct Sender<T> {
+    // Dropped in this order: the receiver that is woken by the bell finds the queue closed.
     queue: flume::Sender<T>,
-    bell: Arc<Bell>,
+    bell: RingAtEnd,
 }
 
 impl<T> Clone for Sender<T> {
     fn clone(&self) -> Self {
-        Sender { queue: self.queue.clone(), bell: Arc::clone(&self.bell) }
+        Sender { queue: self.queue.clone(), bell: RingAtEnd(Arc::clone(&self.bell.0)) }
     }
 }
 
@@ -64,7 +83,7 @@ pub enum Received<T> {
 pub fn mailbox<T>(capacity: usize) -> (Sender<T>, Receiver<T>) {
     let (sender, receiver) = flume::bounded(capacity);
     let bell = Arc::new(Bell::default());
-    (Sender { queue: sender, bell: Arc::clone(&bell) }, Receiver { queue: receiver, bell })
+    (Sender { queue: sender, bell: RingAtEnd(Arc::clone(&bell)) }, Receiver { queue: receiver, bell })
 }
 
 impl<T> Sender<T> {
@@ -72,7 +91,7 @@ impl<T> Sender<T> {
     pub fn send(&self, message: T) -> Result<(), SendError<T>> {
         match self.queue.try_send(message) {
             Ok(()) => {
-                self.ring();
+                self.bell.0.ring();
                 Ok(())
             }
             Err(flume::TrySendError::Full(message)) => Err(SendError::Full(message)),
@@ -89,15 +108,9 @@ impl<T> Sender<T> {
             Err(SendError::Full(message)) => {
                 tracing::warn!("a mailbox was full: its sender waits");
                 let sent = self.queue.send(message).is_ok();
-                self.ring();
+                self.bell.0.ring();
                 sent
             }
-        }
-    }
-
-    fn ring(&self) {
-        if self.bell.armed.load(Ordering::Acquire) && self.bell.armed.swap(false, Ordering::AcqRel) {
-            self.bell.waker.wake();
         }
     }
 
@@ -200,6 +213,18 @@ mod tests {
         assert!(receiver.poll_ready(&mut cx).is_pending());
         sender.send(1).expect("room");
         sender.send(2).expect("room");
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        assert!(receiver.poll_ready(&mut cx).is_ready());
+    }
+
+    #[test]
+    fn an_idle_task_is_woken_when_the_last_sender_goes() {
+        let (sender, receiver) = mailbox::<u32>(8);
+        let wakes = Arc::new(CountWakes::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let mut cx = Context::from_waker(&waker);
+        assert!(receiver.poll_ready(&mut cx).is_pending());
+        drop(sender);
         assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
         assert!(receiver.poll_ready(&mut cx).is_ready());
     }

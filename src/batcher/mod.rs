@@ -119,14 +119,10 @@ impl<O: Outlet> Batcher<O> {
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.expire(now);
-        for executor in 0..self.seats.len() {
-            self.fill_seat(now, executor);
-        }
+        self.fill_idle(now);
+        self.fill_spare(now);
         self.mail_ends();
-        for model in (0..self.forms.len()).map(|index| ModelHandle(index as u16)) {
-            let (rows, cells, bytes) = self.scheduler.waiting(model);
-            self.telemetry.model(model).queue_depth(rows, cells, bytes);
-        }
+        self.publish_depth();
         let seats = &self.seats;
         let idle = |group| seats.iter().any(|seat| seat.group == group && seat.running == 0);
         let next = self.scheduler.poll_timeout(idle);
@@ -217,18 +213,47 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
-    /// Gives an executor what it may have: a batch when it is idle, and full batches into its spare slots.
-    fn fill_seat(&mut self, mut now: Moment, executor: usize) {
-        while let Some(slot) = self.seats[executor].vacant.pop() {
-            let seat = &self.seats[executor];
-            let vacancy = if seat.running == 0 { Vacancy::Idle } else { Vacancy::Spare };
-            let Some(filled) = self.next_batch(now, seat.group, vacancy, slot, executor) else { break };
-            self.seats[executor].running += 1;
-            if let Some(finished) = self.outlet.submit(executor, filled) {
-                self.take_finished(finished);
-                now = clock::now();
+    /// Gives each idle executor a batch. All of them, before any gets a second one: no batch waits behind another
+    /// while an executor has nothing to do.
+    fn fill_idle(&mut self, mut now: Moment) {
+        for executor in 0..self.seats.len() {
+            while self.seats[executor].running == 0 {
+                let Some(ran) = self.give(now, executor, Vacancy::Idle) else { break };
+                if let Some(service) = ran {
+                    // It ran here and took its time; what waits behind it may have expired. The clock is not asked:
+                    // a simulation runs the same turns.
+                    now = now + service;
+                    self.expire(now);
+                }
             }
         }
+    }
+
+    /// Gives busy executors full batches for their spare slots, evenly.
+    fn fill_spare(&mut self, now: Moment) {
+        let slots_max = self.seats.iter().map(|seat| seat.running + seat.vacant.len() as u32).max().unwrap_or(0);
+        for depth in 1..slots_max {
+            for executor in 0..self.seats.len() {
+                if self.seats[executor].running == depth {
+                    self.give(now, executor, Vacancy::Spare);
+                }
+            }
+        }
+    }
+
+    /// Gives an executor a batch, if it has a vacant slot and there is a batch for it. Says how long it took when it
+    /// already ran.
+    fn give(&mut self, now: Moment, executor: usize, vacancy: Vacancy) -> Option<Option<Duration>> {
+        let seat = &mut self.seats[executor];
+        let slot = seat.vacant.pop()?;
+        let filled = self.next_batch(now, self.seats[executor].group, vacancy, slot, executor)?;
+        self.seats[executor].running += 1;
+        let finished = self.outlet.submit(executor, filled);
+        let service = finished.as_ref().map(|finished| finished.service);
+        if let Some(finished) = finished {
+            self.take_finished(finished);
+        }
+        Some(service)
     }
 
     /// Seals and packs the next batch into `slot`, or puts the slot back.
@@ -266,6 +291,15 @@ impl<O: Outlet> Batcher<O> {
         }
         self.members = members;
         Some(slot.fill(batch, clock::now()))
+    }
+
+    /// Says what still waits, once for all that the turn changed.
+    fn publish_depth(&self) {
+        for index in 0..self.forms.len() {
+            let model = ModelHandle(index as u16);
+            let (rows, cells, bytes) = self.scheduler.waiting(model);
+            self.telemetry.model(model).queue_depth(rows, cells, bytes);
+        }
     }
 
     fn mail_ends(&mut self) {

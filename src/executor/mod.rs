@@ -39,3 +39,6 @@ pub trait Executor: Send {
     /// Computes `batch` into `out`, which is prepared for it. On `Err` the content of `out` is ignored.
     fn run(&mut self, model: ModelHandle, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), Failure>;
 }
+
+#[cfg(test)]
+mod tests;

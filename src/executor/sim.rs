@@ -65,3 +65,43 @@ impl Executor for SimExecutor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::contract::{Contract, Dim, NonFinite, TensorSpec};
+    use crate::executor::batch::AlignedBytes;
+    use crate::vocab::DType;
+
+    #[test]
+    fn what_a_batch_leaves_on_the_device_is_poisoned() {
+        let spec = TensorSpec {
+            name: "x".into(),
+            dtype: DType::U8,
+            shape: vec![Dim::Fixed(4)],
+            pad: 0.0,
+            range: None,
+            nonfinite: NonFinite::Refuse,
+        };
+        let contract = Contract {
+            name: "x".into(),
+            version: "1".into(),
+            architecture: "identity".into(),
+            inputs: vec![spec.clone()],
+            outputs: vec![spec],
+            length: None,
+            text: None,
+            rows_max: 1,
+        };
+        let mut input = AlignedBytes::default();
+        input.set_len(4);
+        input.bytes_mut().copy_from_slice(b"mine");
+        let mut output = BatchOutput::default();
+        output.prepare(&contract, 1, 1);
+        let mut device = SimExecutor::new(Arc::default());
+        let view = BatchView { contract: &contract, rows: 1, padded_len: 1, lens: &[1], inputs: &[input] };
+        device.run(ModelHandle(0), view, &mut output).expect("no fault was ordered");
+        assert_eq!(output.outputs[0].bytes(), b"mine");
+        assert_eq!(device.device, [vec![POISON; 4]]);
+    }
+}

@@ -47,7 +47,7 @@ impl Buckets {
         let mut len = 1u32;
         while len < max {
             lens.push(len);
-            let step = (len.next_power_of_two() / 16).max(1);
+            let step = ((1u32 << len.ilog2()) / 8).max(1);
             len = len.saturating_add(step);
         }
         lens.push(max);
@@ -103,6 +103,14 @@ mod tests {
         assert_eq!(Buckets::new(&[]), Err(BucketsError::Empty));
         assert_eq!(Buckets::new(&[0, 1]), Err(BucketsError::Zero));
         assert_eq!(Buckets::new(&[4, 4]), Err(BucketsError::NotAscending(vec![4, 4])));
+    }
+
+    #[test]
+    fn geometric_buckets_step_by_an_eighth_of_the_power_of_two_below() {
+        assert_eq!(
+            Buckets::geometric(24).lens(),
+            [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 20, 22, 24]
+        );
     }
 
     #[test]

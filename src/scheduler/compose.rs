@@ -82,6 +82,11 @@ impl Compositions {
         }
     }
 
+    /// Whether a complete composition that runs here waits.
+    pub fn has_complete(&self, runs_here: impl Fn(ModelHandle) -> bool) -> bool {
+        self.complete.iter().any(|(model, _)| runs_here(*model))
+    }
+
     /// Moves the members of the next complete composition that runs here to `members`.
     pub fn take_complete(
         &mut self,

@@ -3,7 +3,7 @@
 //! Always true
 //! - Entering, leaving from anywhere and looking at the oldest are O(1); nothing is allocated after construction until
 //!   the queue is longer than ever before.
-//! - `rows` of a lane is the sum over its tickets.
+//! - `rows` of a lane is the sum over its tickets; no deadline of a ticket in it is before `soonest`.
 
 use std::ops::{Index, IndexMut};
 
@@ -124,6 +124,9 @@ pub struct Lane {
     head: u32,
     tail: u32,
     pub rows: u64,
+    /// No deadline in this lane is before this moment. May be too early once the ticket it came from has left:
+    /// [`Lanes::look_for_soonest`] finds out.
+    pub soonest: Moment,
 }
 
 impl Lane {
@@ -140,11 +143,15 @@ pub struct Lanes {
 
 impl Lanes {
     pub fn new(buckets: usize) -> Lanes {
-        Lanes { lanes: vec![Lane { head: NONE, tail: NONE, rows: 0 }; buckets] }
+        Lanes { lanes: vec![Lane { head: NONE, tail: NONE, rows: 0, soonest: Moment::FAR }; buckets] }
     }
 
     pub fn iter(&self) -> impl DoubleEndedIterator<Item = (u16, &Lane)> {
         self.lanes.iter().enumerate().map(|(bucket, lane)| (bucket as u16, lane))
+    }
+
+    pub fn len(&self) -> u16 {
+        self.lanes.len() as u16
     }
 
     pub fn lane(&self, bucket: u16) -> &Lane {
@@ -171,6 +178,22 @@ impl Lanes {
         ticket.prev = tail;
         ticket.next = NONE;
         lane.rows += u64::from(ticket.rows);
+        if let Some(deadline) = ticket.deadline {
+            lane.soonest = lane.soonest.min(deadline);
+        }
+    }
+
+    /// The soonest deadline in a lane, [`Moment::FAR`] when there is none. Walks the lane: asked only when the bound
+    /// presses and the lane is not full, so it is shorter than a batch.
+    pub fn look_for_soonest(&mut self, tickets: &Tickets, bucket: u16) -> Moment {
+        let mut soonest = Moment::FAR;
+        let mut next = self.lane(bucket).oldest();
+        while let Some(id) = next {
+            soonest = soonest.min(tickets[id].deadline.unwrap_or(Moment::FAR));
+            next = self.after(tickets, id);
+        }
+        self.lanes[usize::from(bucket)].soonest = soonest;
+        soonest
     }
 
     /// Takes a ticket out of its lane; the caller sends it on its way.
@@ -181,6 +204,9 @@ impl Lanes {
         let (prev, next, bucket, rows) = (ticket.prev, ticket.next, ticket.bucket, ticket.rows);
         let lane = &mut self.lanes[usize::from(bucket)];
         lane.rows -= u64::from(rows);
+        if lane.rows == 0 {
+            lane.soonest = Moment::FAR;
+        }
         match prev {
             NONE => lane.head = next,
             prev => tickets[TicketId(prev)].next = next,

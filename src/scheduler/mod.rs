@@ -99,7 +99,7 @@ pub enum Vacancy {
     /// It has nothing to do.
     Idle,
     /// It is running a batch and has a spare slot. Only a full batch is worth binding now: another row might still
-    /// join any other.
+    /// join any other. And only as long as nobody is overtaken for longer than a batch takes.
     Spare,
 }
 
@@ -213,24 +213,37 @@ impl Scheduler {
         }
         let models = &self.models;
         let runs_here = |model: ModelHandle| models[model.index()].policy.group == group;
-        if vacancy == Vacancy::Idle
-            && let Some(model) = self.compositions.take_complete(&mut self.tickets, runs_here, members)
-        {
-            return Some(self.seal(now, model, SealReason::Composed, members));
+        match vacancy {
+            Vacancy::Idle => {
+                if let Some(model) = self.compositions.take_complete(&mut self.tickets, runs_here, members) {
+                    return Some(self.seal(now, model, SealReason::Composed, members));
+                }
+            }
+            // They wait for an idle executor, so one has to become idle.
+            Vacancy::Spare if self.compositions.has_complete(runs_here) => return None,
+            Vacancy::Spare => {}
         }
         let mut best: Option<(Moment, usize, seal::Choice)> = None;
-        for (index, queue) in self.models.iter().enumerate() {
+        for (index, queue) in self.models.iter_mut().enumerate() {
             if queue.policy.group != group || queue.totals.rows == 0 {
                 continue;
             }
-            let choice = seal::choose(&queue.lanes, &self.tickets, &queue.policy, vacancy, self.draining, now);
+            let choice = seal::choose(&mut queue.lanes, &self.tickets, &queue.policy, vacancy, self.draining, now);
             if let Some(choice) = choice
                 && best.as_ref().is_none_or(|(oldest, ..)| choice.oldest < *oldest)
             {
                 best = Some((choice.oldest, index, choice));
             }
         }
-        let (_, index, choice) = best?;
+        let (oldest, index, choice) = best?;
+        let overtakes = |queue: &ModelQueue| {
+            queue.policy.group == group
+                && queue.totals.rows > 0
+                && seal::is_overtaken(&queue.lanes, &self.tickets, &queue.policy, oldest, now)
+        };
+        if vacancy == Vacancy::Spare && self.models.iter().any(overtakes) {
+            return None;
+        }
         let queue = &mut self.models[index];
         seal::take_rows(&mut queue.lanes, &mut self.tickets, &queue.policy, choice.bucket, members);
         assert!(!members.is_empty(), "a lane is chosen only when its head fits a batch");

@@ -1,1 +1,1001 @@
+//! The scheduler's promises, one by one with a manual clock, and all together against a plain model of it.
 
+use super::*;
+use crate::clock::ManualClock;
+use crate::vocab::Executed;
+
+const MS: Duration = Duration::from_millis(1);
+const US: Duration = Duration::from_micros(1);
+const MODEL: ModelHandle = ModelHandle(0);
+
+fn policy() -> Policy {
+    Policy {
+        rows_max: 4,
+        cells_max: 64,
+        queue_delay_max: MS,
+        buckets: Buckets::new(&[8, 16]).expect("ascending"),
+        fill_waste_max: 0.0,
+        group: Group::Executors,
+        queue: QueueLimits::NONE,
+        service: Default::default(),
+    }
+}
+
+fn request() -> Arrival {
+    Arrival { model: MODEL, rows: 1, len: 8, bytes: 100, deadline: None, compose: None }
+}
+
+/// A scheduler and the clock that it is told.
+struct Rig {
+    scheduler: Scheduler,
+    clock: ManualClock,
+    members: Vec<TicketId>,
+}
+
+impl Rig {
+    fn new(policies: Vec<Policy>) -> Rig {
+        Rig::with_limits(QueueLimits::NONE, policies)
+    }
+
+    fn with_limits(limits: QueueLimits, policies: Vec<Policy>) -> Rig {
+        Rig { scheduler: Scheduler::new(limits, policies), clock: ManualClock::default(), members: Vec::new() }
+    }
+
+    fn wait(&self, by: Duration) {
+        self.clock.advance(by);
+    }
+
+    fn now(&self) -> Moment {
+        self.clock.now()
+    }
+
+    fn try_arrive(&mut self, arrival: Arrival) -> Result<TicketId, Refusal> {
+        self.scheduler.handle_arrival(self.clock.now(), arrival)
+    }
+
+    fn arrive(&mut self, arrival: Arrival) -> TicketId {
+        self.try_arrive(arrival).expect("it fits")
+    }
+
+    fn refused(&mut self, arrival: Arrival) -> Refusal {
+        let before = self.scheduler.waiting(MODEL);
+        let refusal = self.try_arrive(arrival).expect_err("it must be refused");
+        assert_eq!(self.scheduler.waiting(MODEL), before, "a refused request was never queued");
+        assert_eq!(refusal.executed, Executed::Never);
+        refusal
+    }
+
+    fn poll(&mut self, group: Group, vacancy: Vacancy) -> Option<(SealedBatch, Vec<TicketId>)> {
+        let mut members = std::mem::take(&mut self.members);
+        let batch = self.scheduler.poll_batch(self.clock.now(), group, vacancy, &mut members);
+        let taken = members.clone();
+        self.members = members;
+        batch.map(|batch| (batch, taken))
+    }
+
+    fn poll_idle(&mut self) -> Option<(SealedBatch, Vec<TicketId>)> {
+        self.poll(Group::Executors, Vacancy::Idle)
+    }
+
+    fn expect_batch(&mut self) -> (SealedBatch, Vec<TicketId>) {
+        self.poll_idle().expect("a batch is due")
+    }
+
+    fn expired(&mut self) -> Vec<TicketId> {
+        let now = self.now();
+        std::iter::from_fn(|| self.scheduler.poll_expired(now)).collect()
+    }
+
+    fn timeout_when_idle(&mut self) -> Option<Moment> {
+        self.scheduler.poll_timeout(|_| true)
+    }
+}
+
+#[test]
+fn without_a_window_nothing_is_held_while_an_executor_is_idle() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, ..policy() }]);
+    let id = rig.arrive(request());
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, batch.rows, members), (SealReason::Idle, 1, vec![id]));
+    assert_eq!(rig.poll_idle(), None);
+}
+
+#[test]
+fn a_lone_request_is_sealed_when_its_promised_wait_is_over() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(request());
+    assert_eq!(rig.poll_idle(), None);
+    let due = rig.timeout_when_idle().expect("a window is open");
+    assert_eq!(due, rig.now() + MS);
+    rig.wait(MS - Duration::from_nanos(1));
+    assert_eq!(rig.poll_idle(), None);
+    rig.wait(Duration::from_nanos(1));
+    assert_eq!(rig.expect_batch().0.reason, SealReason::QueueDelay);
+}
+
+#[test]
+fn the_window_is_measured_from_the_oldest_row() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(request());
+    rig.wait(MS / 2);
+    rig.arrive(request());
+    assert_eq!(rig.timeout_when_idle(), Some(Moment::ZERO + MS));
+    rig.wait(MS / 2);
+    assert_eq!(rig.expect_batch().0.rows, 2);
+}
+
+#[test]
+fn time_spent_waiting_for_an_executor_counts_as_waited() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(request());
+    rig.wait(MS * 10);
+    assert_eq!(rig.expect_batch().0.reason, SealReason::QueueDelay);
+}
+
+#[test]
+fn a_full_batch_is_not_delayed() {
+    let mut rig = Rig::new(vec![policy()]);
+    for _ in 0..3 {
+        rig.arrive(request());
+        assert_eq!(rig.poll_idle(), None);
+    }
+    rig.arrive(request());
+    let (batch, _) = rig.expect_batch();
+    assert_eq!((batch.reason, batch.rows, batch.rows_possible), (SealReason::Full, 4, 4));
+}
+
+#[test]
+fn rows_of_shorter_lanes_make_a_batch_full_as_well() {
+    let mut rig = Rig::new(vec![Policy { fill_waste_max: 0.5, ..policy() }]);
+    for len in [16, 16, 8] {
+        rig.arrive(Arrival { len, ..request() });
+        assert_eq!(rig.poll_idle(), None);
+    }
+    rig.arrive(request());
+    let (batch, _) = rig.expect_batch();
+    assert_eq!((batch.reason, batch.rows, batch.padded_len, batch.cells_real), (SealReason::Full, 4, 16, 48));
+}
+
+#[test]
+fn shorter_rows_that_would_waste_too_much_do_not_join() {
+    let mut rig = Rig::new(vec![Policy { fill_waste_max: 0.4, ..policy() }]);
+    rig.arrive(Arrival { len: 16, ..request() });
+    rig.wait(US);
+    rig.arrive(request());
+    rig.wait(MS);
+    assert_eq!(rig.expect_batch().0.padded_len, 16);
+    assert_eq!(rig.expect_batch().0.padded_len, 8);
+}
+
+#[test]
+fn a_batch_never_has_more_padded_cells_than_its_budget() {
+    let mut rig = Rig::new(vec![Policy { rows_max: 100, cells_max: 40, ..policy() }]);
+    for _ in 0..3 {
+        rig.arrive(Arrival { len: 9, ..request() });
+    }
+    let (batch, _) = rig.expect_batch();
+    // Two rows padded to 16 are 32 cells; a third would make 48, although the real lengths add up to 27.
+    assert_eq!((batch.rows, batch.rows_possible, batch.cells_padded(), batch.cells_real), (2, 2, 32, 18));
+}
+
+#[test]
+fn a_batch_never_has_more_rows_than_its_limit() {
+    let mut rig = Rig::new(vec![Policy { rows_max: 3, ..policy() }]);
+    for _ in 0..7 {
+        rig.arrive(request());
+    }
+    rig.wait(MS);
+    let rows: Vec<u32> = std::iter::from_fn(|| rig.poll_idle()).map(|(batch, _)| batch.rows).collect();
+    assert_eq!(rows, [3, 3, 1]);
+}
+
+#[test]
+fn a_row_that_does_not_fit_is_looked_past_and_goes_first_next_time() {
+    let mut rig = Rig::new(vec![policy()]);
+    let a = rig.arrive(Arrival { rows: 3, ..request() });
+    let b = rig.arrive(Arrival { rows: 3, ..request() });
+    let c = rig.arrive(request());
+    assert_eq!(rig.expect_batch().1, [a, c]);
+    assert_eq!(rig.poll_idle(), None);
+    rig.wait(MS);
+    assert_eq!(rig.expect_batch().1, [b]);
+}
+
+#[test]
+fn looking_past_rows_has_an_end() {
+    let mut rig = Rig::new(vec![policy()]);
+    let first = rig.arrive(Arrival { rows: 3, ..request() });
+    for _ in 0..1000 {
+        rig.arrive(Arrival { rows: 2, ..request() });
+    }
+    rig.arrive(request());
+    assert_eq!(rig.expect_batch().1, [first]);
+}
+
+#[test]
+fn what_fits_no_batch_is_refused_at_once() {
+    let mut rig = Rig::new(vec![Policy { cells_max: 40, ..policy() }]);
+    for arrival in
+        [Arrival { rows: 5, ..request() }, Arrival { len: 17, ..request() }, Arrival { rows: 3, len: 16, ..request() }]
+    {
+        assert_eq!(rig.refused(arrival).code, Code::TooLarge);
+    }
+    assert_eq!(rig.refused(Arrival { rows: 0, ..request() }).code, Code::InvalidArgument);
+    assert_eq!(rig.refused(Arrival { model: ModelHandle(9), ..request() }).code, Code::NotFound);
+    assert!(rig.scheduler.is_empty());
+}
+
+#[test]
+fn what_may_wait_is_bounded_in_rows_cells_and_bytes_of_server_and_model() {
+    let bounds = [
+        QueueLimits { rows_max: 3, ..QueueLimits::NONE },
+        QueueLimits { cells_max: 3 * 8, ..QueueLimits::NONE },
+        QueueLimits { bytes_max: 300, ..QueueLimits::NONE },
+    ];
+    for bound in bounds {
+        let of_server = Rig::with_limits(bound, vec![policy()]);
+        let of_model = Rig::new(vec![Policy { queue: bound, ..policy() }]);
+        for mut rig in [of_server, of_model] {
+            for _ in 0..3 {
+                rig.arrive(request());
+            }
+            let refusal = rig.refused(request());
+            assert_eq!(refusal.code, Code::Overloaded);
+            assert!(refusal.retry_after_ms >= 1, "{refusal:?}");
+            let too_large = rig.refused(Arrival { rows: 4, bytes: 400, ..request() });
+            assert_eq!(too_large.code, Code::TooLarge, "a retry could not help it");
+            rig.wait(MS);
+            rig.expect_batch();
+            rig.arrive(request());
+        }
+    }
+}
+
+#[test]
+fn the_hint_when_to_come_back_follows_the_pace_of_the_queue() {
+    let bound = QueueLimits { rows_max: 4, ..QueueLimits::NONE };
+    let mut rig = Rig::with_limits(bound, vec![policy()]);
+    rig.scheduler.handle_finished(MODEL, 8, MS * 50);
+    for _ in 0..4 {
+        rig.arrive(request());
+    }
+    assert_eq!(rig.refused(request()).retry_after_ms, 4 * 50);
+}
+
+#[test]
+fn a_deadline_that_is_over_on_arrival_is_refused() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.wait(MS);
+    let refusal = rig.refused(Arrival { deadline: Some(rig.now()), ..request() });
+    assert_eq!((refusal.code, refusal.stage), (Code::DeadlineExceeded, Stage::Arrival));
+}
+
+#[test]
+fn a_waiting_ticket_expires_at_its_deadline_and_not_before() {
+    let mut rig = Rig::new(vec![policy()]);
+    let late = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 3), ..request() });
+    let soon = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 2), ..request() });
+    // No executor is idle: windows do not matter, deadlines do.
+    assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS * 2));
+    rig.wait(MS * 2 - Duration::from_nanos(1));
+    assert_eq!(rig.expired(), []);
+    rig.wait(Duration::from_nanos(1));
+    assert_eq!(rig.expired(), [soon]);
+    assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS * 3));
+    rig.wait(MS);
+    assert_eq!(rig.expired(), [late]);
+    assert_eq!(rig.scheduler.poll_timeout(|_| true), None);
+    assert!(rig.scheduler.is_empty());
+}
+
+#[test]
+fn the_oldest_ticket_of_a_lane_expires_like_any_other() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 10, ..policy() }]);
+    let first = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
+    let second = rig.arrive(request());
+    rig.wait(MS * 10);
+    assert_eq!(rig.expired(), [first]);
+    assert_eq!(rig.expect_batch().1, [second]);
+}
+
+#[test]
+fn a_deadline_inside_the_window_ends_the_window_in_time_for_the_batch() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
+    rig.scheduler.handle_finished(MODEL, 8, MS * 8);
+    rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 50), ..request() });
+    assert_eq!(rig.poll_idle(), None);
+    let start = rig.timeout_when_idle().expect("a deadline");
+    assert!(start + MS * 8 < Moment::ZERO + MS * 50, "{start:?}");
+    rig.wait(start.since(Moment::ZERO));
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Deadline);
+}
+
+#[test]
+fn a_deadline_behind_the_oldest_row_ends_the_window_as_well() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
+    rig.arrive(request());
+    rig.wait(MS);
+    rig.arrive(Arrival { deadline: Some(rig.now() + MS * 10), ..request() });
+    assert_eq!(rig.poll_idle(), None);
+    let start = rig.timeout_when_idle().expect("a deadline");
+    assert!(start > rig.now() && start < rig.now() + MS * 10, "{start:?}");
+    rig.wait(start.since(rig.now()));
+    assert_eq!(rig.expect_batch().0.rows, 2);
+}
+
+#[test]
+fn a_deadline_that_left_its_lane_no_longer_ends_the_window() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
+    rig.arrive(request());
+    let urgent = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 10), ..request() });
+    assert!(rig.scheduler.handle_cancel(urgent));
+    rig.wait(MS * 10);
+    assert_eq!(rig.poll_idle(), None);
+    assert_eq!(rig.timeout_when_idle(), Some(Moment::ZERO + MS * 100));
+}
+
+#[test]
+fn a_deadline_shorter_than_a_wake_up_is_not_waited_for() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(Arrival { deadline: Some(Moment::ZERO + US * 300), ..request() });
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Deadline);
+}
+
+#[test]
+fn a_ticket_can_be_cancelled_anywhere_and_leaves_once() {
+    for leaver in 0..4 {
+        let mut rig = Rig::new(vec![policy()]);
+        let mut ids: Vec<TicketId> = (0..4).map(|_| rig.arrive(request())).collect();
+        let gone = ids.remove(leaver);
+        assert!(rig.scheduler.handle_cancel(gone));
+        assert!(!rig.scheduler.handle_cancel(gone));
+        assert_eq!(rig.scheduler.waiting(MODEL), (3, 24, 300));
+        rig.wait(MS);
+        assert_eq!(rig.expect_batch().1, ids);
+        assert!(!rig.scheduler.handle_cancel(ids[0]), "a sealed ticket is not waiting");
+        assert_eq!(rig.scheduler.waiting(MODEL), (0, 0, 0));
+    }
+}
+
+#[test]
+fn a_number_that_was_reused_does_not_inherit_the_deadline_of_its_last_user() {
+    let mut rig = Rig::new(vec![policy()]);
+    let gone = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
+    assert!(rig.scheduler.handle_cancel(gone));
+    let next = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 5), ..request() });
+    assert_eq!(next, gone);
+    rig.wait(MS * 4);
+    assert_eq!(rig.expired(), []);
+}
+
+#[test]
+fn a_storm_of_cancels_leaves_a_bounded_number_of_expiry_entries() {
+    let mut rig = Rig::new(vec![policy()]);
+    let lasting = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
+    for round in 0..1000 {
+        for _ in 0..100 {
+            let id = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 1000), ..request() });
+            assert!(rig.scheduler.handle_cancel(id));
+        }
+        assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS));
+        let entries = rig.scheduler.expiry.len();
+        assert!(entries <= 2048, "{entries} entries for one waiting ticket in round {round}");
+    }
+    rig.wait(MS);
+    assert_eq!(rig.expired(), [lasting]);
+}
+
+#[test]
+fn a_spare_slot_takes_only_a_full_batch() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, ..policy() }]);
+    for _ in 0..3 {
+        rig.arrive(request());
+    }
+    assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None);
+    rig.scheduler.drain();
+    assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None);
+    rig.arrive(request());
+    let (batch, _) = rig.poll(Group::Executors, Vacancy::Spare).expect("four rows");
+    assert_eq!(batch.reason, SealReason::Full);
+}
+
+#[test]
+fn a_busy_lane_does_not_starve_its_neighbour() {
+    // Full batches of the short lane arrive all the time, so the executor is never idle, only spare.
+    let mut rig = Rig::new(vec![policy()]);
+    rig.scheduler.handle_finished(MODEL, 8, MS);
+    let lone = rig.arrive(Arrival { len: 16, ..request() });
+    let mut spare_batches = 0;
+    loop {
+        for _ in 0..4 {
+            rig.arrive(request());
+        }
+        rig.wait(MS);
+        if rig.poll(Group::Executors, Vacancy::Spare).is_none() {
+            break;
+        }
+        spare_batches += 1;
+        assert!(spare_batches < 10, "the lone row is overtaken for ever");
+    }
+    assert_eq!(rig.expect_batch().1, [lone]);
+}
+
+#[test]
+fn the_lane_that_has_waited_longest_goes_first_whatever_its_length_or_model() {
+    let other = ModelHandle(1);
+    let mut rig = Rig::new(vec![policy(), policy()]);
+    let first = rig.arrive(Arrival { len: 16, ..request() });
+    rig.wait(US);
+    let second = rig.arrive(Arrival { model: other, ..request() });
+    rig.wait(US);
+    for _ in 0..4 {
+        rig.arrive(request());
+    }
+    rig.wait(MS);
+    assert_eq!(rig.expect_batch().1, [first]);
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.model, members), (other, vec![second]));
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Full);
+}
+
+#[test]
+fn models_of_another_group_are_left_to_its_executors() {
+    let inline = Policy { group: Group::Inline, queue_delay_max: Duration::ZERO, ..policy() };
+    let mut rig = Rig::new(vec![inline]);
+    rig.arrive(request());
+    assert_eq!(rig.poll_idle(), None);
+    assert_eq!(rig.scheduler.poll_timeout(|group| group == Group::Executors), None);
+    assert!(rig.poll(Group::Inline, Vacancy::Idle).is_some());
+}
+
+fn composed(tag: u64, rows: u32) -> Arrival {
+    Arrival { compose: Some(Compose { tag, rows }), ..request() }
+}
+
+#[test]
+fn a_composition_is_exactly_its_members() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, fill_waste_max: 1.0, ..policy() }]);
+    let a = rig.arrive(composed(7, 3));
+    let b = rig.arrive(Arrival { len: 12, ..composed(7, 3) });
+    assert_eq!(rig.poll_idle(), None, "one row is missing");
+    let stranger = rig.arrive(request());
+    let other_tag = rig.arrive(composed(8, 2));
+    let c = rig.arrive(composed(7, 3));
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, batch.rows, batch.padded_len), (SealReason::Composed, 3, 16));
+    assert_eq!(members, [a, b, c]);
+    assert_eq!(rig.expect_batch().1, [stranger]);
+    assert_eq!(rig.poll_idle(), None);
+    assert!(rig.scheduler.handle_cancel(other_tag));
+    assert!(rig.scheduler.is_empty());
+}
+
+#[test]
+fn a_composition_that_cannot_be_is_refused() {
+    let mut rig = Rig::new(vec![policy()]);
+    assert_eq!(rig.refused(composed(7, 0)).code, Code::InvalidArgument);
+    assert_eq!(rig.refused(composed(7, 5)).code, Code::InvalidArgument, "more rows than a batch has");
+    rig.arrive(composed(7, 3));
+    assert_eq!(rig.refused(composed(7, 2)).code, Code::InvalidArgument, "another count than before");
+    assert_eq!(rig.refused(Arrival { rows: 3, ..composed(7, 3) }).code, Code::InvalidArgument, "one row too many");
+}
+
+#[test]
+fn an_incomplete_composition_expires() {
+    let mut rig = Rig::new(vec![policy()]);
+    let a = rig.arrive(composed(7, 3));
+    let b = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..composed(7, 3) });
+    rig.wait(MS);
+    assert_eq!(rig.expired(), [b], "a member's own deadline holds");
+    rig.wait(compose::WAIT_MAX - MS);
+    assert_eq!(rig.expired(), [a]);
+    assert!(rig.scheduler.is_empty());
+    rig.arrive(composed(7, 2));
+}
+
+#[test]
+fn a_complete_composition_that_loses_a_member_waits_for_another() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(composed(7, 2));
+    let leaver = rig.arrive(composed(7, 2));
+    assert!(rig.scheduler.handle_cancel(leaver));
+    assert_eq!(rig.poll_idle(), None);
+    rig.arrive(composed(7, 2));
+    assert_eq!(rig.expect_batch().0.rows, 2);
+}
+
+#[test]
+fn a_complete_composition_gets_an_idle_executor_although_full_batches_wait() {
+    let mut rig = Rig::new(vec![policy()]);
+    for _ in 0..4 {
+        rig.arrive(request());
+    }
+    rig.arrive(composed(7, 1));
+    assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None);
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Composed);
+}
+
+#[test]
+fn drain_releases_held_rows() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 1000, ..policy() }]);
+    rig.arrive(request());
+    assert_eq!(rig.poll_idle(), None);
+    rig.scheduler.drain();
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Drain);
+    rig.arrive(request());
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Drain, "what was accepted before is still on its way");
+}
+
+#[test]
+fn a_new_window_holds_for_rows_that_wait_already() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 1000, ..policy() }]);
+    rig.arrive(request());
+    rig.wait(MS);
+    assert_eq!(rig.poll_idle(), None);
+    rig.scheduler.set_queue_delay_max(MODEL, MS);
+    assert_eq!(rig.expect_batch().0.reason, SealReason::QueueDelay);
+}
+
+#[test]
+fn batches_are_numbered_from_one() {
+    let mut rig = Rig::new(vec![Policy { rows_max: 1, ..policy() }]);
+    rig.arrive(request());
+    rig.arrive(request());
+    assert_eq!((rig.expect_batch().0.id, rig.expect_batch().0.id), (1, 2));
+}
+
+/// A plain model of the scheduler: a list of who waits, searched from end to end. Each step of a random run is done by
+/// both, and whatever the scheduler says is checked against the list.
+mod against_a_plain_model {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// All batches take this long, so that the learned mean is known.
+    const SERVICE: Duration = Duration::from_micros(800);
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Advance(u64),
+        Arrive { model: u16, rows: u32, len: u32, bytes: u64, deadline_us: Option<u64>, compose: Option<(u64, u32)> },
+        Cancel(prop::sample::Index),
+        Expire,
+        Batch { inline: bool, spare: bool },
+        Finish(u16),
+        SetDelay { model: u16, delay_us: u64 },
+        Drain,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let compose = prop_oneof![9 => Just(None), 1 => (1..3u64, 1..4u32).prop_map(Some)];
+        let deadline = prop_oneof![Just(None), (0..4000u64).prop_map(Some)];
+        let arrive = (0..3u16, 0..6u32, 0..20u32, 0..50u64, deadline, compose).prop_map(
+            |(model, rows, len, bytes, deadline_us, compose)| Step::Arrive {
+                model,
+                rows,
+                len,
+                bytes,
+                deadline_us,
+                compose,
+            },
+        );
+        let step = prop_oneof![
+            20 => arrive,
+            8 => (0..1500u64).prop_map(Step::Advance),
+            5 => any::<prop::sample::Index>().prop_map(Step::Cancel),
+            6 => Just(Step::Expire),
+            12 => (any::<bool>(), any::<bool>()).prop_map(|(inline, spare)| Step::Batch { inline, spare }),
+            2 => (0..3u16).prop_map(Step::Finish),
+            1 => (0..3u16, 0..2000u64).prop_map(|(model, delay_us)| Step::SetDelay { model, delay_us }),
+            1 => Just(Step::Drain),
+        ];
+        prop::collection::vec(step, 1..120)
+    }
+
+    fn policies() -> impl Strategy<Value = Vec<Policy>> {
+        let lens = prop_oneof![Just(vec![16]), Just(vec![8, 16]), Just(vec![4, 6, 8, 12, 16]),];
+        let queue = (3..40u64, 30..500u64, 50..900u64).prop_map(|(rows_max, cells_max, bytes_max)| QueueLimits {
+            rows_max,
+            cells_max,
+            bytes_max,
+        });
+        let delay = prop_oneof![Just(0u64), 1..2000u64];
+        let one = (1..6u32, 16..100u64, delay, lens, 0.0..1.0f64, any::<bool>(), queue).prop_map(
+            |(rows_max, cells_max, delay_us, lens, fill_waste_max, inline, queue)| Policy {
+                rows_max,
+                cells_max,
+                queue_delay_max: US * delay_us as u32,
+                buckets: Buckets::new(&lens).expect("ascending"),
+                fill_waste_max,
+                group: if inline { Group::Inline } else { Group::Executors },
+                queue,
+                service: Default::default(),
+            },
+        );
+        prop::collection::vec(one, 1..4)
+    }
+
+    #[derive(Clone, Debug)]
+    struct Waiting {
+        id: TicketId,
+        arrival: Arrival,
+        admitted_at: Moment,
+        /// The effective one: compositions have one of their own.
+        deadline: Option<Moment>,
+        bucket_len: u32,
+    }
+
+    struct World {
+        scheduler: Scheduler,
+        limits: QueueLimits,
+        policies: Vec<Policy>,
+        finished: Vec<bool>,
+        /// In order of admission.
+        waiting: Vec<Waiting>,
+        now: Moment,
+        draining: bool,
+        members: Vec<TicketId>,
+    }
+
+    impl World {
+        fn new(policies: Vec<Policy>) -> World {
+            let limits = QueueLimits { rows_max: 50, cells_max: 600, bytes_max: 1200 };
+            World {
+                scheduler: Scheduler::new(limits, policies.clone()),
+                limits,
+                finished: vec![false; policies.len()],
+                policies,
+                waiting: Vec::new(),
+                now: Moment(1),
+                draining: false,
+                members: Vec::new(),
+            }
+        }
+
+        fn model(&self, model: u16) -> ModelHandle {
+            ModelHandle(model % self.policies.len() as u16)
+        }
+
+        fn of(&self, model: ModelHandle) -> impl Iterator<Item = &Waiting> {
+            self.waiting.iter().filter(move |waiting| waiting.arrival.model == model)
+        }
+
+        fn sums<'a>(&self, of: impl Iterator<Item = &'a Waiting>) -> (u64, u64, u64) {
+            of.fold((0, 0, 0), |(rows, cells, bytes), waiting| {
+                let mine = u64::from(waiting.arrival.rows);
+                (rows + mine, cells + mine * u64::from(waiting.bucket_len), bytes + waiting.arrival.bytes)
+            })
+        }
+
+        fn take(&mut self, id: TicketId) -> Waiting {
+            let at = self.waiting.iter().position(|waiting| waiting.id == id).expect("it left before, or never came");
+            self.waiting.remove(at)
+        }
+
+        /// What an arrival must come to: `None` when it is to be admitted.
+        fn expected_refusal(&self, arrival: &Arrival) -> Option<Code> {
+            let policy = &self.policies[arrival.model.index()];
+            if arrival.deadline.is_some_and(|deadline| deadline <= self.now) {
+                return Some(Code::DeadlineExceeded);
+            }
+            let Some(bucket_len) = policy.buckets.lens().iter().find(|len| **len >= arrival.len) else {
+                return Some(Code::TooLarge);
+            };
+            let rows = u64::from(arrival.rows);
+            let cells = rows * u64::from(*bucket_len);
+            if rows == 0 {
+                return Some(Code::InvalidArgument);
+            }
+            if rows > u64::from(policy.rows_max) || cells > policy.cells_max {
+                return Some(Code::TooLarge);
+            }
+            for (limits, sums) in
+                [(self.limits, self.sums(self.waiting.iter())), (policy.queue, self.sums(self.of(arrival.model)))]
+            {
+                let asked = [
+                    (rows, sums.0, limits.rows_max),
+                    (cells, sums.1, limits.cells_max),
+                    (arrival.bytes, sums.2, limits.bytes_max),
+                ];
+                for (asked, waits, max) in asked {
+                    if asked > max {
+                        return Some(Code::TooLarge);
+                    }
+                    if asked + waits > max {
+                        return Some(Code::Overloaded);
+                    }
+                }
+            }
+            let compose = arrival.compose?;
+            let longest = u64::from(policy.buckets.longest());
+            let mates: Vec<&Waiting> = self.mates(arrival.model, compose.tag).collect();
+            let there: u32 = mates.iter().map(|mate| mate.arrival.rows).sum();
+            let wanted = mates.first().map_or(compose.rows, |mate| mate.arrival.compose.expect("a mate").rows);
+            let fits = compose.rows > 0
+                && compose.rows <= policy.rows_max
+                && u64::from(compose.rows) * longest <= policy.cells_max;
+            let joins = compose.rows == wanted && there + arrival.rows <= wanted;
+            (!(fits && joins)).then_some(Code::InvalidArgument)
+        }
+
+        fn mates(&self, model: ModelHandle, tag: u64) -> impl Iterator<Item = &Waiting> {
+            self.of(model).filter(move |waiting| waiting.arrival.compose.is_some_and(|compose| compose.tag == tag))
+        }
+
+        fn step(&mut self, step: &Step) {
+            match step {
+                Step::Advance(by) => self.now = self.now + US * *by as u32,
+                Step::Arrive { model, rows, len, bytes, deadline_us, compose } => {
+                    let arrival = Arrival {
+                        model: self.model(*model),
+                        rows: *rows,
+                        len: *len,
+                        bytes: *bytes,
+                        deadline: deadline_us.map(|us| self.now + US * us as u32),
+                        compose: compose.map(|(tag, rows)| Compose { tag, rows }),
+                    };
+                    self.arrive(arrival);
+                }
+                Step::Cancel(which) => {
+                    if !self.waiting.is_empty() {
+                        let id = self.waiting[which.index(self.waiting.len())].id;
+                        assert!(self.scheduler.handle_cancel(id));
+                        assert!(!self.scheduler.handle_cancel(id));
+                        self.take(id);
+                    }
+                }
+                Step::Expire => self.expire(),
+                Step::Batch { inline, spare } => {
+                    let group = if *inline { Group::Inline } else { Group::Executors };
+                    // As the batcher does: what is over is never sealed.
+                    self.expire();
+                    self.batch(group, if *spare { Vacancy::Spare } else { Vacancy::Idle });
+                }
+                Step::Finish(model) => {
+                    let model = self.model(*model);
+                    self.scheduler.handle_finished(model, 16, SERVICE);
+                    self.finished[model.index()] = true;
+                }
+                Step::SetDelay { model, delay_us } => {
+                    let model = self.model(*model);
+                    let delay = US * *delay_us as u32;
+                    self.scheduler.set_queue_delay_max(model, delay);
+                    self.policies[model.index()].queue_delay_max = delay;
+                }
+                Step::Drain => {
+                    self.scheduler.drain();
+                    self.draining = true;
+                }
+            }
+            self.check_books();
+        }
+
+        fn arrive(&mut self, arrival: Arrival) {
+            let expected = self.expected_refusal(&arrival);
+            match self.scheduler.handle_arrival(self.now, arrival) {
+                Ok(id) => {
+                    assert_eq!(expected, None, "{arrival:?} was admitted");
+                    let buckets = &self.policies[arrival.model.index()].buckets;
+                    let bucket_len = *buckets.lens().iter().find(|len| **len >= arrival.len).expect("it fits");
+                    let deadline = match arrival.compose {
+                        Some(_) => Some(arrival.deadline.unwrap_or(Moment::FAR).min(self.now + compose::WAIT_MAX)),
+                        None => arrival.deadline,
+                    };
+                    assert!(
+                        self.waiting.iter().all(|waiting| waiting.id != id),
+                        "two waiting tickets are called {id:?}"
+                    );
+                    self.waiting.push(Waiting { id, arrival, admitted_at: self.now, deadline, bucket_len });
+                }
+                Err(refusal) => {
+                    assert_eq!(Some(refusal.code), expected, "{arrival:?}: {refusal}");
+                    assert_eq!(refusal.executed, Executed::Never);
+                    assert_eq!(refusal.retry_after_ms > 0, refusal.code == Code::Overloaded);
+                }
+            }
+        }
+
+        fn expire(&mut self) {
+            let mut last = Moment::ZERO;
+            while let Some(id) = self.scheduler.poll_expired(self.now) {
+                let deadline = self.take(id).deadline.expect("only a deadline expires");
+                assert!(deadline <= self.now && deadline >= last, "expired at {:?}: {deadline:?}", self.now);
+                last = deadline;
+            }
+            assert!(self.waiting.iter().all(|waiting| waiting.deadline.is_none_or(|deadline| deadline > self.now)));
+        }
+
+        /// Rows that a batch padded to `len` could take from the lanes.
+        fn rows_for(&self, model: ModelHandle, len: u32) -> u32 {
+            let policy = &self.policies[model.index()];
+            self.of(model)
+                .filter(|waiting| waiting.arrival.compose.is_none() && waiting.bucket_len <= len)
+                .filter(|waiting| {
+                    let waste = 1.0 - f64::from(waiting.bucket_len) / f64::from(len);
+                    waiting.bucket_len == len || waste <= policy.fill_waste_max
+                })
+                .map(|waiting| waiting.arrival.rows)
+                .sum()
+        }
+
+        fn rows_possible(&self, model: ModelHandle, len: u32) -> u32 {
+            let policy = &self.policies[model.index()];
+            policy.rows_max.min((policy.cells_max / u64::from(len)) as u32)
+        }
+
+        fn latest_start(&self, model: ModelHandle, deadline: Moment) -> Moment {
+            let service = if self.finished[model.index()] { SERVICE } else { Duration::ZERO };
+            deadline - service.mul_f64(1.25) - US * 500
+        }
+
+        /// Whether a lane may be sealed for an idle executor, by the promises alone.
+        fn is_due(&self, model: ModelHandle, len: u32) -> bool {
+            let policy = &self.policies[model.index()];
+            let mut lane = self.of(model).filter(|w| w.arrival.compose.is_none() && w.bucket_len == len).peekable();
+            let Some(oldest) = lane.peek() else { return false };
+            let oldest = oldest.admitted_at;
+            self.draining
+                || policy.queue_delay_max.is_zero()
+                || oldest + policy.queue_delay_max <= self.now
+                || self.rows_for(model, len) >= self.rows_possible(model, len)
+                || lane.any(|w| w.deadline.is_some_and(|deadline| self.latest_start(model, deadline) <= self.now))
+        }
+
+        fn is_complete(&self, waiting: &Waiting) -> bool {
+            waiting.arrival.compose.is_some_and(|compose| {
+                let rows: u32 = self.mates(waiting.arrival.model, compose.tag).map(|mate| mate.arrival.rows).sum();
+                rows == compose.rows
+            })
+        }
+
+        fn batch(&mut self, group: Group, vacancy: Vacancy) {
+            let mut members = std::mem::take(&mut self.members);
+            let sealed = self.scheduler.poll_batch(self.now, group, vacancy, &mut members);
+            match sealed {
+                Some(batch) => self.check_batch(&batch, &members, group, vacancy),
+                None => self.check_nothing_due(group, vacancy),
+            }
+            self.members = members;
+        }
+
+        fn check_nothing_due(&mut self, group: Group, vacancy: Vacancy) {
+            if vacancy == Vacancy::Spare {
+                return;
+            }
+            for waiting in &self.waiting {
+                let model = waiting.arrival.model;
+                if self.policies[model.index()].group != group {
+                    continue;
+                }
+                assert!(!self.is_complete(waiting), "a complete composition waits before an idle executor");
+                let held = waiting.arrival.compose.is_some() || !self.is_due(model, waiting.bucket_len);
+                assert!(held, "{waiting:?} waits before an idle executor at {:?}", self.now);
+            }
+            let timeout = self.scheduler.poll_timeout(|idle| idle == group);
+            let latest = self.waiting.iter().filter_map(|waiting| {
+                let model = waiting.arrival.model;
+                let policy = &self.policies[model.index()];
+                let window = (policy.group == group && waiting.arrival.compose.is_none())
+                    .then(|| waiting.admitted_at + policy.queue_delay_max);
+                [window, waiting.deadline].into_iter().flatten().min()
+            });
+            assert!(timeout.unwrap_or(Moment::FAR) <= latest.min().unwrap_or(Moment::FAR), "{timeout:?} is too late");
+            assert!(timeout.is_none_or(|at| at > self.now), "woken at {timeout:?} for nothing at {:?}", self.now);
+        }
+
+        fn check_batch(&mut self, batch: &SealedBatch, members: &[TicketId], group: Group, vacancy: Vacancy) {
+            let model = batch.model;
+            let policy = self.policies[model.index()].clone();
+            assert_eq!(policy.group, group);
+            let before_rows = self.rows_for(model, batch.padded_len);
+            let due = self.is_due(model, batch.padded_len);
+            let oldest_of_lane = |world: &World, len: u32| {
+                world.of(model).find(|w| w.arrival.compose.is_none() && w.bucket_len == len).map(|w| w.admitted_at)
+            };
+            let oldest = oldest_of_lane(self, batch.padded_len);
+            if batch.reason != SealReason::Composed {
+                for waiting in self.waiting.iter().filter(|w| w.arrival.compose.is_none()) {
+                    let theirs = waiting.arrival.model;
+                    let same_kind = self.policies[theirs.index()].group == group;
+                    let full =
+                        self.rows_for(theirs, waiting.bucket_len) >= self.rows_possible(theirs, waiting.bucket_len);
+                    let sealable =
+                        if vacancy == Vacancy::Idle { self.is_due(theirs, waiting.bucket_len) } else { full };
+                    // The lane is sealable, so its oldest, and with it each of its tickets, must not be older.
+                    assert!(
+                        !same_kind || !sealable || oldest <= Some(waiting.admitted_at),
+                        "{waiting:?} has waited longer than the oldest in {batch:?}"
+                    );
+                }
+            }
+            let taken: Vec<Waiting> = members.iter().map(|id| self.take(*id)).collect();
+            let rows: u32 = taken.iter().map(|member| member.arrival.rows).sum();
+            let real: u64 =
+                taken.iter().map(|member| u64::from(member.arrival.rows) * u64::from(member.arrival.len)).sum();
+            let longest = taken.iter().map(|member| member.bucket_len).max().expect("a batch has members");
+            assert_eq!((batch.rows, batch.padded_len, batch.cells_real), (rows, longest, real));
+            assert_eq!(batch.rows_possible, self.rows_possible(model, longest));
+            assert!(rows <= policy.rows_max && batch.cells_padded() <= policy.cells_max, "{batch:?}");
+            assert!(taken.iter().all(|m| m.arrival.model == model && m.deadline.is_none_or(|at| at > self.now)));
+            assert!(vacancy == Vacancy::Idle || batch.reason == SealReason::Full, "{batch:?}");
+            assert!(batch.sealed_at == self.now);
+            if batch.reason == SealReason::Composed {
+                let compose = taken[0].arrival.compose.expect("a composition");
+                assert!(taken.iter().all(|member| member.arrival.compose == Some(compose)));
+                assert_eq!(rows, compose.rows);
+                assert_eq!(self.mates(model, compose.tag).count(), 0);
+                return;
+            }
+            assert!(taken.iter().all(|member| member.arrival.compose.is_none()), "nobody else joins, either way");
+            let oldest = oldest.expect("the lane had tickets");
+            assert_eq!(taken[0].admitted_at, oldest, "the batch starts with its lane's oldest ticket");
+            match batch.reason {
+                SealReason::Full => assert!(before_rows >= batch.rows_possible),
+                SealReason::Idle => assert!(policy.queue_delay_max.is_zero()),
+                SealReason::QueueDelay => assert!(oldest + policy.queue_delay_max <= self.now),
+                SealReason::Deadline => assert!(due),
+                SealReason::Drain => assert!(self.draining),
+                SealReason::Composed => unreachable!("returned above"),
+            }
+            self.check_order(batch, &taken);
+        }
+
+        /// First in, first out inside each lane, except for tickets that did not fit.
+        fn check_order(&self, batch: &SealedBatch, taken: &[Waiting]) {
+            let room = batch.rows_possible - batch.rows;
+            for pair in taken.windows(2) {
+                assert!(pair[0].bucket_len != pair[1].bucket_len || pair[0].admitted_at <= pair[1].admitted_at);
+                assert!(pair[0].bucket_len >= pair[1].bucket_len, "shorter lanes come after");
+            }
+            for left in self.of(batch.model).filter(|left| left.arrival.compose.is_none()) {
+                let overtaken = taken
+                    .iter()
+                    .any(|member| member.bucket_len == left.bucket_len && member.admitted_at > left.admitted_at);
+                let of_this_lane = left.bucket_len == batch.padded_len;
+                assert!(left.arrival.rows > room || !(overtaken || of_this_lane), "{left:?} fitted {batch:?}");
+            }
+        }
+
+        fn check_books(&self) {
+            for index in 0..self.policies.len() {
+                let model = ModelHandle(index as u16);
+                assert_eq!(self.scheduler.waiting(model), self.sums(self.of(model)));
+            }
+            assert_eq!(self.scheduler.is_empty(), self.waiting.is_empty());
+            let (rows, cells, bytes) = self.sums(self.waiting.iter());
+            assert!(rows <= self.limits.rows_max && cells <= self.limits.cells_max && bytes <= self.limits.bytes_max);
+        }
+
+        /// Everything that waits leaves when the server drains, except members of compositions, which expire.
+        fn finish(&mut self) {
+            self.step(&Step::Drain);
+            self.expire();
+            for group in [Group::Executors, Group::Inline] {
+                loop {
+                    let before = self.waiting.len();
+                    self.batch(group, Vacancy::Idle);
+                    if self.waiting.len() == before {
+                        break;
+                    }
+                }
+            }
+            assert!(self.waiting.iter().all(|waiting| waiting.arrival.compose.is_some()));
+            self.now = self.now + compose::WAIT_MAX;
+            self.expire();
+            self.check_books();
+            assert!(self.scheduler.is_empty());
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+        #[test]
+        fn the_scheduler_keeps_its_promises(policies in policies(), steps in steps()) {
+            let mut world = World::new(policies);
+            for step in &steps {
+                world.step(step);
+            }
+            world.finish();
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! Proves by counting that batches cost no heap allocation once buffers have grown: not to decide on, not to pack, not
+//! to run and mail, not to answer.
+#![allow(unsafe_code)] // GlobalAlloc can only be implemented with it; nothing but the counter is added to the system's
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ferry::batcher::{Batcher, ExecutorLink, SeatOptions, ThreadOutlet};
+use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
+use ferry::executor::pack::{Pads, Row, pack};
+use ferry::executor::sim::{Faults, SimExecutor};
+use ferry::executor::slot::VacantSlot;
+use ferry::executor::worker::Worker;
+use ferry::mail::{Burst, Request, ToBatcher, ToShard};
+use ferry::mailbox::{Receiver, mailbox};
+use ferry::scatter::append_result;
+use ferry::scheduler::{Arrival, Buckets, Group, Policy, QueueLimits, Scheduler, SealedBatch, Vacancy};
+use ferry::telemetry::{ModelLabels, Telemetry};
+use ferry::vocab::{DType, ModelHandle, Moment, SealReason, TicketKey};
+
+struct Counting;
+
+thread_local! {
+    // Const and without a destructor: reading it allocates nothing.
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+fn count() {
+    ALLOCATIONS.with(|count| count.set(count.get() + 1));
+}
+
+// SAFETY: every call is handed on unchanged to the system's allocator, which keeps the contract.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        unsafe { System.realloc(place, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations that `work` makes on this thread.
+fn allocations(work: impl FnOnce()) -> u64 {
+    let before = ALLOCATIONS.get();
+    work();
+    ALLOCATIONS.get() - before
+}
+
+const ROWS: u32 = 16;
+const MODEL: ModelHandle = ModelHandle(0);
+
+fn contract() -> Arc<Contract> {
+    let tokens = TensorSpec {
+        name: "ids".into(),
+        dtype: DType::U32,
+        shape: vec![Dim::Named("tokens".into())],
+        pad: 1.0,
+        range: None,
+        nonfinite: NonFinite::Refuse,
+    };
+    let contract = Contract {
+        name: "echo".into(),
+        version: "1".into(),
+        architecture: "echo".into(),
+        outputs: vec![TensorSpec { name: "out".into(), ..tokens.clone() }],
+        inputs: vec![tokens],
+        length: Some(Length { name: "tokens".into(), min: 1, max: 64 }),
+        text: None,
+        rows_max: ROWS,
+    };
+    Arc::new(contract.checked().expect("a contract"))
+}
+
+fn requests(len: u32) -> Vec<Request> {
+    (0..ROWS)
+        .map(|slot| Request {
+            key: TicketKey { shard: 0, slot, generation: 0 },
+            model: MODEL,
+            rows: 1,
+            len,
+            payload: vec![slot as u8; len as usize * 4].into(),
+            received_at: Moment(1),
+            deadline: Some(Moment::FAR),
+            compose: None,
+            truncated: false,
+        })
+        .collect()
+}
+
+fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
+    SealedBatch {
+        id,
+        model: MODEL,
+        rows,
+        rows_possible: ROWS,
+        padded_len,
+        cells_real: u64::from(rows),
+        reason: SealReason::Full,
+        sealed_at: Moment(2),
+    }
+}
+
+fn worker(contract: &Arc<Contract>) -> (Worker, Receiver<ToShard>) {
+    let labels = [ModelLabels { name: "echo".into(), version: "1".into() }];
+    let (shard, inbox) = mailbox(64);
+    let device = Box::new(SimExecutor::new(Arc::new(Faults::default())));
+    (Worker::new(0, device, vec![Arc::clone(contract)], vec![shard], Telemetry::new(&labels, 1, 1)), inbox)
+}
+
+/// Answers everything in the mailbox and says how many answers there were.
+fn answer(inbox: &Receiver<ToShard>, out: &mut Vec<u8>) -> usize {
+    let mut answers = 0;
+    while let Some(message) = inbox.try_recv() {
+        let ToShard::Batch(finished) = message else { panic!("a batch was run") };
+        for member in &finished.members {
+            out.clear();
+            append_result(out, &finished, member, 1, true, finished.finished_at);
+            answers += 1;
+        }
+    }
+    answers
+}
+
+#[test]
+fn the_counter_counts() {
+    assert_eq!(allocations(|| drop(std::hint::black_box(Box::new(1)))), 1);
+    assert_eq!(allocations(|| ()), 0);
+}
+
+#[test]
+fn packing_running_and_answering_a_batch_allocates_nothing_once_buffers_have_grown() {
+    let contract = contract();
+    let pads = Pads::of(&contract);
+    let (mut worker, inbox) = worker(&contract);
+    let requests = requests(40);
+    let mut slot = Some(VacantSlot::default());
+    let mut out = Vec::new();
+    let mut one = |id: u64, rows: u32, padded_len: u32| {
+        let batch = batch(id, rows, padded_len);
+        let mut vacant = slot.take().expect("it came back");
+        let row = |request| Row { request, admitted_at: Moment(1) };
+        let packing = allocations(|| {
+            pack(&mut vacant, &contract, &pads, &batch, requests.iter().take(rows as usize).map(row));
+        });
+        let running = allocations(|| slot = Some(worker.run(vacant.fill(batch, Moment(3))).slot));
+        let answering = allocations(|| assert_eq!(answer(&inbox, &mut out), rows as usize));
+        (packing, running, answering)
+    };
+    for id in 0..4 {
+        one(id, ROWS, 64);
+    }
+    for id in 4..200 {
+        let rows = 1 + (id as u32 * 7) % ROWS;
+        assert_eq!(one(id, rows, 40 + id as u32 % 25), (0, 0, 0), "packing, running, answering batch {id}");
+    }
+}
+
+fn policy(group: Group) -> Policy {
+    Policy {
+        rows_max: ROWS,
+        cells_max: 64 * u64::from(ROWS),
+        queue_delay_max: Duration::ZERO,
+        buckets: Buckets::geometric(64),
+        fill_waste_max: 0.2,
+        group,
+        queue: QueueLimits::NONE,
+        service: Default::default(),
+    }
+}
+
+#[test]
+fn deciding_allocates_nothing_once_the_queue_has_grown() {
+    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Executors)]);
+    let mut members = Vec::with_capacity(ROWS as usize);
+    let mut round = |now: u64| {
+        let now = Moment(now * 1000);
+        for n in 0..200u32 {
+            let deadline = Some(now + Duration::from_secs(1));
+            let arrival = Arrival { model: MODEL, rows: 1, len: 1 + n % 64, bytes: 1, deadline, compose: None };
+            let id = scheduler.handle_arrival(now, arrival).expect("no bounds");
+            if n % 10 == 0 {
+                scheduler.handle_cancel(id);
+            }
+        }
+        while let Some(batch) = scheduler.poll_batch(now, Group::Executors, Vacancy::Idle, &mut members) {
+            scheduler.handle_finished(MODEL, batch.cells_padded(), Duration::from_micros(3));
+        }
+        scheduler.poll_timeout(|_| true);
+    };
+    // Expiry entries of those that left pile up until they are swept: long enough to have seen the most.
+    (0..20).for_each(&mut round);
+    assert_eq!(allocations(|| (20..100).for_each(&mut round)), 0);
+}
+
+#[test]
+fn a_turn_of_the_batcher_allocates_nothing_once_everything_has_grown() {
+    let contract = contract();
+    let (worker, inbox) = worker(&contract);
+    let labels = [ModelLabels { name: "echo".into(), version: "1".into() }];
+    let outlet = ThreadOutlet { executors: vec![ExecutorLink::Inline(Box::new(worker))], shards: Vec::new() };
+    let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Inline)]);
+    let seats = [SeatOptions { group: Group::Inline, slots: 1 }];
+    let telemetry = Telemetry::new(&labels, 1, 1);
+    let mut batcher = Batcher::new(scheduler, outlet, &[contract], &seats, 1, telemetry);
+    let requests = requests(40);
+    let mut out = Vec::new();
+    for turn in 0..100 {
+        let now = Moment(1000 + turn);
+        // The burst is the shard's; what the batcher makes of it is counted.
+        let burst = Burst { arrivals: requests.clone(), cancelled: Vec::new() };
+        let made = allocations(|| {
+            batcher.take(now, ToBatcher::Burst(burst));
+            batcher.turn(now);
+        });
+        assert_eq!(answer(&inbox, &mut out), ROWS as usize);
+        assert!(made == 0 || turn < 10, "{made} allocations in turn {turn}");
+    }
+}

@@ -1,0 +1,614 @@
+//! One server's life in virtual time: clients, shards, the real batcher, executors on the simulated device.
+//!
+//! Everything random comes from the seed, everything that happens is an event with a moment: equal seeds, equal lives.
+//! Each seed turns a random subset of faults on.
+
+use std::cell::RefCell;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use ferry::batcher::{Batcher, SeatOptions};
+use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
+use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
+use ferry::executor::worker::Worker;
+use ferry::frontend::inflight::{InFlight, Owned, Waiting};
+use ferry::mail::{Burst, FinishedBatch, Member, Request, ToBatcher, ToShard};
+use ferry::mailbox::{Receiver, mailbox};
+use ferry::scatter::{append_error, append_result, failure_of};
+use ferry::scheduler::{Buckets, Compose, Group, Policy, QueueLimits, Scheduler};
+use ferry::telemetry::{ModelLabels, Telemetry};
+use ferry::vocab::{Code, DType, ModelHandle, Moment, Refusal, TicketKey};
+use ferry::wire::encoder::align8;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::history::History;
+use super::outlet::{SimExecutor, SimOutlet};
+
+/// A planted mistake, to show that the simulation would notice it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Defect {
+    None,
+    DropAnswer,
+    AnswerTwice,
+    SwapRows,
+    IgnoreDeadline,
+    ServeRefused,
+}
+
+/// What came of a life.
+pub struct Life {
+    pub trace: u64,
+    pub seen: std::collections::BTreeMap<&'static str, u64>,
+    pub broken_promise: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    Arrive { shard: usize },
+    Cancel { shard: usize },
+    Disconnect { shard: usize },
+    Turn,
+    Start { executor: usize },
+    Done { executor: usize },
+    ShardMail { shard: usize },
+    SetDelay,
+    Drain,
+}
+
+struct Shard {
+    in_flight: InFlight,
+    connections: Vec<Owned>,
+    inbox: Receiver<ToShard>,
+    mail_scheduled: bool,
+}
+
+struct World {
+    now: Moment,
+    rng: StdRng,
+    events: BinaryHeap<Reverse<(Moment, u64, Event)>>,
+    sequence: u64,
+    contracts: Vec<Arc<Contract>>,
+    policies: Vec<Policy>,
+    batcher: Batcher<SimOutlet>,
+    to_batcher: VecDeque<ToBatcher>,
+    /// The batcher's next turn. Events that say otherwise are old: a wake-up that it forgot must not be hidden by them.
+    turn_at: Option<Moment>,
+    shards: Vec<Shard>,
+    history: Rc<RefCell<History>>,
+    draining: bool,
+    arrivals_left: u32,
+    gap: Duration,
+    service: Duration,
+    /// This executor takes ten seconds for one batch.
+    stuck: Option<usize>,
+    compose: bool,
+    defect: Defect,
+    answers: u64,
+    /// For the planted defect that executes what was refused.
+    requests: Vec<Request>,
+}
+
+pub fn live(seed: u64, defect: Defect) -> Life {
+    let mut world = World::new(seed, defect);
+    world.run();
+    let history = world.history.borrow();
+    Life { trace: history.trace, seen: history.seen.clone(), broken_promise: history.violation.clone() }
+}
+
+fn tensor(name: &str, dtype: DType, shape: Vec<Dim>, pad: f64, nonfinite: NonFinite) -> TensorSpec {
+    TensorSpec { name: name.into(), dtype, shape, pad, range: None, nonfinite }
+}
+
+/// Three models whose outputs are their inputs: one of one tensor, one without a length, one of two tensors.
+fn contracts() -> Vec<Arc<Contract>> {
+    let tokens = || Dim::Named("tokens".into());
+    let make = |name: &str, specs: Vec<TensorSpec>, length: Option<Length>| {
+        let outputs =
+            specs.iter().map(|spec| TensorSpec { pad: 0.0, nonfinite: NonFinite::Refuse, ..spec.clone() }).collect();
+        let contract = Contract {
+            name: name.into(),
+            version: "1".into(),
+            architecture: "sim".into(),
+            inputs: specs,
+            outputs,
+            length,
+            text: None,
+            rows_max: 4,
+        };
+        Arc::new(contract.checked().expect("a contract"))
+    };
+    let length = || Some(Length { name: "tokens".into(), min: 1, max: 16 });
+    vec![
+        make("ids", vec![tensor("ids", DType::U32, vec![tokens()], 7.0, NonFinite::Allow)], length()),
+        make("vector", vec![tensor("x", DType::F32, vec![Dim::Fixed(3)], 0.0, NonFinite::Allow)], None),
+        make(
+            "pair",
+            vec![
+                tensor("bytes", DType::U8, vec![tokens()], 9.0, NonFinite::Allow),
+                tensor("pairs", DType::U32, vec![tokens(), Dim::Fixed(2)], 3.0, NonFinite::Allow),
+            ],
+            length(),
+        ),
+    ]
+}
+
+fn random_policy(rng: &mut StdRng, contract: &Contract) -> Policy {
+    let lens: &[u32] = match (contract.length.is_some(), rng.random_range(0..3)) {
+        (false, _) => &[1],
+        (true, 0) => &[16],
+        (true, 1) => &[4, 8, 16],
+        (true, _) => &[2, 3, 4, 6, 8, 12, 16],
+    };
+    let window = if rng.random_bool(0.3) { 0 } else { rng.random_range(1..2000) };
+    let queue = if rng.random_bool(0.3) {
+        QueueLimits { rows_max: rng.random_range(2..30), cells_max: 300, bytes_max: 2000 }
+    } else {
+        QueueLimits::NONE
+    };
+    Policy {
+        rows_max: rng.random_range(1..10),
+        cells_max: rng.random_range(16..120),
+        queue_delay_max: Duration::from_micros(window),
+        buckets: Buckets::new(lens).expect("ascending"),
+        fill_waste_max: rng.random_range(0.0..1.0),
+        group: if rng.random_bool(0.25) { Group::Inline } else { Group::Executors },
+        queue,
+        service: Default::default(),
+    }
+}
+
+/// Bytes that no other request has: who gets them back by mistake is found out.
+fn payload(rng: &mut StdRng, contract: &Contract, rows: u32, len: u32, id: u64, poisoned: bool) -> Bytes {
+    let mut bytes = Vec::new();
+    for spec in &contract.inputs {
+        bytes.resize(align8(bytes.len()), 0);
+        for element in 0..rows as u64 * spec.row_elements(len) as u64 {
+            let mark = id.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(element).rotate_left(17) >> 8;
+            match spec.dtype {
+                DType::F32 => bytes.extend_from_slice(&((mark & 0xff_ffff) as f32).to_le_bytes()),
+                DType::U32 => bytes.extend_from_slice(&(mark as u32).to_le_bytes()),
+                _ => bytes.push(mark as u8),
+            }
+        }
+    }
+    if poisoned {
+        let at = rng.random_range(0..bytes.len() / 4) * 4;
+        bytes[at..at + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    }
+    bytes.into()
+}
+
+impl World {
+    fn new(seed: u64, defect: Defect) -> World {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let contracts = contracts();
+        let policies: Vec<Policy> = contracts.iter().map(|contract| random_policy(&mut rng, contract)).collect();
+        let shard_count = rng.random_range(1..4);
+        let history = Rc::new(RefCell::new(History::default()));
+        let labels: Vec<ModelLabels> = contracts
+            .iter()
+            .map(|contract| ModelLabels { name: contract.name.clone(), version: contract.version.clone() })
+            .collect();
+        let slots = rng.random_range(1..4);
+        let mut groups = vec![Group::Executors; rng.random_range(1..4)];
+        groups.push(Group::Inline);
+        let telemetry = Telemetry::new(&labels, shard_count, groups.len());
+        let (senders, inboxes): (Vec<_>, Vec<_>) = (0..shard_count).map(|_| mailbox(100_000)).unzip();
+        let executors = (0..)
+            .zip(&groups)
+            .map(|(index, group)| {
+                let faults = Arc::new(Faults::default());
+                let device = Box::new(SimDevice::new(Arc::clone(&faults)));
+                let worker = Worker::new(index, device, contracts.clone(), senders.clone(), Arc::clone(&telemetry));
+                let inline = *group == Group::Inline;
+                SimExecutor { worker, faults, inline, queue: VecDeque::new(), running: None }
+            })
+            .collect();
+        let outlet = SimOutlet {
+            executors,
+            shards: senders,
+            policies: policies.clone(),
+            history: Rc::clone(&history),
+            given: vec![0; groups.len()],
+            slots,
+            rng: StdRng::seed_from_u64(seed ^ 0x5eed),
+            failures: if rng.random_bool(0.5) { 0.1 } else { 0.0 },
+            inline_time: Duration::ZERO,
+            refused: Vec::new(),
+        };
+        let limits = QueueLimits { rows_max: rng.random_range(10..200), cells_max: 2000, bytes_max: 20_000 };
+        let scheduler = Scheduler::new(limits, policies.clone());
+        let seats: Vec<SeatOptions> = groups
+            .iter()
+            .map(|group| SeatOptions { group: *group, slots: if *group == Group::Inline { 1 } else { slots } })
+            .collect();
+        let batcher = Batcher::new(scheduler, outlet, &contracts, &seats, shard_count, telemetry);
+        let connections = rng.random_range(1..5);
+        let shards = (0..)
+            .zip(inboxes)
+            .map(|(index, inbox)| Shard {
+                in_flight: InFlight::new(index, rng.random_range(20..200)),
+                connections: (0..connections).map(|_| Owned::default()).collect(),
+                inbox,
+                mail_scheduled: false,
+            })
+            .collect();
+        let stuck = rng.random_bool(0.2).then(|| rng.random_range(0..groups.len() - 1));
+        World {
+            now: Moment(1_000_000),
+            events: BinaryHeap::new(),
+            sequence: 0,
+            contracts,
+            policies,
+            batcher,
+            to_batcher: VecDeque::new(),
+            turn_at: None,
+            shards,
+            history,
+            draining: false,
+            arrivals_left: rng.random_range(50..300),
+            gap: Duration::from_micros(rng.random_range(2..400)),
+            service: Duration::from_micros(rng.random_range(20..2000)),
+            stuck,
+            compose: rng.random_bool(0.3),
+            defect,
+            answers: 0,
+            requests: Vec::new(),
+            rng,
+        }
+    }
+
+    fn run(&mut self) {
+        for shard in 0..self.shards.len() {
+            self.after(Duration::ZERO, Event::Arrive { shard });
+            if self.rng.random_bool(0.7) {
+                self.after(self.gap, Event::Cancel { shard });
+            }
+            if self.rng.random_bool(0.3) {
+                self.after(self.gap * 20, Event::Disconnect { shard });
+            }
+        }
+        if self.rng.random_bool(0.2) {
+            self.after(self.gap * 30, Event::SetDelay);
+        }
+        for _ in 0..200_000 {
+            let Some(Reverse((at, _, event))) = self.events.pop() else {
+                return self.check_rest();
+            };
+            self.now = at;
+            self.happen(event);
+            self.check();
+            if self.history.borrow().violation.is_some() {
+                return;
+            }
+        }
+        self.history.borrow_mut().violate("the server does not come to rest".into());
+    }
+
+    fn after(&mut self, delay: Duration, event: Event) {
+        self.sequence += 1;
+        self.events.push(Reverse((self.now + delay, self.sequence, event)));
+    }
+
+    fn jitter(&mut self, micros: u64) -> Duration {
+        Duration::from_nanos(self.rng.random_range(0..micros * 1000))
+    }
+
+    fn happen(&mut self, event: Event) {
+        match event {
+            Event::Arrive { shard } => self.arrive(shard),
+            Event::Cancel { shard } => self.cancel(shard),
+            Event::Disconnect { shard } => self.disconnect(shard),
+            Event::Turn => self.turn(),
+            Event::Start { executor } => self.start(executor),
+            Event::Done { executor } => self.done(executor),
+            Event::ShardMail { shard } => self.take_mail(shard),
+            Event::SetDelay => {
+                let model = ModelHandle(self.rng.random_range(0..self.contracts.len() as u16));
+                let delay = self.jitter(3000);
+                self.mail(ToBatcher::SetQueueDelay { model, delay });
+            }
+            Event::Drain => {
+                self.draining = true;
+                self.mail(ToBatcher::Drain);
+            }
+        }
+    }
+
+    fn mail(&mut self, message: ToBatcher) {
+        self.to_batcher.push_back(message);
+        let delay = self.jitter(20);
+        self.turn_within(delay);
+    }
+
+    fn turn_within(&mut self, delay: Duration) {
+        let at = self.now + delay;
+        if self.turn_at.is_none_or(|turn_at| at < turn_at) {
+            self.turn_at = Some(at);
+            self.after(delay, Event::Turn);
+        }
+    }
+
+    fn arrive(&mut self, shard: usize) {
+        if self.draining {
+            return;
+        }
+        let mut burst = Burst::default();
+        let connection = self.rng.random_range(0..self.shards[shard].connections.len());
+        for _ in 0..self.rng.random_range(1..6) {
+            if let Some(request) = self.accept(shard, connection) {
+                burst.arrivals.push(request);
+            }
+        }
+        if self.defect == Defect::ServeRefused {
+            self.requests.extend(burst.arrivals.iter().cloned());
+        }
+        if self.defect == Defect::IgnoreDeadline {
+            burst.arrivals.iter_mut().for_each(|request| request.deadline = None);
+        }
+        self.mail(ToBatcher::Burst(burst));
+        self.arrivals_left = self.arrivals_left.saturating_sub(1);
+        if self.arrivals_left > 0 {
+            let gap = self.gap.mul_f64(-(1.0 - self.rng.random::<f64>()).ln());
+            self.after(gap, Event::Arrive { shard });
+        } else {
+            self.after(self.gap, Event::Drain);
+        }
+    }
+
+    /// What a shard does with a request that passed its contract.
+    fn accept(&mut self, shard: usize, connection: usize) -> Option<Request> {
+        let model = ModelHandle(self.rng.random_range(0..self.contracts.len() as u16));
+        let contract = Arc::clone(&self.contracts[model.index()]);
+        let rows = if self.rng.random_bool(0.7) { 1 } else { self.rng.random_range(1..=contract.rows_max) };
+        let len = if contract.length.is_some() { self.rng.random_range(1..=16) } else { 1 };
+        let id = self.history.borrow().next_id();
+        let poisoned = model.index() == 1 && self.rng.random_bool(0.05);
+        let payload = payload(&mut self.rng, &contract, rows, len, id, poisoned);
+        let deadline = match self.rng.random_range(0..10) {
+            0..4 => None,
+            // It may be over before the batcher sees it.
+            4 => Some(self.now + self.jitter(20)),
+            5..8 => Some(self.now + self.jitter(3_000)),
+            _ => Some(self.now + self.jitter(100_000)),
+        };
+        let compose = (self.compose && self.rng.random_bool(0.1))
+            .then(|| Compose { tag: self.rng.random_range(1..4), rows: self.rng.random_range(1..4) });
+        let waiting = Waiting {
+            connection: connection as u32,
+            request_id: id,
+            model,
+            payload_bytes: payload.len() as u32,
+            timings: self.rng.random_bool(0.5),
+        };
+        let shard = &mut self.shards[shard];
+        let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;
+        self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, poisoned);
+        Some(Request { key, model, rows, len, payload, received_at: self.now, deadline, compose, truncated: false })
+    }
+
+    fn cancel(&mut self, shard: usize) {
+        if self.draining {
+            return;
+        }
+        let connection = self.rng.random_range(0..self.shards[shard].connections.len());
+        let mine = &self.shards[shard];
+        if let Some(key) = mine.in_flight.first(&mine.connections[connection]) {
+            self.end(shard, key, &Refusal::new(Code::Cancelled, "the caller asked"));
+            self.mail(ToBatcher::Burst(Burst { arrivals: Vec::new(), cancelled: vec![key] }));
+        }
+        let gap = self.gap * 3 + self.jitter(200);
+        self.after(gap, Event::Cancel { shard });
+    }
+
+    fn disconnect(&mut self, shard: usize) {
+        if self.draining {
+            return;
+        }
+        let connection = self.rng.random_range(0..self.shards[shard].connections.len());
+        let mine = &mut self.shards[shard];
+        let owner = &mut mine.connections[connection];
+        let mut cancelled = Vec::new();
+        while let Some(key) = mine.in_flight.first(owner) {
+            mine.in_flight.remove(key, owner).expect("it was on the list");
+            self.history.borrow_mut().gone(self.now, key);
+            cancelled.push(key);
+        }
+        self.history.borrow_mut().note("disconnects");
+        self.mail(ToBatcher::Burst(Burst { arrivals: Vec::new(), cancelled }));
+        let gap = self.gap * 20 + self.jitter(500);
+        self.after(gap, Event::Disconnect { shard });
+    }
+
+    /// One turn of the batcher's thread, as `batcher::run_thread` does it.
+    fn turn(&mut self) {
+        if self.turn_at != Some(self.now) {
+            return;
+        }
+        self.turn_at = None;
+        for _ in 0..64 {
+            let Some(message) = self.to_batcher.pop_front() else { break };
+            if let ToBatcher::Burst(burst) = &message {
+                burst.cancelled.iter().for_each(|key| self.history.borrow_mut().cancel_taken(*key));
+            }
+            if let ToBatcher::Finished(finished) = &message {
+                self.batcher.outlet_mut().given[finished.executor] -= 1;
+            }
+            self.batcher.take(self.now, message);
+        }
+        let wake_at = self.batcher.turn(self.now);
+        if wake_at.is_some_and(|at| at <= self.now) {
+            self.history.borrow_mut().violate(format!("at {:?} the batcher asks to be woken at {wake_at:?}", self.now));
+        }
+        let outlet = self.batcher.outlet_mut();
+        let busy = std::mem::take(&mut outlet.inline_time);
+        let refused = std::mem::take(&mut outlet.refused);
+        let startable: Vec<usize> = (0..outlet.executors.len())
+            .filter(|at| outlet.executors[*at].running.is_none() && !outlet.executors[*at].queue.is_empty())
+            .collect();
+        for executor in startable {
+            let delay = self.jitter(30);
+            self.after(delay, Event::Start { executor });
+        }
+        if !self.to_batcher.is_empty() {
+            self.turn_within(busy + Duration::from_nanos(1));
+        } else if let Some(at) = wake_at {
+            let delay = at.since(self.now).max(busy) + self.jitter(30);
+            self.turn_within(delay);
+        }
+        self.deliver();
+        if self.defect == Defect::ServeRefused {
+            self.serve_refused(&refused);
+        }
+    }
+
+    fn serve_refused(&mut self, refused: &[TicketKey]) {
+        let mut again = Burst::default();
+        for key in refused {
+            if let Some(at) = self.requests.iter().position(|request| request.key == *key) {
+                again.arrivals.push(Request { deadline: None, ..self.requests.swap_remove(at) });
+            }
+        }
+        if !again.arrivals.is_empty() {
+            self.mail(ToBatcher::Burst(again));
+        }
+    }
+
+    fn start(&mut self, executor: usize) {
+        let took_long = self.stuck == Some(executor) && self.rng.random_bool(0.1);
+        let factor = 0.2 + 2.0 * self.rng.random::<f64>();
+        let seat = &mut self.batcher.outlet_mut().executors[executor];
+        if seat.running.is_some() {
+            return;
+        }
+        let Some(slot) = seat.queue.pop_front() else { return };
+        self.history.borrow_mut().started(&slot);
+        let service = if took_long { Duration::from_secs(10) } else { self.service.mul_f64(factor) };
+        if took_long {
+            self.stuck = None;
+            self.history.borrow_mut().note("stuck executors");
+        }
+        self.batcher.outlet_mut().executors[executor].running = Some((slot, service));
+        self.after(service, Event::Done { executor });
+    }
+
+    fn done(&mut self, executor: usize) {
+        let outlet = self.batcher.outlet_mut();
+        let (slot, service) = outlet.executors[executor].running.take().expect("it was started");
+        let finished = outlet.finish(executor, slot, service);
+        self.mail(ToBatcher::Finished(finished));
+        self.after(Duration::ZERO, Event::Start { executor });
+        self.deliver();
+    }
+
+    /// Rings the shards that have mail.
+    fn deliver(&mut self) {
+        for shard in 0..self.shards.len() {
+            if !self.shards[shard].inbox.is_empty() && !self.shards[shard].mail_scheduled {
+                self.shards[shard].mail_scheduled = true;
+                let delay = self.jitter(50);
+                self.after(delay, Event::ShardMail { shard });
+            }
+        }
+    }
+
+    fn take_mail(&mut self, shard: usize) {
+        self.shards[shard].mail_scheduled = false;
+        while let Some(message) = self.shards[shard].inbox.try_recv() {
+            match message {
+                ToShard::Batch(finished) => self.answer_batch(shard, &finished),
+                ToShard::Ended(ended) => {
+                    for (key, refusal) in ended {
+                        self.end(shard, key, &refusal);
+                    }
+                }
+                ToShard::Drain | ToShard::Abort => unreachable!("nobody sends it here"),
+            }
+        }
+    }
+
+    fn answer_batch(&mut self, shard: usize, finished: &FinishedBatch) {
+        for member in &finished.members {
+            if usize::from(member.key.shard) != shard {
+                continue;
+            }
+            if let Some(refusal) = failure_of(finished, member) {
+                self.end(shard, member.key, &refusal);
+                continue;
+            }
+            let Some(waiting) = self.release(shard, member.key) else {
+                self.history.borrow_mut().note("late answers");
+                continue;
+            };
+            let mut out = Vec::new();
+            let member = self.maybe_another(finished, member);
+            append_result(&mut out, finished, &member, waiting.request_id, waiting.timings, finished.finished_at);
+            self.answers += 1;
+            let planted = self.answers % 20 == 0;
+            if !(planted && self.defect == Defect::DropAnswer) {
+                self.history.borrow_mut().received(self.now, &out);
+            }
+            if planted && self.defect == Defect::AnswerTwice {
+                self.history.borrow_mut().received(self.now, &out);
+            }
+        }
+    }
+
+    /// The member itself, unless the planted defect is that rows are swapped.
+    fn maybe_another(&self, finished: &FinishedBatch, member: &Member) -> Member {
+        let swapped = finished.members.iter().find(|other| {
+            self.defect == Defect::SwapRows
+                && other.first_row != member.first_row
+                && (other.rows, other.len) == (member.rows, member.len)
+        });
+        swapped.map_or(*member, |other| Member { first_row: other.first_row, ..*member })
+    }
+
+    fn end(&mut self, shard: usize, key: TicketKey, refusal: &Refusal) {
+        match self.release(shard, key) {
+            None => self.history.borrow_mut().note("late answers"),
+            Some(waiting) => {
+                let mut out = Vec::new();
+                append_error(&mut out, waiting.model, waiting.request_id, refusal);
+                self.history.borrow_mut().received(self.now, &out);
+            }
+        }
+    }
+
+    fn release(&mut self, shard: usize, key: TicketKey) -> Option<Waiting> {
+        let shard = &mut self.shards[shard];
+        let connection = shard.in_flight.get(key)?.connection;
+        shard.in_flight.remove(key, &mut shard.connections[connection as usize])
+    }
+
+    /// Holds after every event.
+    fn check(&mut self) {
+        let mut history = self.history.borrow_mut();
+        history.check_due(self.now);
+        let in_flight: usize = self.shards.iter().map(|shard| shard.in_flight.len()).sum();
+        if history.open() != in_flight {
+            let open = history.open();
+            history.violate(format!("{open} requests are unanswered, the tables hold {in_flight}"));
+        }
+    }
+
+    /// Holds when nothing can happen any more: all is answered, nothing is left anywhere.
+    fn check_rest(&mut self) {
+        let mut history = self.history.borrow_mut();
+        history.check_complete();
+        let waiting = (0..self.policies.len())
+            .map(|model| self.batcher.scheduler().waiting(ModelHandle(model as u16)))
+            .find(|waiting| *waiting != (0, 0, 0));
+        if !self.draining || !self.batcher.is_idle() || waiting.is_some() || !self.to_batcher.is_empty() {
+            history.violate(format!("the drain left something behind: {waiting:?}"));
+        }
+        if self.shards.iter().any(|shard| !shard.inbox.is_empty() || !shard.in_flight.is_empty()) {
+            history.violate("a shard has mail or requests left".into());
+        }
+    }
+}
