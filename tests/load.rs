@@ -73,6 +73,29 @@ fn verification_finds_a_planted_wrong_byte() {
 }
 
 #[test]
+fn a_model_that_computes_is_verified_against_what_each_input_gives_alone() {
+    // The first 64 answers are the references, one per input; every hundredth answer is wrong.
+    let server = BareOptions { architecture: "other", corrupt_every: Some(100), ..BareOptions::default() };
+    let options = options(server, Mode::Closed { callers: 16 });
+    let report = report(&LoadOptions { verify: Some(1.0), ..options });
+    assert_eq!(report.inputs_distinct, 64);
+    assert!(report.verified > 100, "{}", report.verified);
+    assert_eq!(report.mismatches, (64 + report.verified) / 100);
+}
+
+#[test]
+fn after_a_goaway_what_was_not_taken_is_an_error_and_the_run_ends() {
+    let server = BareOptions { goaway_at: Some(500), ..BareOptions::default() };
+    let options = options(server, Mode::Closed { callers: 16 });
+    let options = LoadOptions { connections: 1, warmup: Duration::ZERO, ..options };
+    let report = report(&LoadOptions { duration: Duration::from_secs(600), ..options });
+    assert_eq!((report.ok, report.lost, report.connections_lost), (500, 0, 0));
+    assert_eq!(report.errors.keys().collect::<Vec<_>>(), ["draining"]);
+    assert_eq!(report.errors["draining"] + report.ok, report.sent);
+    assert!(report.connection_errors[0].contains("goaway"), "{:?}", report.connection_errors);
+}
+
+#[test]
 fn a_share_is_verified_when_a_share_is_asked_for() {
     let options = options(BareOptions::default(), Mode::Closed { callers: 16 });
     let report = report(&LoadOptions { verify: Some(0.25), ..options });

@@ -14,7 +14,7 @@ use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::vocab::{Code, DType, ModelHandle, Refusal};
 use ferry::wire::decoder::Step;
 use ferry::wire::encoder::{Head, append_bare, append_frame};
-use ferry::wire::message::{Describe, Description, ErrorMessage, HelloAck, Infer, InferResult, decode_exact};
+use ferry::wire::message::{Describe, Description, ErrorMessage, Goaway, HelloAck, Infer, InferResult, decode_exact};
 use ferry::wire::{Decoder, Frame, Kind, Limits};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
@@ -30,11 +30,22 @@ pub struct BareOptions {
     pub corrupt_every: Option<u64>,
     /// Does not answer every n-th request.
     pub drop_every: Option<u64>,
+    /// With the n-th request says goaway: it is the last one that is taken.
+    pub goaway_at: Option<u64>,
+    /// What the contract says. Anything but `echo` makes the load generator compute references.
+    pub architecture: &'static str,
 }
 
 impl Default for BareOptions {
     fn default() -> BareOptions {
-        BareOptions { credit_requests: 4096, credit_bytes: 64 << 20, corrupt_every: None, drop_every: None }
+        BareOptions {
+            credit_requests: 4096,
+            credit_bytes: 64 << 20,
+            corrupt_every: None,
+            drop_every: None,
+            goaway_at: None,
+            architecture: "echo",
+        }
     }
 }
 
@@ -88,7 +99,8 @@ pub fn serve(listener: TcpListener, options: BareOptions) {
     listener.set_nonblocking(true).expect("a listener can be non-blocking");
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).expect("an epoll");
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER)).expect("room for the listener");
-    let mut server = Server { options, contract: echo_contract(), requests: 0 };
+    let contract = Contract { architecture: options.architecture.into(), ..echo_contract() };
+    let mut server = Server { options, contract, requests: 0 };
     let mut peers: Vec<Option<Peer>> = Vec::new();
     let mut events = vec![EpollEvent::empty(); 256];
     let mut scratch = vec![0; READ_SIZE];
@@ -237,6 +249,20 @@ impl Server {
         self.requests += 1;
         if self.options.drop_every.is_some_and(|every| self.requests.is_multiple_of(every)) {
             return Some(());
+        }
+        match self.options.goaway_at {
+            Some(last) if self.requests > last => return Some(()),
+            Some(last) if self.requests == last => {
+                let goaway = Goaway {
+                    code: Code::Draining as u16,
+                    last_accepted_id: id,
+                    version_min: 1,
+                    version_max: 1,
+                    message: "draining".into(),
+                };
+                append_frame(out, Head::control(Kind::Goaway), &goaway, &[]).ok()?;
+            }
+            _ => {}
         }
         let head = |kind| Head { kind, model: frame.header.model, request_id: id };
         if !frame.payload_is_intact(bytes) {

@@ -94,7 +94,8 @@ fn json_document(args: &Args, responses: &[Response], cosines: &Option<Vec<Vec<f
     for (at, response) in responses.iter().enumerate() {
         let mut outputs = serde_json::Map::new();
         for spec in &response.model().contract.outputs {
-            let values = response.output_f64(&spec.name)?;
+            let values: Vec<serde_json::Value> =
+                response.output_f64(&spec.name)?.into_iter().map(|value| json_value(spec, value)).collect();
             let dims = response.dims(&spec.name)?;
             outputs.insert(spec.name.clone(), json!({ "dtype": spec.dtype, "dims": dims, "values": values }));
         }
@@ -165,10 +166,23 @@ fn page(args: &Args, responses: &[Response], cosines: &Option<Vec<Vec<f64>>>) ->
     Ok(page)
 }
 
+fn is_float(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64)
+}
+
 fn value_text(spec: &TensorSpec, value: f64) -> String {
-    match spec.dtype {
-        DType::F16 | DType::BF16 | DType::F32 | DType::F64 => format!("{value:.5}"),
-        _ => format!("{value}"),
+    match is_float(spec.dtype) {
+        true => format!("{value:.5}"),
+        false => format!("{value}"),
+    }
+}
+
+/// Integers stay integers: `3` and not `3.0`.
+fn json_value(spec: &TensorSpec, value: f64) -> serde_json::Value {
+    match (is_float(spec.dtype), value < 0.0) {
+        (true, _) => json!(value),
+        (false, true) => json!(value as i64),
+        (false, false) => json!(value as u64),
     }
 }
 
@@ -176,10 +190,8 @@ fn value_text(spec: &TensorSpec, value: f64) -> String {
 fn cosines(responses: &[Response]) -> Option<Vec<Vec<f64>>> {
     let contract = &responses.first()?.model().contract;
     let spec = contract.outputs.first()?;
-    let is_embedding = contract.text.is_some()
-        && !spec.has_length()
-        && spec.row_elements(1) >= EMBEDDING_MIN
-        && matches!(spec.dtype, DType::F16 | DType::BF16 | DType::F32 | DType::F64);
+    let is_embedding =
+        contract.text.is_some() && !spec.has_length() && spec.row_elements(1) >= EMBEDDING_MIN && is_float(spec.dtype);
     if !is_embedding || responses.len() < 2 {
         return None;
     }

@@ -47,6 +47,9 @@ const WRITE_AT: usize = 64 << 10;
 /// A connection with more unwritten output than this gets no further requests: they would only look sent.
 const OUTPUT_MAX: usize = 256 << 10;
 const READ_SIZE: usize = 512 << 10;
+/// Inputs are as many as asked for, or as fit into this, but never fewer than `INPUTS_MIN`.
+const INPUTS_BYTES_MAX: usize = 64 << 20;
+const INPUTS_MIN: usize = 16;
 const LATE: u64 = 1_000_000;
 const PROGRESS_EVERY: Duration = Duration::from_millis(200);
 
@@ -130,7 +133,8 @@ struct Engine<'a> {
     verifier: Option<Verifier>,
     source: Source,
     connections: Vec<Connection>,
-    alive: usize,
+    /// Connections that may ever take a request again.
+    usable: usize,
     /// Connections that may take a request, in turn.
     room: VecDeque<u32>,
     /// Connections with output that was not offered to the socket yet.
@@ -217,9 +221,14 @@ fn make_inputs(options: &LoadOptions, model: &ModelInfo) -> Result<Inputs, LoadE
         (_, super::Lengths::List(lens)) => lens.clone(),
         (_, lengths) => {
             // Long rows fill memory before they fill the table.
-            let row = |len| model.contract.inputs.iter().map(|spec| spec.row_bytes(len)).sum::<usize>().max(1);
-            let fits = (64 << 20) / row(model.contract.len_max());
-            lengths.sampler(options.seed).take(inputs_max.min(fits.max(16))).collect()
+            let mut bytes = 0;
+            let row = |len| model.contract.inputs.iter().map(|spec| spec.row_bytes(len)).sum::<usize>();
+            let drawn = lengths.sampler(options.seed).take(inputs_max).enumerate();
+            let fitting = drawn.take_while(|(at, len)| {
+                bytes += row((*len).min(model.contract.len_max()));
+                *at < INPUTS_MIN || bytes <= INPUTS_BYTES_MAX
+            });
+            fitting.map(|(_, len)| len).collect()
         }
     };
     Inputs::new(&model.contract, lens, inputs_max, options.seed, common).map_err(LoadError::Usage)
@@ -342,7 +351,7 @@ impl<'a> Engine<'a> {
             inputs,
             verifier,
             source,
-            alive: connections.len(),
+            usable: connections.len(),
             room: (0..connections.len() as u32).collect(),
             dirty: Vec::with_capacity(connections.len()),
             connections,
@@ -411,7 +420,8 @@ impl<'a> Engine<'a> {
             }
             let in_flight = self.slots.len() - self.free.len();
             let done = ended && in_flight == 0 && self.backlog.is_empty() && self.stats.len() == self.stats_asked;
-            if done || self.alive == 0 || now >= drain_until {
+            let is_alone = self.usable == 0 && in_flight == 0;
+            if done || is_alone || now >= drain_until {
                 break;
             }
             let wake_at = self.wake_at(now, ended, drain_until).min(progress_at.max(now + 1));
@@ -776,7 +786,8 @@ impl<'a> Engine<'a> {
     /// The server takes nothing more on this connection: requests it did not take have ended, the others go on.
     fn leave(&mut self, index: u32, goaway: &Goaway, now: u64) {
         let code = Code::from_number(goaway.code).unwrap_or(Code::Draining);
-        self.connections[index as usize].leaving = true;
+        let was_leaving = std::mem::replace(&mut self.connections[index as usize].leaving, true);
+        self.usable -= usize::from(!was_leaving);
         self.note(format!("the server said goaway ({code}): {}", goaway.message));
         for at in 0..self.slots.len() {
             let slot = self.slots[at];
@@ -793,12 +804,16 @@ impl<'a> Engine<'a> {
         if std::mem::replace(&mut connection.dead, true) {
             return;
         }
-        self.alive -= 1;
-        self.connections_lost += 1;
+        self.usable -= usize::from(!connection.leaving);
         // Fails only for a socket that is no longer watched, which is what we want.
         let _ = self.epoll.delete(&connection.stream);
         let _ = connection.stream.shutdown(std::net::Shutdown::Both);
-        self.note(reason);
+        // A connection that ends behind its goaway, with everything answered, ended as announced.
+        let was_announced = connection.leaving && connection.window.requests == 0;
+        if !was_announced {
+            self.connections_lost += 1;
+            self.note(reason);
+        }
         let now = clock::now().nanos();
         for at in 0..self.slots.len() {
             let slot = self.slots[at];
