@@ -207,6 +207,7 @@ fn models_counters_and_pings_are_answered() {
     let client = connect(bare_server::spawn(BareOptions::default()));
     let models = client.models().expect("a list");
     assert_eq!((models.len(), models[0].name.as_str(), models[0].ready), (1, "echo", true));
+    assert_eq!(models[0].contract_hash, echo_contract().hash());
     assert_eq!(client.model("echo").expect("a contract").contract, echo_contract());
     assert_eq!(client.stats().expect("counters").accepted, 0);
     client.ping().expect("a pong");

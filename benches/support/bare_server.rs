@@ -219,7 +219,8 @@ impl Server {
                 let contract_hash = self.contract.hash();
                 if describe.model.is_empty() {
                     let list = serde_json::json!({"models": [{
-                        "name": "echo", "version": "1", "handle": 0, "contract_hash": contract_hash, "ready": true,
+                        "name": "echo", "version": "1", "handle": 0, "ready": true,
+                        "contract_hash": format!("{contract_hash:016x}"),
                     }]});
                     let description = Description { handle: 0, contract_hash: 0 };
                     append_frame(out, head(Kind::Description), &description, list.to_string().as_bytes()).ok()?;

@@ -41,10 +41,24 @@ pub struct ModelEntry {
     pub name: String,
     pub version: String,
     pub handle: u16,
-    #[serde(default)]
+    /// On the wire 16 hexadecimal digits: a number of 64 bits is rounded by most readers of JSON.
+    #[serde(default, with = "hex")]
     pub contract_hash: u64,
     #[serde(default)]
     pub ready: bool,
+}
+
+mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn serialize<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&format!("{value:016x}"))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        u64::from_str_radix(&text, 16).map_err(|_| D::Error::custom(format!("{text:?} is not 16 hexadecimal digits")))
+    }
 }
 
 #[derive(Deserialize)]
