@@ -373,8 +373,8 @@ pub fn memory(config: &Config, staging_bytes: u64, weight_bytes: u64) -> Vec<Mem
     vec![
         part("accepted payloads (queue.bytes_max)", config.queue.bytes_max),
         part(
-            "frames being received (connections_max × payload_bytes_max)",
-            connections.saturating_mul(config.frontend.payload_bytes_max.into()),
+            "frames being received (connections_max × payload_bytes_max, at most queue.bytes_max)",
+            connections.saturating_mul(config.frontend.payload_bytes_max.into()).min(config.queue.bytes_max),
         ),
         part(
             "unsent answers (connections_max × output_bytes_max)",

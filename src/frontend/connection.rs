@@ -65,6 +65,8 @@ pub struct Connection {
     pub bytes_in_flight: u64,
     pub last_id: u64,
     pub since: Moment,
+    /// When the unfinished frame began.
+    pub begun_at: Moment,
     /// Last time bytes came.
     pub read_at: Moment,
     /// Last time bytes went, or the first time they had to wait.
@@ -90,6 +92,7 @@ impl Connection {
             bytes_in_flight: 0,
             last_id: 0,
             since: now,
+            begun_at: now,
             read_at: now,
             wrote_at: now,
         }

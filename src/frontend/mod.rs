@@ -33,6 +33,8 @@ pub struct Options {
     pub credit_bytes: u64,
     pub payload_bytes_max: u32,
     pub output_bytes_max: u32,
+    /// Bytes of unfinished frames that all connections together may hold.
+    pub receiving_bytes_max: u64,
     /// Requests in flight on this shard.
     pub in_flight_max: u32,
     pub hello_timeout: Duration,

@@ -28,6 +28,8 @@ use crate::wire::decoder::Step;
 const CHUNK: usize = 64 << 10;
 /// A chunk with less room than this is given up for a fresh one.
 const READ_MIN: usize = 8 << 10;
+/// Most bytes of a long frame taken in one read.
+const READ_MAX: usize = 256 << 10;
 /// A frame longer than this gets a buffer of its own.
 const OWN_BUFFER_MIN: usize = 32 << 10;
 /// How long an answered, leaving connection may take to close its side.
@@ -59,6 +61,8 @@ pub struct State {
     batcher: Sender<ToBatcher>,
     tokenizer: Option<Sender<Request>>,
     chunk: BytesMut,
+    /// Bytes of frames that have begun and not ended, of all connections.
+    receiving: u64,
     dirty: Vec<u32>,
     burst: Burst,
     /// Cancels that found the batcher's mailbox full; they travel with the next message.
@@ -87,6 +91,7 @@ impl State {
             batcher,
             tokenizer,
             chunk: BytesMut::new(),
+            receiving: 0,
             dirty: Vec::new(),
             burst: Burst::default(),
             cancels_left: Vec::new(),
@@ -137,6 +142,7 @@ impl State {
         let connection = &mut self.connections[at as usize];
         let mut partial = std::mem::take(&mut connection.partial);
         let needed = connection.needed;
+        self.receiving -= partial.len() as u64;
         if needed > OWN_BUFFER_MIN {
             return self.read_long(at, partial, needed, cx, now, read);
         }
@@ -148,7 +154,7 @@ impl State {
             Poll::Ready(Ok(count)) if count > 0 => count,
             Poll::Ready(end) => return Poll::Ready(ReadEnd::of(end)),
             Poll::Pending => {
-                self.connections[at as usize].partial = partial;
+                self.keep_partial(at, partial);
                 return Poll::Pending;
             }
         };
@@ -161,7 +167,7 @@ impl State {
         Poll::Ready(if filled { ReadEnd::Filled } else { ReadEnd::Burst })
     }
 
-    /// The same for a frame with a buffer of its own, which grows to exactly its length: by what has arrived, so that a
+    /// The same for a frame with a buffer of its own, which grows to exactly its length: with what arrives, so that a
     /// length in a header alone takes no memory.
     fn read_long(
         &mut self,
@@ -173,7 +179,14 @@ impl State {
         read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
     ) -> Poll<ReadEnd> {
         let have = partial.len();
-        let room = needed.min((have * 2).max(2 * CHUNK)) - have;
+        let room = (needed - have).min(READ_MAX);
+        if self.receiving + (have + room) as u64 > self.options.receiving_bytes_max {
+            let message = "too many bytes of unfinished frames are held for all connections";
+            self.fail(at, &Fatal { code: Code::Overloaded, message: message.into() }, now());
+            // Deaf from here on: what comes is thrown away through the shared buffer.
+            self.connections[at as usize].needed = 0;
+            return Poll::Ready(ReadEnd::Burst);
+        }
         partial.resize(have + room, 0);
         let result = read(cx, &mut partial[have..]);
         let count = match &result {
@@ -187,16 +200,22 @@ impl State {
                     self.take_bytes(at, partial.freeze(), count, now());
                 } else {
                     self.metrics().bytes_read(count as u64);
-                    self.connections[at as usize].partial = partial;
+                    self.connections[at as usize].read_at = now();
+                    self.keep_partial(at, partial);
                 }
                 Poll::Ready(if count == room { ReadEnd::Filled } else { ReadEnd::Burst })
             }
             Poll::Ready(end) => Poll::Ready(ReadEnd::of(end)),
             Poll::Pending => {
-                self.connections[at as usize].partial = partial;
+                self.keep_partial(at, partial);
                 Poll::Pending
             }
         }
+    }
+
+    fn keep_partial(&mut self, at: u32, partial: BytesMut) {
+        self.receiving += partial.len() as u64;
+        self.connections[at as usize].partial = partial;
     }
 
     /// Acts on every whole frame in `data` and keeps the rest; hands the burst on.
@@ -207,6 +226,7 @@ impl State {
             return;
         }
         let mut burst = std::mem::take(&mut self.burst);
+        let before = data.len();
         let mut needed = 0;
         while !data.is_empty() && self.connections[at as usize].phase != Phase::Closed {
             match self.connections[at as usize].decoder.next(&data) {
@@ -232,11 +252,16 @@ impl State {
         }
         let connection = &mut self.connections[at as usize];
         connection.read_at = now;
+        if connection.needed == 0 || data.len() < before {
+            connection.begun_at = now;
+        }
         connection.needed = needed;
         if needed > 0 {
             // A copy, so that the start of a slow frame does not keep a whole chunk alive.
-            connection.partial.clear();
-            connection.partial.extend_from_slice(&data);
+            let mut partial = std::mem::take(&mut connection.partial);
+            partial.clear();
+            partial.extend_from_slice(&data);
+            self.keep_partial(at, partial);
         }
         self.hand_on(&mut burst);
         self.burst = burst;
@@ -443,7 +468,8 @@ impl State {
             self.metrics().finished(waiting.model, Code::Cancelled, 1);
             cancelled.push(key);
         }
-        self.connections.remove(at as usize);
+        let connection = self.connections.remove(at as usize);
+        self.receiving -= connection.partial.len() as u64;
         self.metrics().connection_closed();
         self.cancels_left = cancelled;
         let mut burst = std::mem::take(&mut self.burst);
@@ -463,7 +489,10 @@ impl State {
             let mut fail = |message: &str| failed.push((at as u32, Fatal::protocol(message)));
             match connection.phase {
                 Phase::Greeting if late(connection.since, options.hello_timeout) => fail("no hello came in time"),
-                Phase::Open if connection.needed > 0 && late(connection.read_at, options.frame_timeout) => {
+                Phase::Open
+                    if connection.needed > 0
+                        && late(connection.begun_at, options.frame_timeout + at_slowest(connection.needed)) =>
+                {
                     fail("a frame was begun and not finished in time");
                 }
                 Phase::Open
@@ -498,6 +527,11 @@ impl State {
     pub fn is_choked(&self, at: u32) -> bool {
         self.connections[at as usize].unsent() > self.options.output_bytes_max as usize
     }
+}
+
+/// How long a frame of this size may take beyond the frame timeout: 16 KiB a second, or its sender is no caller.
+fn at_slowest(bytes: usize) -> Duration {
+    Duration::from_micros(bytes as u64 * 1_000_000 / (16 << 10))
 }
 
 /// What a read came to.
