@@ -50,6 +50,8 @@ pub struct Connection {
     pub partial: BytesMut,
     /// Bytes that the partial frame needs in all.
     pub needed: usize,
+    /// When the first byte of the partial frame came.
+    pub frame_since: Moment,
     pub out: Vec<u8>,
     sent: usize,
     /// The socket took not all of `out`: the task waits until it takes more.
@@ -79,6 +81,7 @@ impl Connection {
             decoder: Decoder::new(Limits::BEFORE_HELLO),
             partial: BytesMut::new(),
             needed: 0,
+            frame_since: now,
             out: Vec::new(),
             sent: 0,
             blocked: false,
