@@ -2,7 +2,9 @@
 //!
 //! Goal: the written specification is enough for a client. Method: the Python file knows WIRE.md and nothing of this
 //! crate; the server here checks every frame it sends and answers with fixed scores. Where there is no python3 the test
-//! says so and passes.
+//! says so and passes. The last test asks the real server.
+
+mod common;
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -196,4 +198,17 @@ fn it_says_what_the_server_said_when_it_is_refused() {
         assert_eq!(String::from_utf8_lossy(&output.stderr), said);
         assert!(!output.status.success());
     }
+}
+
+#[test]
+fn the_real_server_answers_it_with_the_digit_of_its_built_in_image() {
+    let server = common::Server::start(&[]);
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tools/python_client.py");
+    let output = match Command::new("python3").arg(script).args(["--addr", &server.data.to_string()]).output() {
+        Ok(output) => output,
+        Err(error) => return println!("not tested, python3 does not start: {error}"),
+    };
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "7\n", "{output:?}");
+    assert!(output.status.success());
+    server.wait_until_at_rest();
 }

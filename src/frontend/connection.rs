@@ -50,6 +50,8 @@ pub struct Connection {
     pub partial: BytesMut,
     /// Bytes that the partial frame needs in all.
     pub needed: usize,
+    /// When the first byte of the partial frame came.
+    pub frame_since: Moment,
     pub out: Vec<u8>,
     sent: usize,
     /// The socket took not all of `out`: the task waits until it takes more.
@@ -65,8 +67,6 @@ pub struct Connection {
     pub bytes_in_flight: u64,
     pub last_id: u64,
     pub since: Moment,
-    /// When the unfinished frame began.
-    pub begun_at: Moment,
     /// Last time bytes came.
     pub read_at: Moment,
     /// Last time bytes went, or the first time they had to wait.
@@ -81,6 +81,7 @@ impl Connection {
             decoder: Decoder::new(Limits::BEFORE_HELLO),
             partial: BytesMut::new(),
             needed: 0,
+            frame_since: now,
             out: Vec::new(),
             sent: 0,
             blocked: false,
@@ -92,7 +93,6 @@ impl Connection {
             bytes_in_flight: 0,
             last_id: 0,
             since: now,
-            begun_at: now,
             read_at: now,
             wrote_at: now,
         }

@@ -226,7 +226,7 @@ impl State {
             return;
         }
         let mut burst = std::mem::take(&mut self.burst);
-        let before = data.len();
+        let received = data.len();
         let mut needed = 0;
         while !data.is_empty() && self.connections[at as usize].phase != Phase::Closed {
             match self.connections[at as usize].decoder.next(&data) {
@@ -252,8 +252,9 @@ impl State {
         }
         let connection = &mut self.connections[at as usize];
         connection.read_at = now;
-        if connection.needed == 0 || data.len() < before {
-            connection.begun_at = now;
+        // A frame's time runs from its first byte: one that drips in has no more than one that stops.
+        if connection.needed == 0 || data.len() < received {
+            connection.frame_since = now;
         }
         connection.needed = needed;
         if needed > 0 {
@@ -487,11 +488,15 @@ impl State {
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
         for (at, connection) in &mut self.connections {
             let mut fail = |message: &str| failed.push((at as u32, Fatal::protocol(message)));
+            if connection.unsent() > options.output_bytes_max as usize {
+                // Not read at the moment: the rest of the frame may have come long ago.
+                connection.frame_since = now;
+            }
             match connection.phase {
                 Phase::Greeting if late(connection.since, options.hello_timeout) => fail("no hello came in time"),
                 Phase::Open
                     if connection.needed > 0
-                        && late(connection.begun_at, options.frame_timeout + at_slowest(connection.needed)) =>
+                        && late(connection.frame_since, options.frame_timeout + at_slowest(connection.needed)) =>
                 {
                     fail("a frame was begun and not finished in time");
                 }

@@ -1,0 +1,143 @@
+//! The real binary in a process of its own.
+
+#![allow(dead_code)] // each test file uses its own part
+
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+
+use super::{Raw, get, metric, models_directory, settings, wait_until};
+
+/// The arguments of `ferry serve` with these settings.
+fn arguments(models: &Path, sets: &[&str]) -> Vec<String> {
+    let sets = settings(models, sets).into_iter().flat_map(|set| ["--set".to_owned(), set]);
+    std::iter::once("serve".to_owned()).chain(sets).collect()
+}
+
+/// Runs a server that is expected not to start, behind a shell that sets limits first.
+pub fn run_under(limit: &str, models: &Path, sets: &[&str]) -> Output {
+    Command::new("sh")
+        .arg("-c")
+        .arg(format!("{limit}; exec \"$0\" \"$@\""))
+        .arg(env!("CARGO_BIN_EXE_ferry"))
+        .args(arguments(models, sets))
+        .output()
+        .expect("a shell runs")
+}
+
+/// A running server. Dropping it kills it.
+pub struct Child {
+    pub data: SocketAddr,
+    pub control: SocketAddr,
+    process: std::process::Child,
+    _models: tempfile::TempDir,
+}
+
+impl Child {
+    /// Returns when the server says that it is ready.
+    pub fn start(sets: &[&str]) -> Child {
+        let models = models_directory();
+        let mut process = Command::new(env!("CARGO_BIN_EXE_ferry"))
+            .args(arguments(models.path(), sets))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the binary runs");
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
+        let mut log = process.stderr.take().expect("piped");
+        if line.is_empty() {
+            let mut text = String::new();
+            let _ = log.read_to_string(&mut text);
+            panic!("the server did not become ready: {text}");
+        }
+        // Read on, so that a full pipe never holds the server up.
+        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let field = |name: &str| {
+            let value = line.split_whitespace().find_map(|field| field.strip_prefix(name)).expect("the field is there");
+            value.parse().expect("an address")
+        };
+        Child { data: field("data="), control: field("control="), process, _models: models }
+    }
+
+    pub fn connect(&self) -> Raw {
+        Raw::open(self.data)
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.id() as i32)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        nix::sys::signal::kill(self.pid(), signal).expect("the process is ours");
+    }
+
+    /// Waits for the end; the exit status, if it was not a signal.
+    pub fn status(&mut self) -> Option<i32> {
+        let mut status = None;
+        wait_until("the process ends", || {
+            status = self.process.try_wait().expect("the process is ours");
+            status.is_some()
+        });
+        status.expect("it ended").code()
+    }
+
+    pub fn metrics(&self) -> String {
+        get(self.control, "/metrics")
+    }
+
+    pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
+        metric(&self.metrics(), name, labels)
+    }
+
+    fn proc(&self, file: &str) -> String {
+        std::fs::read_to_string(format!("/proc/{}/{file}", self.pid())).expect("the process lives")
+    }
+
+    fn status_line(&self, key: &str) -> u64 {
+        let status = self.proc("status");
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).expect("the kernel says it");
+        line.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
+    }
+
+    pub fn threads(&self) -> u64 {
+        self.status_line("Threads:")
+    }
+
+    pub fn resident_bytes(&self) -> i64 {
+        self.status_line("VmRSS:") as i64 * 1024
+    }
+
+    /// Open descriptors.
+    pub fn files(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the process lives").count()
+    }
+
+    /// Processor time used so far, in clock ticks.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = self.proc("stat");
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let fields: Vec<&str> = fields.split_whitespace().collect();
+        fields[11].parse::<u64>().expect("user time") + fields[12].parse::<u64>().expect("system time")
+    }
+
+    /// Lowers the limit of open files while it runs.
+    pub fn limit_files(&self, files: u64) {
+        let status = Command::new("prlimit")
+            .args(["--pid", &self.pid().to_string(), &format!("--nofile={files}:{files}")])
+            .status()
+            .expect("prlimit is part of util-linux");
+        assert!(status.success());
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}

@@ -1,0 +1,171 @@
+//! Models that fail, peers that do not read, peers that reset, tasks that panic (F43, F55, F75, F76).
+
+use std::io::Write;
+use std::time::Duration;
+
+use ferry::server::{Ending, TestHooks};
+use ferry::vocab::{Code, DType, Executed};
+use ferry::wire::Kind;
+
+use crate::common::{Ask, Event, Server, bare_frame, wait_until};
+
+#[test]
+fn a_model_that_panics_fails_its_batch_and_serves_the_next_a_hundred_times() {
+    let server = Server::start(&[]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    for round in 0..100u64 {
+        // 1 panics, 2 returns an error; its mate shares the batch and its end.
+        let behaviour = 1 + (round % 2) as u32;
+        let ids = [
+            raw.ask(&Ask::word(faulty, behaviour).compose(round + 1, 2)),
+            raw.ask(&Ask::word(faulty, 9).compose(round + 1, 2)),
+        ];
+        for _ in ids {
+            let refusal = raw.recv().expect_error(Code::ExecutorFailed);
+            assert_eq!(refusal.executed, Executed::Maybe);
+            assert!(!refusal.message.contains(".rs"), "no internal name leaves the server: {}", refusal.message);
+        }
+        let (_, payload) = raw.round(&Ask::word(faulty, 4)).expect_result();
+        assert_eq!(payload, 4.0f32.to_le_bytes());
+    }
+    server.wait_until_at_rest();
+    assert_eq!(server.metric("ferry_executor_panics_total", &[]), 50.0);
+    assert_eq!(server.metric("ferry_executor_failures_total", &[]), 50.0);
+}
+
+#[test]
+fn a_reader_that_never_reads_is_bounded_then_closed_and_nobody_else_notices() {
+    const OUTPUT_MAX: usize = 256 << 10;
+    let server = Server::start(&["frontend.stall_timeout_ms=500", "frontend.output_bytes_max=262144"]);
+    let mut bystander = server.connect();
+    let mut lazy = server.connect();
+    let echo = lazy.handle("echo");
+    socket2::SockRef::from(&lazy.stream).set_recv_buffer_size(4096).expect("a socket option");
+    lazy.stream.set_write_timeout(Some(Duration::from_millis(200))).expect("a socket option");
+    let ask = Ask::new(echo, DType::F32, &[16, 1024], &vec![7; 16 * 4096]);
+    let mut sent = 0u64;
+    // Until the server stops reading: then both sockets are full.
+    while sent < 10_000 {
+        let id = lazy.take_id();
+        if lazy.stream.write_all(&ask.frame(id)).is_err() {
+            break;
+        }
+        sent += 1;
+        if sent % 50 == 0 {
+            bystander.ping();
+        }
+    }
+    assert!(sent < 10_000, "the server stopped reading");
+    wait_until("the lazy reader's connection is closed", || {
+        bystander.ping();
+        server.metric("ferry_connections_closed_total", &[]) == 1.0
+    });
+    server.wait_until_at_rest();
+    // What the server wrote and held for it: what the sockets took, its output's bound, and its credit of answers.
+    let accepted = server.telemetry.accepted_total() as usize;
+    let answer = 16 * 4096 + 200;
+    let sockets = 16 << 20;
+    assert!(accepted * answer <= sockets + OUTPUT_MAX + 256 * answer, "{accepted} requests were accepted");
+    bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
+}
+
+#[test]
+fn a_slow_reader_that_reads_is_never_closed_and_gets_every_answer() {
+    let server = Server::start(&["frontend.stall_timeout_ms=2000", "frontend.output_bytes_max=65536"]);
+    let mut slow = server.connect();
+    let echo = slow.handle("echo");
+    let ask = Ask::new(echo, DType::F32, &[16, 1024], &vec![7; 16 * 4096]);
+    let mut stream = slow.stream.try_clone().expect("a second handle");
+    let frames: Vec<Vec<u8>> = (0..300).map(|_| slow.take_id()).map(|id| ask.frame(id)).collect();
+    let writing = std::thread::spawn(move || frames.iter().for_each(|frame| stream.write_all(frame).expect("is read")));
+    let mut ok = 0;
+    for _ in 0..300 {
+        match slow.recv() {
+            Event::Result { payload, .. } => {
+                assert!(payload == ask.payload);
+                ok += 1;
+            }
+            other => drop(other.expect_error(Code::Overloaded)),
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    writing.join().expect("all was written");
+    assert!(ok > 0);
+    slow.ping();
+    server.wait_until_at_rest();
+}
+
+#[test]
+fn a_peer_that_resets_while_it_is_written_to_costs_its_connection_only() {
+    let server = Server::start(&["threads.shards=2"]);
+    let mut bystander = server.connect();
+    let echo = bystander.handle("echo");
+    let ask = Ask::new(echo, DType::F32, &[16, 1024], &vec![7; 16 * 4096]);
+    for round in 0..30 {
+        let mut raw = server.connect();
+        let frames: Vec<u8> = (0..20).flat_map(|_| ask.frame(raw.take_id())).collect();
+        raw.stream.set_write_timeout(Some(Duration::from_millis(500))).expect("a socket option");
+        let _ = raw.stream.write_all(&frames);
+        if round % 3 == 0 {
+            raw.recv(); // in the middle of the answers
+        }
+        socket2::SockRef::from(&raw.stream).set_linger(Some(Duration::ZERO)).expect("a socket option");
+        drop(raw);
+        bystander.ping();
+    }
+    server.wait_until_at_rest();
+    wait_until("only the bystander is connected", || {
+        server.metric("ferry_connections_opened_total", &[]) - server.metric("ferry_connections_closed_total", &[])
+            == 1.0
+    });
+    bystander.round(&ask).expect_result();
+}
+
+#[test]
+fn a_panic_in_a_connections_task_closes_that_connection_and_the_shard_lives() {
+    const TRIGGER: u64 = 777_777;
+    let server = Server::start_with(&[], TestHooks { panic_on_request_id: Some(TRIGGER), ..TestHooks::default() });
+    let mut bystander = server.connect();
+    let (echo, faulty) = (bystander.handle("echo"), bystander.handle("faulty"));
+    for round in 0..20 {
+        let mut raw = server.connect();
+        // With a request running, one in the same burst, and one of a neighbour.
+        raw.ask(&Ask::word(faulty, 20));
+        let neighbour = bystander.ask(&Ask::word(faulty, 5 + round));
+        raw.send(&[Ask::floats(echo, &[1.0]).frame(777), Ask::floats(echo, &[1.0]).frame(TRIGGER)].concat());
+        while !matches!(raw.recv(), Event::End) {}
+        let event = bystander.recv();
+        assert_eq!(event.ends(), Some(neighbour));
+        event.expect_result();
+        bystander.ping();
+    }
+    server.wait_until_at_rest();
+    assert_eq!(
+        server.metric("ferry_connections_opened_total", &[]) - server.metric("ferry_connections_closed_total", &[]),
+        1.0
+    );
+    server.drain();
+    drop(bystander);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
+#[test]
+fn a_flood_of_pings_from_a_peer_that_does_not_read_is_bounded_too() {
+    let server = Server::start(&["frontend.stall_timeout_ms=500", "frontend.output_bytes_max=65536"]);
+    let mut bystander = server.connect();
+    let mut flood = server.connect();
+    flood.stream.set_write_timeout(Some(Duration::from_millis(500))).expect("a socket option");
+    let pings: Vec<u8> = (0..2048).flat_map(|_| bare_frame(Kind::Stats, 1)).collect();
+    let mut blocked = false;
+    for _ in 0..2000 {
+        if flood.stream.write_all(&pings).is_err() {
+            blocked = true;
+            break;
+        }
+        bystander.ping();
+    }
+    assert!(blocked, "the server stopped reading");
+    wait_until("the flood's connection is closed", || server.metric("ferry_connections_closed_total", &[]) == 1.0);
+    bystander.ping();
+}

@@ -1,0 +1,288 @@
+//! The real binary as its supervisor sees it: signals, limits, descriptors, memory, threads (F47, F70 to F84).
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use ferry::vocab::{Code, DType};
+use ferry::wire::Kind;
+
+use crate::common::process::{Child, run_under};
+use crate::common::{Ask, Event, Numbers, Raw, bare_frame, hello_frame, metric, models_directory, wait_until};
+
+#[test]
+fn a_sigterm_under_load_loses_nothing_and_ends_with_status_0() {
+    for round in 0..10u64 {
+        let mut child = Child::start(&["threads.shards=2"]);
+        let mut probe = child.connect();
+        let (echo, sleep) = (probe.handle("echo"), probe.handle("sleep"));
+        drop(probe);
+        let clients: Vec<_> = (0..4)
+            .map(|client| {
+                let mut raw = child.connect();
+                std::thread::spawn(move || {
+                    let mut numbers = Numbers(round * 100 + client);
+                    let (mut open, mut sent) = (0u64, 0u64);
+                    let mut ended = Vec::new();
+                    let mut last_accepted = None;
+                    loop {
+                        if last_accepted.is_none() && open < 32 {
+                            let ask = match numbers.below(20) {
+                                0 => Ask::word(sleep, 2000),
+                                _ => Ask::floats(echo, &vec![1.0; 1 + numbers.below(200) as usize]),
+                            };
+                            sent += 1;
+                            open += 1;
+                            // After the goaway the server may be gone: what it did not accept need not arrive.
+                            let _ = raw.stream.write_all(&ask.frame(sent));
+                            continue;
+                        }
+                        match raw.recv() {
+                            Event::Goaway { code, goaway } => {
+                                assert_eq!(code, Code::Draining);
+                                assert!(last_accepted.replace(goaway.last_accepted_id).is_none(), "one goaway");
+                            }
+                            Event::End => break,
+                            event => {
+                                open -= 1;
+                                ended.push(event.ends().expect("an end"));
+                                event.expect_result();
+                            }
+                        }
+                    }
+                    ended.sort_unstable();
+                    let last_accepted = last_accepted.expect("a goaway came before the end");
+                    assert!(last_accepted <= sent);
+                    assert_eq!(ended, (1..=last_accepted).collect::<Vec<u64>>(), "accepted is answered, once");
+                    ended.len()
+                })
+            })
+            .collect();
+        wait_until("load is on", || child.metric("ferry_requests_accepted_total", &[]) > 50.0 * (round + 1) as f64);
+        child.signal(Signal::SIGTERM);
+        let answered: usize = clients.into_iter().map(|client| client.join().expect("no assertion failed")).sum();
+        assert!(answered > 50);
+        assert_eq!(child.status(), Some(0));
+    }
+}
+
+#[test]
+fn a_second_sigterm_with_a_stuck_model_answers_everybody_and_ends() {
+    let mut child = Child::start(&[]);
+    let mut raw = child.connect();
+    let faulty = raw.handle("faulty");
+    let running = raw.ask(&Ask::word(faulty, 60_000));
+    wait_until("the model is stuck", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    let mut ids = vec![running];
+    ids.extend((0..20).map(|_| raw.ask(&Ask::word(faulty, 0))));
+    wait_until("all are accepted", || child.metric("ferry_requests_in_flight", &[]) == 21.0);
+    child.signal(Signal::SIGTERM);
+    raw.recv().expect_goaway(Code::Draining);
+    child.signal(Signal::SIGTERM);
+    let mut ended: Vec<u64> = ids
+        .iter()
+        .map(|_| {
+            let event = raw.recv();
+            let id = event.ends().expect("an end");
+            event.expect_error(Code::ExecutorFailed);
+            id
+        })
+        .collect();
+    ended.sort_unstable();
+    assert_eq!(ended, ids);
+    assert!(matches!(raw.recv(), Event::End));
+    // `status` waits for less than the model sleeps.
+    assert_eq!(child.status(), Some(1));
+}
+
+#[test]
+fn a_drain_that_takes_too_long_ends_by_itself() {
+    let mut child = Child::start(&["drain_timeout_ms=300"]);
+    let mut raw = child.connect();
+    let faulty = raw.handle("faulty");
+    raw.ask(&Ask::word(faulty, 60_000));
+    wait_until("the model is stuck", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    child.signal(Signal::SIGINT);
+    raw.recv().expect_goaway(Code::Draining);
+    raw.recv().expect_error(Code::ExecutorFailed);
+    assert!(matches!(raw.recv(), Event::End));
+    assert_eq!(child.status(), Some(1));
+}
+
+#[test]
+fn a_server_that_was_stopped_answers_what_expired_meanwhile_as_expired() {
+    let mut child = Child::start(&[]);
+    let mut raw = child.connect();
+    let faulty = raw.handle("faulty");
+    let running = raw.ask(&Ask::word(faulty, 100));
+    wait_until("the model is busy", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    let waiting = raw.ask(&Ask::word(faulty, 0).deadline_us(300_000));
+    let half = raw.take_id();
+    let frame = Ask::word(faulty, 7).frame(half);
+    raw.send(&frame[..20]);
+    wait_until("both are accepted", || child.metric("ferry_requests_accepted_total", &[]) == 2.0);
+    child.signal(Signal::SIGSTOP);
+    raw.send(&frame[20..]);
+    // Real time has to pass here: this is what a stop is.
+    std::thread::sleep(Duration::from_secs(2));
+    child.signal(Signal::SIGCONT);
+    let mut ends = HashMap::new();
+    for _ in 0..3 {
+        let event = raw.recv();
+        let id = event.ends().expect("an end");
+        ends.insert(
+            id,
+            match event {
+                Event::Error { refusal, .. } => refusal.code,
+                _ => Code::Ok,
+            },
+        );
+    }
+    assert_eq!(ends, HashMap::from([(running, Code::Ok), (waiting, Code::DeadlineExceeded), (half, Code::Ok)]));
+    child.signal(Signal::SIGTERM);
+    drop(raw);
+    assert_eq!(child.status(), Some(0));
+}
+
+#[test]
+fn a_machine_that_does_not_allow_it_is_told_apart_with_status_78_and_one_line() {
+    // io_uring itself cannot be denied here without a seccomp filter: frontend/preflight.rs tests that with readings.
+    let models = models_directory();
+    for (limit, sets, what) in [
+        ("ulimit -l 64", &[][..], "locked memory (RLIMIT_MEMLOCK)"),
+        ("ulimit -n 300", &["frontend.connections_max=1000"], "open files (RLIMIT_NOFILE)"),
+    ] {
+        let output = run_under(limit, models.path(), sets);
+        assert_eq!(output.status.code(), Some(78), "{limit}: {output:?}");
+        let text = String::from_utf8(output.stderr).expect("text");
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("threads:")).collect();
+        let [line] = lines[..] else { panic!("{limit}: expected one line, got {lines:?}") };
+        assert!(line.starts_with(what) && line.contains("needed") && line.contains(';'), "{line}");
+        assert!(output.stdout.is_empty(), "it was never ready");
+    }
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_with_status_78() {
+    let models = models_directory();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let listen = format!("listen=\"{}\"", taken.local_addr().expect("is bound"));
+    let output = run_under("true", models.path(), &[&listen]);
+    assert_eq!(output.status.code(), Some(78), "{output:?}");
+    let text = String::from_utf8(output.stderr).expect("text");
+    assert!(text.contains("is taken by another server"), "{text}");
+}
+
+#[test]
+fn without_descriptors_accepting_pauses_and_goes_on_when_some_are_free() {
+    let child = Child::start(&[]);
+    let mut bystander = child.connect();
+    let echo = bystander.handle("echo");
+    let mut held: Vec<Raw> = (0..10).map(|_| child.connect()).collect();
+    child.limit_files(child.files() as u64 + 3);
+    // Some of these are taken, the rest wait in the listener's backlog.
+    let mut more: Vec<Raw> = (0..12).map(|_| Raw::connect(child.data)).collect();
+    more.iter_mut().for_each(|raw| raw.send(&hello_frame()));
+    let ticks = child.cpu_ticks();
+    // Real time has to pass: that nothing spins is seen in what a second costs.
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(100));
+        bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
+    }
+    let spent = child.cpu_ticks() - ticks;
+    held.clear();
+    for raw in &mut more {
+        assert!(matches!(raw.recv(), Event::HelloAck(_)), "every one is taken in the end");
+        raw.ping();
+    }
+    drop(more);
+    let errors = child.metric("ferry_accept_errors_total", &[]);
+    assert!((1.0..200.0).contains(&errors), "{errors} failed accepts: it noticed, and it paused");
+    assert!(spent < 70, "{spent} of about 100 clock ticks were spent waiting");
+}
+
+#[test]
+fn cancelled_requests_and_closed_connections_leave_no_memory_and_no_descriptor() {
+    const CANCELS: u64 = 200_000;
+    let child = Child::start(&[]);
+    let mut raw = child.connect();
+    let echo = raw.handle("echo");
+    let mut round = |count: u64| {
+        for _ in 0..count / 100 {
+            let mut bytes = Vec::new();
+            let first = raw.take_id();
+            for at in 0..100 {
+                let id = if at == 0 { first } else { raw.take_id() };
+                bytes.extend(Ask::floats(echo, &[1.0]).deadline_us(3_600_000_000).frame(id));
+                bytes.extend(bare_frame(Kind::Cancel, id));
+            }
+            raw.send(&bytes);
+            for _ in 0..100 {
+                raw.recv().ends().expect("an end");
+            }
+        }
+    };
+    let connections = |count: u64| {
+        for at in 0..count {
+            let mut raw = child.connect();
+            if at % 4 == 0 {
+                // Left behind with work in flight.
+                raw.send(&[Ask::floats(echo, &[1.0]).frame(1), Ask::floats(echo, &[1.0]).frame(2)].concat());
+            }
+        }
+        wait_until("they are closed", || {
+            child.metric("ferry_connections_opened_total", &[]) - child.metric("ferry_connections_closed_total", &[])
+                == 1.0
+                && child.metric("ferry_requests_in_flight", &[]) == 0.0
+        });
+    };
+    round(40_000);
+    connections(500);
+    let (files, before) = (child.files(), child.resident_bytes());
+    round(CANCELS);
+    let after_cancels = child.resident_bytes();
+    connections(2_000);
+    let after_connections = child.resident_bytes();
+    let (cancels, connected) = (after_cancels - before, after_connections - after_cancels);
+    println!("resident: {cancels} bytes more after {CANCELS} cancels, {connected} after 2000 connections");
+    // A leak of 64 bytes per cancel would be 12.8 MB; the allowance is for the allocator's own habits.
+    assert!(cancels < 2_000_000, "{cancels} bytes for {CANCELS} cancels");
+    assert!(connected < 1_000_000, "{connected} bytes for 2000 connections");
+    wait_until("the descriptors are back", || child.files() == files);
+    let cancelled = child.metric("ferry_requests_finished_total", &["code=\"cancelled\""]);
+    assert!(cancelled > CANCELS as f64 / 2.0, "{cancelled} were cancelled before they were served");
+}
+
+#[test]
+fn the_number_of_threads_is_the_same_under_load_as_at_rest() {
+    let child = Child::start(&["threads.shards=2", "threads.executors=2"]);
+    let threads = child.threads();
+    let mut all: Vec<Raw> = (0..64).map(|_| child.connect()).collect();
+    let (echo, faulty) = (all[0].handle("echo"), all[0].handle("faulty"));
+    for raw in &mut all {
+        for n in 0..20 {
+            // Also panics, which must not cost a thread or leave one.
+            raw.ask(&match n {
+                0 => Ask::word(faulty, 1),
+                1 => Ask::word(faulty, 5),
+                _ => Ask::new(echo, DType::F32, &[1, 500], &[0; 2000]),
+            });
+        }
+    }
+    assert_eq!(child.threads(), threads, "while 1280 requests are under way");
+    for raw in &mut all {
+        (0..20).for_each(|_| assert!(raw.recv().ends().is_some()));
+    }
+    assert_eq!(child.threads(), threads);
+}
+
+#[test]
+fn metrics_of_the_process_are_what_the_kernel_says() {
+    let child = Child::start(&[]);
+    let page = child.metrics();
+    assert_eq!(metric(&page, "ferry_process_threads", &[]), child.threads() as f64);
+    assert!(metric(&page, "ferry_process_resident_bytes", &[]) > 1e6);
+    assert!(metric(&page, "ferry_process_open_fds", &[]) >= 8.0);
+}
