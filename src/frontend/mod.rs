@@ -45,6 +45,8 @@ pub struct Options {
     pub spin: Duration,
     /// Test hook: a request with this id panics in its connection's task.
     pub panic_on_request_id: Option<u64>,
+    /// Test hook: a request with this id ends its shard with a panic.
+    pub panic_shard_on_request_id: Option<u64>,
 }
 
 /// What connections are told about models, made once.

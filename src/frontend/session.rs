@@ -164,6 +164,11 @@ fn infer(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment, b
     if state.options.panic_on_request_id == Some(header.request_id) {
         panic!("test hook: request {}", header.request_id);
     }
+    if state.options.panic_shard_on_request_id == Some(header.request_id) {
+        state.broken = true;
+        state.wake_main();
+        return Ok(());
+    }
     match accept(state, at, frame, data, now) {
         Ok((request, text)) => {
             state.metrics().accepted(request.model, 1);

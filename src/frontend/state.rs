@@ -58,6 +58,8 @@ pub struct State {
     pub connections: Slab<Connection>,
     pub in_flight: InFlight,
     pub mode: Mode,
+    /// Test hook: the shard's main task is to panic.
+    pub broken: bool,
     batcher: Sender<ToBatcher>,
     tokenizer: Option<Sender<Request>>,
     chunk: BytesMut,
@@ -88,6 +90,7 @@ impl State {
             connections: Slab::new(),
             in_flight,
             mode: Mode::Serving,
+            broken: false,
             batcher,
             tokenizer,
             chunk: BytesMut::new(),
@@ -455,7 +458,7 @@ impl State {
         self.wake_main();
     }
 
-    fn wake_main(&mut self) {
+    pub fn wake_main(&mut self) {
         if let Some(main) = &self.main {
             main.wake_by_ref();
         }

@@ -57,7 +57,30 @@ rows_max = 8
 queue_delay_max_us = 0
 "#;
 
-/// A models directory with all that can be served without fetching: digits, echo, faulty, sleep, tiny_bert.
+/// A tokenizer that knows the words w1 to w98; another word is 0.
+fn tokenizer_json() -> String {
+    let mut vocab: serde_json::Map<String, serde_json::Value> =
+        (1..99).map(|id| (format!("w{id}"), id.into())).collect();
+    vocab.insert("[UNK]".into(), 0.into());
+    serde_json::json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]" },
+    })
+    .to_string()
+}
+
+/// What makes tiny_bert take text.
+const TEXT: &str = r#"
+[text]
+input = "text"
+tokenizer = "tokenizer.json"
+bytes_max = 512
+truncate = true
+"#;
+
+/// A models directory with all that can be served without fetching: digits, echo (inline), queued (echo on an executor),
+/// faulty, sleep, tiny_bert and the same with text.
 pub fn models_directory() -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -65,6 +88,16 @@ pub fn models_directory() -> tempfile::TempDir {
         let from = root.join(model);
         copy_tree(&from, &directory.path().join(from.file_name().expect("a model has a name")));
     }
+    let path = |name: &str| directory.path().join(name);
+    let edit = |name: &str, change: &dyn Fn(String) -> String| {
+        let text = std::fs::read_to_string(path(name)).expect("reads the manifest");
+        std::fs::write(path(name), change(text)).expect("writes the manifest");
+    };
+    copy_tree(&path("echo"), &path("queued"));
+    edit("queued/model.toml", &|text| text.replace("placement = \"inline\"", "placement = \"executor\""));
+    copy_tree(&path("tiny_bert"), &path("tiny_text"));
+    edit("tiny_text/model.toml", &|text| text + TEXT);
+    std::fs::write(path("tiny_text/1/tokenizer.json"), tokenizer_json()).expect("writes the tokenizer");
     std::fs::create_dir(directory.path().join("faulty")).expect("makes the folder");
     std::fs::write(directory.path().join("faulty/model.toml"), FAULTY).expect("writes the manifest");
     directory
@@ -297,6 +330,14 @@ impl Ask {
     /// Several rows of one number each.
     pub fn words(model: ModelHandle, words: &[u32]) -> Ask {
         Ask::new(model, DType::U32, &[words.len() as u32, 1], bytemuck::cast_slice(words))
+    }
+
+    pub fn text(model: ModelHandle, index: u8, text: &[u8]) -> Ask {
+        let payload = [&(text.len() as u32).to_le_bytes(), text].concat();
+        let mut ask = Ask::new(model, DType::Text, &[1], &payload);
+        let tensor = TensorMeta { index, ..ask.infer.inputs[0] };
+        ask.infer.inputs = List::from_slice(&[tensor]).expect("one");
+        ask
     }
 
     pub fn deadline_us(mut self, micros: u64) -> Ask {

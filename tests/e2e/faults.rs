@@ -169,3 +169,38 @@ fn a_flood_of_pings_from_a_peer_that_does_not_read_is_bounded_too() {
     wait_until("the flood's connection is closed", || server.metric("ferry_connections_closed_total", &[]) == 1.0);
     bystander.ping();
 }
+
+#[test]
+fn a_shard_that_dies_is_a_fault_and_the_other_shard_drains() {
+    const TRIGGER: u64 = 777_777;
+    let hooks = TestHooks { panic_shard_on_request_id: Some(TRIGGER), ..TestHooks::default() };
+    let server = Server::start_with(&["threads.shards=2"], hooks);
+    // The kernel spreads connections over the shards' listeners; which has which is seen in the counters.
+    let mut on_shard: [Vec<crate::common::Raw>; 2] = Default::default();
+    while on_shard.iter().any(Vec::is_empty) {
+        let before = server.metric("ferry_connections_opened_total", &["shard=\"0\""]);
+        let raw = server.connect();
+        let after = server.metric("ferry_connections_opened_total", &["shard=\"0\""]);
+        on_shard[usize::from(after == before)].push(raw);
+    }
+    let [mut dying, mut living] = on_shard;
+    let mut expected = Vec::new();
+    for raw in &mut living {
+        let faulty = raw.handle("faulty");
+        expected.push((1..4).map(|n| raw.ask(&Ask::word(faulty, 4 + n))).collect::<Vec<u64>>());
+    }
+    wait_until("all are accepted", || server.telemetry.accepted_total() == 3 * living.len() as u64);
+    let echo = dying[0].handle("echo");
+    dying[0].send(&Ask::floats(echo, &[1.0]).frame(TRIGGER));
+    for (raw, ids) in living.iter_mut().zip(expected) {
+        let events = raw.recv_all();
+        let mut ended: Vec<u64> = events.iter().filter_map(Event::ends).collect();
+        ended.sort_unstable();
+        assert_eq!(ended, ids);
+        assert!(events.iter().any(|event| matches!(event, Event::Goaway { code: Code::Draining, .. })), "{events:?}");
+    }
+    match server.ending() {
+        Ending::Fault(what) => assert!(what.contains("ferry-shard-0"), "{what}"),
+        other => panic!("expected a fault, got {other:?}"),
+    }
+}

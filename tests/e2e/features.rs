@@ -48,12 +48,12 @@ fn cells_and_bytes_bound_the_queue_as_rows_do() {
         let server =
             Server::start(&[set, "frontend.payload_bytes_max=16384", "queue.rows_max=60000", "executor.slots=1"]);
         let mut raw = server.connect();
-        let (faulty, echo) = (raw.handle("faulty"), raw.handle("echo"));
+        let (faulty, queued) = (raw.handle("faulty"), raw.handle("queued"));
         raw.ask(&Ask::word(faulty, 300));
         wait_until("the executor is busy", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
         let values = [0.5f32; 1024];
         for _ in 0..100 {
-            raw.ask(&Ask::floats(echo, &values));
+            raw.ask(&Ask::floats(queued, &values));
         }
         let mut refused = 0;
         for _ in 0..101 {
@@ -76,7 +76,7 @@ fn requests_beyond_the_credit_are_refused_and_credit_comes_back_with_the_answers
         "frontend.payload_bytes_max=8192",
     ]);
     let mut raw = server.connect();
-    let (faulty, echo) = (raw.handle("faulty"), raw.handle("echo"));
+    let (faulty, queued) = (raw.handle("faulty"), raw.handle("queued"));
     for _ in 0..3 {
         let ids: Vec<u64> = (0..4).map(|_| raw.ask(&Ask::word(faulty, 100))).collect();
         let beyond = raw.ask(&Ask::word(faulty, 0));
@@ -99,7 +99,7 @@ fn requests_beyond_the_credit_are_refused_and_credit_comes_back_with_the_answers
     // Bytes: two payloads of 4 KiB + two more fill 16 KiB exactly while a batch runs.
     let slow = raw.ask(&Ask::word(faulty, 200));
     let values = vec![1.0f32; 1024];
-    let two = Ask::new(echo, DType::F32, &[2, 1024], bytemuck::cast_slice(&[&values[..], &values[..]].concat()));
+    let two = Ask::new(queued, DType::F32, &[2, 1024], bytemuck::cast_slice(&[&values[..], &values[..]].concat()));
     let first = raw.ask(&two);
     let second = raw.ask(&two);
     let event = raw.recv();
@@ -121,7 +121,7 @@ fn twenty_thousand_pipelined_answers_each_carry_the_bytes_of_their_own_request()
         .map(|connection| {
             let mut raw = server.connect();
             std::thread::spawn(move || {
-                let (echo, sleep) = (raw.handle("echo"), raw.handle("sleep"));
+                let (echo, queued, sleep) = (raw.handle("echo"), raw.handle("queued"), raw.handle("sleep"));
                 let mut numbers = Numbers(connection);
                 let mut waiting: HashMap<u64, Vec<u8>> = HashMap::new();
                 let (mut last, mut overtaken) = (0, 0u64);
@@ -143,7 +143,10 @@ fn twenty_thousand_pipelined_answers_each_carry_the_bytes_of_their_own_request()
                             _ => 1 + numbers.below(40),
                         };
                         let stamp = |place: u64| (connection * 1_000_003 + count * 1031 + place) as f32;
-                        Ask::floats(echo, &(0..len).map(stamp).collect::<Vec<f32>>())
+                        Ask::floats(
+                            if count % 2 == 0 { echo } else { queued },
+                            &(0..len).map(stamp).collect::<Vec<f32>>(),
+                        )
                     };
                     let id = raw.ask(&ask);
                     waiting.insert(id, ask.payload);
@@ -329,4 +332,80 @@ fn statistics_over_the_wire_and_on_the_control_port_tell_the_same() {
     let page = crate::common::get(server.control, "/metrics");
     assert_eq!(crate::common::metric(&page, "ferry_requests_finished_total", &["code=\"ok\"", "model=\"echo\""]), 10.0);
     assert_eq!(crate::common::metric(&page, "ferry_batches_total", &["model=\"echo\""]), 10.0);
+}
+
+#[test]
+fn a_text_gets_the_answer_of_its_ids() {
+    let server = Server::shared();
+    let mut raw = server.connect();
+    let (text, ids) = (raw.handle("tiny_text"), raw.handle("tiny_bert"));
+    let as_ids = |ids_of: &[u32]| Ask::new(ids, DType::U32, &[1, ids_of.len() as u32], bytemuck::cast_slice(ids_of));
+    for (words, expected) in [("w5", &[5][..]), ("w1 w2 w98", &[1, 2, 98]), ("w7  unheard\tw7", &[7, 0, 7])] {
+        let (_, from_text) = raw.round(&Ask::text(text, 1, words.as_bytes())).expect_result();
+        let (_, from_ids) = raw.round(&as_ids(expected)).expect_result();
+        for (a, b) in floats_of(&from_text).iter().zip(floats_of(&from_ids)) {
+            assert!((a - b).abs() < 1e-5, "{words}: {a} from text, {b} from ids");
+        }
+    }
+    // The same model takes ids too.
+    raw.round(&Ask { model: text, ..as_ids(&[1, 2]) }).expect_result();
+}
+
+#[test]
+fn a_text_that_does_not_fit_is_refused_or_cut_as_the_caller_says() {
+    use ferry::wire::message::{INFER_TRUNCATE, RESULT_TRUNCATED};
+    let server = Server::shared();
+    let mut raw = server.connect();
+    let text = raw.handle("tiny_text");
+    let ask = |bytes: &[u8]| Ask::text(text, 1, bytes);
+    raw.round(&ask(b"")).expect_error(Code::InvalidArgument);
+    raw.round(&ask(b"  \n ")).expect_error(Code::InvalidArgument);
+    raw.round(&ask(b"w1 \xff\xfe")).expect_error(Code::InvalidArgument);
+    raw.round(&ask(&[b'a'; 513])).expect_error(Code::TooLarge);
+    raw.round(&Ask::text(text, 0, b"w1")).expect_error(Code::InvalidArgument);
+    let mut lying = ask(b"w1 w2");
+    lying.payload[0] = 200;
+    raw.round(&lying).expect_error(Code::InvalidArgument);
+    let long = "w3 ".repeat(65);
+    let refusal = raw.round(&ask(long.as_bytes())).expect_error(Code::TooLarge);
+    assert!(refusal.message.contains("64") && refusal.message.contains("65"), "{}", refusal.message);
+    let mut cut = ask(long.as_bytes());
+    cut.infer.flags |= INFER_TRUNCATE;
+    let (result, of_cut) = raw.round(&cut).expect_result();
+    assert_eq!(result.flags & RESULT_TRUNCATED, RESULT_TRUNCATED);
+    let (result, of_64) = raw.round(&ask("w3 ".repeat(64).as_bytes())).expect_result();
+    assert_eq!(result.flags & RESULT_TRUNCATED, 0);
+    for (a, b) in floats_of(&of_cut).iter().zip(floats_of(&of_64)) {
+        assert!((a - b).abs() < 1e-5);
+    }
+}
+
+#[test]
+fn more_connections_than_allowed_are_told_so_and_places_become_free() {
+    let server = Server::start(&["frontend.connections_max=3"]);
+    let mut held: Vec<Raw> = (0..3).map(|_| server.connect()).collect();
+    let mut beyond = Raw::connect(server.data);
+    beyond.recv().expect_goaway(Code::Overloaded);
+    assert!(matches!(beyond.recv(), Event::End));
+    held.iter_mut().for_each(Raw::ping);
+    held.pop();
+    wait_until("a place is free", || {
+        let mut raw = Raw::connect(server.data);
+        let _ = std::io::Write::write_all(&mut raw.stream, &crate::common::hello_frame());
+        matches!(raw.recv(), Event::HelloAck(_))
+    });
+}
+
+#[test]
+fn a_silent_connection_is_closed_and_one_that_waits_for_its_answer_is_not() {
+    let server = Server::start(&["frontend.hello_timeout_ms=100", "frontend.idle_timeout_ms=100"]);
+    let mut silent = server.connect();
+    let mut waiting = server.connect();
+    let faulty = waiting.handle("faulty");
+    let id = waiting.ask(&Ask::word(faulty, 1500));
+    silent.recv().expect_goaway(Code::ProtocolError);
+    assert!(matches!(silent.recv(), Event::End));
+    let event = waiting.recv();
+    assert_eq!(event.ends(), Some(id), "it was silent for longer than is allowed, but it waited");
+    event.expect_result();
 }

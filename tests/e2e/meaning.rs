@@ -40,7 +40,7 @@ fn the_list_of_models_has_every_model_with_the_handle_that_describes_it() {
     let Event::Description { json, .. } = raw.recv() else { panic!("expected the list") };
     let models = json["models"].as_array().expect("a list").clone();
     let names: Vec<&str> = models.iter().map(|model| model["name"].as_str().expect("a name")).collect();
-    assert_eq!(names, ["digits", "echo", "faulty", "sleep", "tiny_bert"]);
+    assert_eq!(names, ["digits", "echo", "faulty", "queued", "sleep", "tiny_bert", "tiny_text"]);
     for model in &models {
         let handle = raw.handle(model["name"].as_str().expect("a name"));
         assert_eq!(model["handle"], handle.0);
