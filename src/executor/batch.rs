@@ -112,7 +112,11 @@ impl BatchOutput {
         self.rows = rows;
         self.padded_len = padded_len;
         self.row_errors.clear();
-        self.outputs.resize_with(contract.outputs.len(), AlignedBytes::default);
+        if self.outputs.len() < contract.outputs.len() {
+            self.outputs.resize_with(contract.outputs.len(), AlignedBytes::default);
+        }
+        // Buffers of a model with more outputs are kept, empty, for when it runs here again.
+        self.outputs[contract.outputs.len()..].iter_mut().for_each(|unused| unused.set_len(0));
         for (spec, output) in contract.outputs.iter().zip(&mut self.outputs) {
             output.set_len(rows as usize * spec.row_bytes(padded_len));
         }
