@@ -249,7 +249,7 @@ pub enum Event {
     },
     Result {
         id: u64,
-        result: InferResult,
+        result: Box<InferResult>,
         payload: Vec<u8>,
     },
     Error {
@@ -279,7 +279,7 @@ impl Event {
     #[track_caller]
     pub fn expect_result(self) -> (InferResult, Vec<u8>) {
         match self {
-            Event::Result { result, payload, .. } => (result, payload),
+            Event::Result { result, payload, .. } => (*result, payload),
             other => panic!("expected a result, got {other:?}"),
         }
     }
@@ -528,7 +528,7 @@ fn event_of(frame: &ferry::wire::Frame, buffer: &[u8]) -> Event {
             Event::Description { id, model: ModelHandle(description.handle), json }
         }
         Kind::Result => {
-            Event::Result { id, result: decode_exact(metadata).expect("a result"), payload: payload.to_vec() }
+            Event::Result { id, result: Box::new(decode_exact(metadata).expect("a result")), payload: payload.to_vec() }
         }
         Kind::Error => {
             let error: ErrorMessage = decode_exact(metadata).expect("an error");

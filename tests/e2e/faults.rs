@@ -52,7 +52,7 @@ fn a_reader_that_never_reads_is_bounded_then_closed_and_nobody_else_notices() {
             break;
         }
         sent += 1;
-        if sent % 50 == 0 {
+        if sent.is_multiple_of(50) {
             bystander.ping();
         }
     }

@@ -248,7 +248,7 @@ fn cancelled_requests_and_closed_connections_leave_no_memory_and_no_descriptor()
         let growth: Vec<i64> = (0..6)
             .scan(false, |done, _| {
                 let before = child.resident_bytes();
-                (!*done).then(|| work())?;
+                (!*done).then(&mut *work)?;
                 let growth = child.resident_bytes() - before;
                 *done = growth < bytes_max;
                 Some(growth)
