@@ -1,8 +1,10 @@
 //! The models directory: finds manifests, loads what they describe, or says which model, which file and why not.
 //!
-//!     models/<name>/model.toml                      the manifest
-//!     models/<name>/<version>/weights.safetensors   its parameters, where the architecture has any
-//!     models/<name>/<version>/tokenizer.json        what else the version needs
+//! ```text
+//! models/<name>/model.toml                      the manifest
+//! models/<name>/<version>/weights.safetensors   its parameters, where the architecture has any
+//! models/<name>/<version>/tokenizer.json        what else the version needs
+//! ```
 //!
 //! Always true
 //! - Models come in the order of their names, so the same directory gives the same list.
