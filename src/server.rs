@@ -341,6 +341,7 @@ fn start_executors(
     drop(warm_sender);
     if plan.groups.contains(&Group::Inline) {
         let worker = worker_maker(plan, links.len(), Group::Inline)()?;
+        plan.telemetry.executor(links.len()).set_inline();
         links.push(ExecutorLink::Inline(Box::new(worker)));
         seats.push(SeatOptions { group: Group::Inline, slots: 1 });
     }

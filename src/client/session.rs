@@ -93,6 +93,8 @@ pub struct ModelStats {
 #[serde(default)]
 pub struct ExecutorStats {
     pub busy_us: u64,
+    /// Its batches run on the batcher's own thread.
+    pub inline: bool,
 }
 
 /// What may be in flight, and what is.

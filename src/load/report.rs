@@ -106,7 +106,11 @@ impl ServerReport {
         let rows = last.rows.saturating_sub(first.rows);
         let batches = last.batches.saturating_sub(first.batches);
         let padded = last.cells_padded.saturating_sub(first.cells_padded);
-        let busy = |stats: &ServerStats| stats.executors.iter().map(|executor| executor.busy_us).sum::<u64>();
+        // Inline batches take the batcher's time, not an executor's; counted in, they would halve the busy share.
+        let busy = |stats: &ServerStats| {
+            stats.executors.iter().filter(|executor| !executor.inline).map(|executor| executor.busy_us).sum::<u64>()
+        };
+        let executors = after.executors.iter().filter(|executor| !executor.inline).count() as u64;
         let elapsed = after.uptime_us.saturating_sub(before.uptime_us);
         ServerReport {
             fill_ratio: ratio(rows, last.rows_possible.saturating_sub(first.rows_possible)),
@@ -114,7 +118,7 @@ impl ServerReport {
                 0 => 0.0,
                 padded => 1.0 - ratio(last.cells_real.saturating_sub(first.cells_real), padded),
             },
-            executor_busy: ratio(busy(after).saturating_sub(busy(before)), elapsed * after.executors.len() as u64),
+            executor_busy: ratio(busy(after).saturating_sub(busy(before)), elapsed * executors),
             batches,
             batch_rows_mean: ratio(rows, batches),
         }
@@ -254,7 +258,11 @@ mod tests {
     fn the_servers_side_is_the_difference_of_two_snapshots() {
         let stats = |uptime_us, busy_us, model| ServerStats {
             uptime_us,
-            executors: vec![ExecutorStats { busy_us }, ExecutorStats { busy_us: 0 }],
+            executors: vec![
+                ExecutorStats { busy_us, inline: false },
+                ExecutorStats { busy_us: 0, inline: false },
+                ExecutorStats { busy_us: 7 * busy_us, inline: true },
+            ],
             models: [("m".to_owned(), model)].into(),
             ..ServerStats::default()
         };

@@ -251,9 +251,16 @@ pub struct ExecutorMetrics {
     pub(super) busy_nanos: Count,
     pub(super) failures: Count,
     pub(super) panics: Count,
+    /// It is the batcher's own thread.
+    pub(super) inline: std::sync::atomic::AtomicBool,
 }
 
 impl ExecutorMetrics {
+    /// Batches run on the batcher's own thread here: its time is not that of an executor.
+    pub fn set_inline(&self) {
+        self.inline.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// The executor worked on a batch for this long.
     pub fn busy(&self, time: Duration) {
         self.busy_nanos.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));

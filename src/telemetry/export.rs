@@ -295,7 +295,10 @@ impl Telemetry {
         let executors: Vec<serde_json::Value> = self
             .executors
             .iter()
-            .map(|executor| serde_json::json!({ "busy_us": executor.busy_nanos.get() / 1000 }))
+            .map(|executor| {
+                let inline = executor.inline.load(std::sync::atomic::Ordering::Relaxed);
+                serde_json::json!({ "busy_us": executor.busy_nanos.get() / 1000, "inline": inline })
+            })
             .collect();
         serde_json::json!({
             "uptime_us": u64::try_from(clock::now().since(self.started_at).as_micros()).unwrap_or(u64::MAX),
