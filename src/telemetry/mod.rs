@@ -298,7 +298,7 @@ mod tests {
                 "batches": 1, "rows": 3, "rows_possible": 4, "cells_real": 30, "cells_padded": 48
             }})
         );
-        assert_eq!(stats["executors"], serde_json::json!([{"busy_us": 1500}]));
+        assert_eq!(stats["executors"], serde_json::json!([{"busy_us": 1500, "inline": false}]));
         let keys: Vec<&String> = stats.as_object().expect("an object").keys().collect();
         assert_eq!(keys.len(), 6, "{keys:?}");
     }
