@@ -15,7 +15,7 @@
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
 //! Beside the path: [`config`], [`telemetry`], [`control`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
-//! all of it. [`client`], [`load`] and [`commands`] are the other end of the wire.
+//! all of it. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
 pub mod batcher;

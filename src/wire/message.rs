@@ -1,6 +1,6 @@
 //! The metadata of each kind of frame, and how it is encoded.
 //!
-//! Encoding: bincode 2.0.1, little-endian, fixed-width integers, at most [`Limits::METADATA_CEILING`] bytes. So: an
+//! Encoding: bincode 2.0.1, little-endian, fixed-width integers, at most [`super::Limits::METADATA_CEILING`] bytes. So: an
 //! integer is its bytes; a list or string is a u64 count and then its elements; an option is a byte 0 or 1 and then
 //! its value; a struct is its fields in order, with nothing between them.
 //!
