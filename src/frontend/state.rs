@@ -133,8 +133,8 @@ impl State {
         connection
     }
 
-    /// Takes one read's bytes through `read`, which fills a part of the buffer it is given. Says `true` when the
-    /// buffer was filled, so that more may wait.
+    /// Takes one read's bytes through `read`, which fills a part of the buffer it is given. [`ReadEnd::Filled`] says
+    /// that it was filled to its end, so that more may wait.
     pub fn read(
         &mut self,
         at: u32,

@@ -52,8 +52,6 @@ pub struct Manifest {
     pub text: Option<TextFile>,
     /// The `[model]` table, where there is one. Only `bert` has parameters so far.
     pub bert: Option<BertParams>,
-    /// Instances of the model; none given means one per executor.
-    pub instances: Option<u32>,
     pub placement: Placement,
 }
 
@@ -168,8 +166,6 @@ fn two() -> usize {
 struct Written {
     architecture: String,
     version: String,
-    #[serde(default)]
-    instances: Option<u32>,
     #[serde(default)]
     placement: Placement,
     #[serde(default)]
@@ -390,20 +386,7 @@ fn check(name: &str, written: Written) -> Result<Manifest, String> {
     if let Some(params) = &written.model {
         check_bert(&contract, params)?;
     }
-    if written.instances == Some(0) {
-        return Err("instances: expected at least 1, got 0".into());
-    }
-    Ok(Manifest {
-        contract,
-        batching,
-        queue,
-        warmup,
-        weights,
-        text,
-        bert: written.model,
-        instances: written.instances,
-        placement: written.placement,
-    })
+    Ok(Manifest { contract, batching, queue, warmup, weights, text, bert: written.model, placement: written.placement })
 }
 
 fn check_length(dims: BTreeMap<String, WrittenDim>) -> Result<Option<Length>, String> {
@@ -648,7 +631,7 @@ mod tests {
 
     const WHOLE: &str = r#"architecture = "bert"
 version = "1"
-instances = 2
+# Where it runs.
 placement = "executor"
 
 [dims.tokens]
@@ -731,7 +714,6 @@ normalize = true
         assert_eq!(manifest.batching.queue_delay_max, Duration::from_micros(1500));
         assert_eq!(manifest.batching.fill_waste_max, Some(0.25));
         assert_eq!(manifest.queue.bytes_max, Some(1_000_000));
-        assert_eq!(manifest.instances, Some(2));
         assert_eq!(manifest.bert.as_ref().expect("has [model]").segments, 2);
         let weights = manifest.weights.expect("has [weights]");
         assert_eq!((weights.names.prefix.as_str(), weights.optional), ("bert.", true));
@@ -764,9 +746,9 @@ normalize = true
     fn an_unknown_key_is_named_with_the_nearest_known_one_the_file_and_the_line() {
         for (from, to, expected) in [
             (
-                "instances = 2",
-                "instance = 2",
-                "models/m/model.toml:3: unknown key `instance`; did you mean `instances`?",
+                "placement = \"executor\"",
+                "placment = \"executor\"",
+                "models/m/model.toml:4: unknown key `placment`; did you mean `placement`?",
             ),
             (
                 "queue_delay_max_us = 1500",
@@ -833,7 +815,6 @@ normalize = true
                 "[warmup] lengths: expected only buckets ([16, 64, 128]), got 100",
             ),
             ("rows = [1, 8]", "rows = [1, 9]", "[warmup] rows: expected 1 to rows_max 8, got 9"),
-            ("instances = 2", "instances = 0", "instances: expected at least 1, got 0"),
             ("pad = 0", "pad = 0.5", "expected a whole pad from 0 to 4294967295 for dtype u32, got 0.5"),
             ("pad = 0", "pad = 100", "pad 100 is outside its range [0, 99]"),
             ("\nmin = 1", "\nmin = 101", "tokens has min 101 and max 100"),
