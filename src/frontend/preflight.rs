@@ -12,7 +12,8 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -25,6 +26,9 @@ const KERNEL_MIN: (u32, u32) = (5, 8);
 const FDS_PER_SHARD: u64 = 16;
 /// Open files of the rest: standard streams, control port and its connections, model files while they load.
 const FDS_OTHER: u64 = 128;
+
+/// Longest wait for a connection to a port that is taken, to find out whether anybody listens.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What the server is about to use.
 #[derive(Clone, Debug)]
@@ -96,12 +100,18 @@ impl Readings for Machine {
         getrlimit(Resource::RLIMIT_NOFILE).unwrap_or((RLIM_INFINITY, RLIM_INFINITY))
     }
 
-    /// Without SO_REUSEPORT, so that another server on the port is noticed although both would share it; with
-    /// SO_REUSEADDR, so that connections of a server that has just ended are not; without listening.
+    /// Without SO_REUSEPORT, so that another server on the port is noticed although both would share it; without
+    /// listening. Connections that a server left behind when it ended hold the port against that for a minute, because
+    /// glommio's listeners do not set SO_REUSEADDR: they are told from a server by asking for a connection.
     fn bind(&self, addr: SocketAddr) -> io::Result<()> {
         let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_reuse_address(true)?;
-        socket.bind(&addr.into())
+        socket.bind(&addr.into()).or_else(|error| {
+            let nobody_listens = error.kind() == io::ErrorKind::AddrInUse
+                && TcpStream::connect_timeout(&addr, PROBE_TIMEOUT)
+                    .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+            if nobody_listens { Ok(()) } else { Err(error) }
+        })
     }
 }
 
@@ -392,6 +402,22 @@ mod tests {
         assert_eq!(Machine.bind(listen).expect_err("it is taken").kind(), io::ErrorKind::AddrInUse);
         drop(other);
         Machine.bind(listen).expect("it is free again");
+    }
+
+    #[test]
+    fn connections_that_an_ended_server_left_behind_do_not_take_its_port() {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::TCP)).expect("a socket");
+        socket.set_reuse_port(true).expect("Linux has SO_REUSEPORT"); // and no SO_REUSEADDR, as glommio
+        socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).expect("a free port");
+        socket.listen(1).expect("it can listen");
+        let server = TcpListener::from(socket);
+        let listen = server.local_addr().expect("it is bound");
+        let client = TcpStream::connect(listen).expect("it listens");
+        // Who closes first keeps the connection in TIME_WAIT.
+        drop(server.accept().expect("the client is there"));
+        drop(client);
+        drop(server);
+        Machine.bind(listen).expect("nobody listens");
     }
 
     #[test]
