@@ -1,147 +1,24 @@
 //! The client library against the bare server, and against servers that are scripted frame by frame.
-//!
-//! A scripted server is a thread with a blocking socket: it says what it expects next, so the order of events is fixed
-//! without a pause anywhere.
 
-#[path = "../benches/support/bare_server.rs"]
-mod bare_server;
+mod scripted;
 
 use std::future::Future;
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::Write;
+use std::net::{SocketAddr, TcpListener};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use bare_server::{BareOptions, echo_contract};
 use ferry::client::session::{Event, Session, SessionOptions};
 use ferry::client::{Client, ClientError, ClientOptions, Pending, Request};
 use ferry::vocab::{Code, Executed, ModelHandle, Refusal, Retry, Stage};
-use ferry::wire::decoder::Step;
+use ferry::wire::Kind;
 use ferry::wire::encoder::{Head, append_bare, append_frame};
-use ferry::wire::message::{
-    Credit, Description, ErrorMessage, Goaway, Hello, HelloAck, Infer, InferResult, Timings, decode_exact,
-};
-use ferry::wire::{Decoder, Kind, Limits};
-
-/// One frame as the scripted server saw it.
-struct Seen {
-    kind: Kind,
-    id: u64,
-    metadata: Vec<u8>,
-    payload: Vec<u8>,
-}
-
-impl Seen {
-    fn infer(&self) -> Infer {
-        decode_exact(&self.metadata).expect("an infer's metadata")
-    }
-}
-
-/// The server's end of a connection.
-struct Peer {
-    stream: TcpStream,
-    buffer: Vec<u8>,
-}
-
-impl Peer {
-    /// The next frame; `None` when the client closed the connection.
-    fn next(&mut self) -> Option<Seen> {
-        loop {
-            let decoder = Decoder::new(Limits::DEFAULT);
-            if let Step::Frame(frame) = decoder.next(&self.buffer).expect("clients send valid frames") {
-                assert!(frame.payload_is_intact(&self.buffer));
-                let seen = Seen {
-                    kind: frame.kind,
-                    id: frame.header.request_id,
-                    metadata: frame.metadata(&self.buffer).to_vec(),
-                    payload: frame.payload(&self.buffer).to_vec(),
-                };
-                self.buffer.drain(..frame.len);
-                return Some(seen);
-            }
-            let mut chunk = [0; 4096];
-            match self.stream.read(&mut chunk) {
-                Ok(count) if count > 0 => self.buffer.extend_from_slice(&chunk[..count]),
-                _ => return None,
-            }
-        }
-    }
-
-    fn expect(&mut self, kind: Kind) -> Seen {
-        let seen = self.next().unwrap_or_else(|| panic!("expected {kind:?}, the client closed"));
-        assert_eq!(seen.kind, kind);
-        seen
-    }
-
-    fn send(&mut self, kind: Kind, id: u64, metadata: &impl bincode::Encode, payload: &[u8]) {
-        let mut out = Vec::new();
-        let head = Head { kind, model: ModelHandle(0), request_id: id };
-        append_frame(&mut out, head, metadata, payload).expect("small");
-        self.stream.write_all(&out).expect("the client reads");
-    }
-
-    fn greet(&mut self, credit_requests: u32) {
-        let hello = self.expect(Kind::Hello);
-        let hello: Hello = decode_exact(&hello.metadata).expect("a hello");
-        assert_eq!((hello.version_min, hello.version_max), (1, 1));
-        let ack = HelloAck {
-            version: 1,
-            features: 0,
-            server: "scripted".into(),
-            metadata_bytes_max: 4096,
-            payload_bytes_max: 1 << 20,
-            credit_requests,
-            credit_bytes: 1 << 20,
-        };
-        self.send(Kind::HelloAck, 0, &ack, &[]);
-    }
-
-    /// Greets and answers the describe that comes before the first request.
-    fn open(&mut self, credit_requests: u32) {
-        self.greet(credit_requests);
-        let describe = self.expect(Kind::Describe);
-        let contract = echo_contract();
-        let description = Description { handle: 0, contract_hash: contract.hash() };
-        let json = serde_json::to_vec(&contract).expect("plain data");
-        self.send(Kind::Description, describe.id, &description, &json);
-    }
-
-    fn answer(&mut self, seen: &Seen) {
-        let result = InferResult {
-            batch: 7,
-            batch_rows: 3,
-            outputs: seen.infer().inputs,
-            timings: Some(Timings { run_ns: 5, ..Timings::default() }),
-            ..InferResult::default()
-        };
-        self.send(Kind::Result, seen.id, &result, &seen.payload);
-    }
-
-    fn refuse(&mut self, id: u64, refusal: &Refusal) {
-        self.send(Kind::Error, id, &ErrorMessage::from_refusal(refusal), &[]);
-    }
-
-    fn goaway(&mut self, code: Code, last_accepted_id: u64) {
-        let goaway =
-            Goaway { code: code as u16, last_accepted_id, version_min: 1, version_max: 1, message: "bye".into() };
-        self.send(Kind::Goaway, 0, &goaway, &[]);
-    }
-}
-
-/// Runs `script` for the first connection. Join the handle to see its assertions.
-fn scripted(script: impl FnOnce(Peer) + Send + 'static) -> (SocketAddr, JoinHandle<()>) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let addr = listener.local_addr().expect("bound");
-    let thread = std::thread::spawn(move || {
-        let (stream, _) = listener.accept().expect("a client comes");
-        script(Peer { stream, buffer: Vec::new() });
-    });
-    (addr, thread)
-}
+use ferry::wire::message::{Credit, HelloAck, InferResult};
+use scripted::bare_server::{self, BareOptions, echo_contract};
+use scripted::{Seen, scripted};
 
 fn connect(addr: SocketAddr) -> Client {
     Client::connect(addr, ClientOptions::default()).expect("the server greets")
@@ -402,6 +279,43 @@ fn the_remaining_time_travels_and_a_silent_server_does_not_outlive_it() {
     let error = client.infer(&request).expect_err("no answer");
     assert_eq!(error, ClientError::DeadlineExceeded { executed: Executed::Maybe });
     let error = client.infer(&request).expect_err("its credit is still out");
+    assert_eq!(error, ClientError::DeadlineExceeded { executed: Executed::Never });
+    drop(client);
+    server.join().expect("the script ran through");
+}
+
+#[test]
+fn a_server_that_does_not_read_yet_holds_nobody_up_who_submits() {
+    let (send, receive) = std::sync::mpsc::channel::<()>();
+    let (addr, server) = scripted(move |mut peer| {
+        peer.open(64);
+        receive.recv().expect("all were submitted");
+        for _ in 0..40 {
+            let infer = peer.expect(Kind::Infer);
+            peer.answer(&infer);
+        }
+    });
+    let client = connect(addr);
+    // More than the buffers of both ends hold: without somebody else to write, this would wait for the script, and the
+    // script for this.
+    let pending: Vec<Pending> =
+        (0..40).map(|n| client.submit(&echo(&vec![n; 1 << 20])).expect("credit for 64 MiB")).collect();
+    send.send(()).expect("the script waits");
+    for (n, pending) in (0..40).zip(pending) {
+        assert_eq!(data(pending), vec![n; 1 << 20]);
+    }
+    server.join().expect("the script ran through");
+}
+
+#[test]
+fn the_deadline_also_bounds_the_question_for_a_contract() {
+    let (addr, server) = scripted(|mut peer| {
+        peer.greet(1);
+        peer.expect(Kind::Describe);
+        assert!(peer.next().is_none(), "nothing is answered, the client leaves");
+    });
+    let client = connect(addr);
+    let error = client.infer(&echo(&[1]).deadline(Duration::from_millis(5))).expect_err("no contract, no request");
     assert_eq!(error, ClientError::DeadlineExceeded { executed: Executed::Never });
     drop(client);
     server.join().expect("the script ran through");

@@ -1,7 +1,7 @@
 //! The client library: pipelined, multiplexed, typed.
 //!
-//! [`Client`] is what callers use: one connection, any number of threads. [`session`] is the same protocol without a
-//! socket, for those who bring their own.
+//! [`Client`] is one connection, for any number of threads. [`session`] is the same protocol without a socket, for those
+//! who bring their own.
 //!
 //! Always true
 //! - A request that was submitted ends exactly once: with a response or with one [`ClientError`].
@@ -10,12 +10,15 @@
 //! Elsewhere: bytes (wire), what a request may look like (contract.rs), making many of them (load).
 
 pub mod blocking;
+pub(crate) mod connection;
 pub mod request;
 pub mod session;
+mod slot;
 
 use crate::vocab::{Code, Executed, Refusal};
 
-pub use blocking::{Client, ClientOptions, Pending};
+pub use blocking::{Client, Pending};
+pub use connection::ClientOptions;
 pub use request::{Element, Request, Response};
 pub use session::{ModelEntry, ModelInfo, ServerStats};
 

@@ -27,7 +27,7 @@ use super::payload::{Common, Inputs};
 use super::report::{LatencyReport, Report, ServerReport};
 use super::verify::{REFERENCES_MAX, Verifier, is_echo};
 use super::{LoadError, LoadOptions, Mode};
-use crate::client::blocking::{open, send_error};
+use crate::client::connection::{open, send_error};
 use crate::client::session::{Event, ModelInfo, ServerStats, Window};
 use crate::client::{Client, ClientError, ClientOptions};
 use crate::clock;
