@@ -13,8 +13,6 @@
 //!
 //! Elsewhere: the protocol (session.rs), calls that wait (blocking.rs), which connection to use (pool.rs).
 
-#![allow(dead_code)] // the observer is for the pool, which comes next
-
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream, ToSocketAddrs};

@@ -1,17 +1,19 @@
 //! The client library: pipelined, multiplexed, typed.
 //!
-//! [`Client`] is one connection, for any number of threads. [`session`] is the same protocol without a socket, for those
-//! who bring their own.
+//! [`Client`] is one connection, for any number of threads. [`Pool`] is several connections to several replicas, with
+//! retries where they are safe. [`session`] is the same protocol without a socket, for those who bring their own.
 //!
 //! Always true
-//! - A request that was submitted ends exactly once: with a response or with one [`ClientError`].
+//! - A request that was submitted ends exactly once: with a response or with one [`ClientError`] or [`PoolError`].
 //! - An error says whether a model may have run, so that a caller knows when a retry is safe.
 //!
 //! Elsewhere: bytes (wire), what a request may look like (contract.rs), making many of them (load).
 
 pub mod blocking;
 pub(crate) mod connection;
+pub mod pool;
 pub mod request;
+mod route;
 pub mod session;
 mod slot;
 
@@ -19,7 +21,9 @@ use crate::vocab::{Code, Executed, Refusal};
 
 pub use blocking::{Client, Pending};
 pub use connection::ClientOptions;
+pub use pool::{Pool, PoolError, PoolOptions, PoolPending, PoolStats, ReplicaStats};
 pub use request::{Element, Request, Response};
+pub use route::{ReplicaState, Stop};
 pub use session::{ModelEntry, ModelInfo, ServerStats};
 
 /// Why there is no response.
