@@ -47,6 +47,8 @@ fn pack_batch(c: &mut Criterion) {
                         received_at: Moment(0),
                         deadline: None,
                         compose: None,
+                        class: Default::default(),
+                        tenant: Default::default(),
                         truncated: false,
                     }
                 })
@@ -54,6 +56,7 @@ fn pack_batch(c: &mut Criterion) {
             let batch = SealedBatch {
                 id: 1,
                 model: ModelHandle(0),
+                executor: 0,
                 rows,
                 rows_possible: rows,
                 padded_len: *padded_len,

@@ -48,6 +48,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
     let batch = SealedBatch {
         id: 1,
         model: ModelHandle(0),
+        executor: 0,
         rows: ROWS,
         rows_possible: ROWS,
         padded_len: 1,

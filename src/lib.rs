@@ -30,6 +30,7 @@ pub mod load;
 pub mod mail;
 pub mod mailbox;
 pub mod models;
+pub mod replay;
 pub mod scatter;
 pub mod scheduler;
 pub mod server;

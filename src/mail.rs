@@ -12,7 +12,7 @@ use bytes::Bytes;
 use crate::contract::Contract;
 use crate::executor::batch::BatchOutput;
 use crate::executor::slot::VacantSlot;
-use crate::scheduler::{Compose, SealedBatch};
+use crate::scheduler::{Class, Compose, SealedBatch, TenantId};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -27,6 +27,8 @@ pub struct Request {
     pub received_at: Moment,
     pub deadline: Option<Moment>,
     pub compose: Option<Compose>,
+    pub class: Class,
+    pub tenant: TenantId,
     /// Text was cut to the longest length, as the caller allowed.
     pub truncated: bool,
 }

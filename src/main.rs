@@ -28,6 +28,8 @@ enum Command {
     Models(commands::models::Args),
     /// Run the executors alone on all requests at once: the bound.
     Offline(commands::offline::Args),
+    /// Run the scheduler in virtual time.
+    Replay(commands::replay::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
 }
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Infer(args) => commands::infer::run(args),
         Command::Models(args) => commands::models::run(args),
         Command::Offline(args) => commands::offline::run(&args),
+        Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),
     }
 }

@@ -16,7 +16,7 @@ use nix::sys::pthread::{Pthread, pthread_kill};
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
-use crate::batcher::{self, Batcher, ExecutorLink, SeatOptions, ThreadOutlet};
+use crate::batcher::{self, Batcher, ExecutorLink, ThreadOutlet};
 use crate::clock;
 use crate::config::Config;
 use crate::contract::Contract;
@@ -31,7 +31,7 @@ use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
-use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler};
+use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::telemetry::{ModelLabels, Telemetry};
 use crate::tokenizers::Tokenizing;
 use crate::vocab::{ModelHandle, Moment, Refusal};
@@ -224,10 +224,10 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let control = start_control(&plan, &lifecycle, &catalog, &stopper)?;
 
     let mut others = Vec::new();
-    let (links, seats) = start_executors(&plan, &mut others)?;
+    let (links, seats, warmed) = start_executors(&plan, &mut others)?;
     plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
-    let batcher = start_batcher(&plan, links, &seats, batcher_mailbox)?;
+    let batcher = start_batcher(&plan, links, (&seats, &warmed), batcher_mailbox)?;
     let options = shard_options(config, hooks, in_flight_max);
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
@@ -295,10 +295,9 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
         lens => Buckets::new(lens).expect("the manifest checked its buckets"),
     };
     Policy {
-        rows_max: batching.rows_max,
-        cells_max: batching.padded_cells_max,
+        kind: batching.policy,
         queue_delay_max: batching.queue_delay_max,
-        buckets,
+        pad_to: batching.pad_to,
         fill_waste_max: batching.fill_waste_max.unwrap_or(FILL_WASTE_MAX),
         group: group_of(manifest),
         queue: QueueLimits {
@@ -306,7 +305,9 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
             cells_max: queue.cells_max.unwrap_or(u64::MAX),
             bytes_max: queue.bytes_max.unwrap_or(u64::MAX),
         },
-        service: Default::default(),
+        weight: batching.weight,
+        slo: batching.slo,
+        ..Policy::new(batching.rows_max, batching.padded_cells_max, buckets)
     }
 }
 
@@ -317,21 +318,22 @@ const FILL_WASTE_MAX: f64 = 0.25;
 fn start_executors(
     plan: &Plan<'_>,
     others: &mut Vec<JoinHandle<()>>,
-) -> Result<(Vec<ExecutorLink>, Vec<SeatOptions>), StartError> {
+) -> Result<(Vec<ExecutorLink>, Vec<SeatSpec>, Vec<Warmed>), StartError> {
     let slots = plan.config.executor.slots;
     let spin = plan.config.frontend.spin;
     let mut links = Vec::new();
     let mut seats = Vec::new();
+    let mut timed = Vec::new();
     let (warm_sender, warm) = flume::unbounded();
     for index in 0..plan.config.threads.executors {
         let (sender, receiver) = mailbox(slots as usize);
         links.push(ExecutorLink::Thread(sender));
-        seats.push(SeatOptions { group: Group::Executors, slots });
+        seats.push(SeatSpec { group: Group::Executors, slots, device: index as u16 });
         let make = worker_maker(plan, index, Group::Executors);
         let (batcher, warm) = (plan.batcher.clone(), warm_sender.clone());
         others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || match make() {
-            Ok(worker) => {
-                let _ = warm.send(Ok(()));
+            Ok((worker, warmed)) => {
+                let _ = warm.send(Ok(warmed));
                 drop(warm);
                 worker.run_thread(receiver, batcher, spin);
             }
@@ -340,18 +342,27 @@ fn start_executors(
     }
     drop(warm_sender);
     if plan.groups.contains(&Group::Inline) {
-        let worker = worker_maker(plan, links.len(), Group::Inline)()?;
+        let (worker, warmed) = worker_maker(plan, links.len(), Group::Inline)()?;
+        timed.extend(warmed);
         plan.telemetry.executor(links.len()).set_inline();
         links.push(ExecutorLink::Inline(Box::new(worker)));
-        seats.push(SeatOptions { group: Group::Inline, slots: 1 });
+        seats.push(SeatSpec { group: Group::Inline, slots: 1, device: 0 });
     }
     for _ in 0..plan.config.threads.executors {
         match warm.recv() {
-            Ok(outcome) => outcome?,
+            Ok(warmed) => timed.extend(warmed?),
             Err(_) => return Err(StartError::Thread("an executor ended while it was warmed".into())),
         }
     }
-    Ok((links, seats))
+    Ok((links, seats, timed))
+}
+
+/// A batch that was run for warming up: its shape, and how long it took.
+struct Warmed {
+    model: ModelHandle,
+    rows: u32,
+    padded_len: u32,
+    took: Duration,
 }
 
 /// What makes and warms an executor's worker, on the thread that will run it: its memory is touched there first.
@@ -359,7 +370,7 @@ fn worker_maker(
     plan: &Plan<'_>,
     index: usize,
     group: Group,
-) -> impl FnOnce() -> Result<Worker, StartError> + Send + 'static {
+) -> impl FnOnce() -> Result<(Worker, Vec<Warmed>), StartError> + Send + 'static {
     let loaded: Vec<Arc<dyn LoadedModel>> = plan.models.iter().map(|model| Arc::clone(&model.model)).collect();
     let mine: Vec<bool> = plan.groups.iter().map(|of_model| *of_model == group).collect();
     let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
@@ -368,15 +379,24 @@ fn worker_maker(
     move || {
         let executor = CpuExecutor::new(loaded, &mine)
             .map_err(|error| StartError::Thread(format!("executor {index}: {error}")))?;
+        let mut warmed = Vec::new();
         let mut worker = Worker::new(index, Box::new(executor), contracts.clone(), shards, telemetry);
         for (at, contract) in contracts.iter().enumerate() {
             if mine[at] {
-                worker
-                    .warm(ModelHandle(at as u16), &shapes[at])
+                let model = ModelHandle(at as u16);
+                let times = worker
+                    .warm(model, &shapes[at])
                     .map_err(|refusal| StartError::WarmUp { model: contract.name.clone(), refusal })?;
+                let shapes = shapes[at].iter().zip(times);
+                warmed.extend(shapes.map(|((rows, padded_len), took)| Warmed {
+                    model,
+                    rows: *rows,
+                    padded_len: *padded_len,
+                    took,
+                }));
             }
         }
-        Ok(worker)
+        Ok((worker, warmed))
     }
 }
 
@@ -406,17 +426,18 @@ const TEXTS_MAX: usize = 4096;
 fn start_batcher(
     plan: &Plan<'_>,
     executors: Vec<ExecutorLink>,
-    seats: &[SeatOptions],
+    (seats, warmed): (&[SeatSpec], &[Warmed]),
     mailbox: Receiver<ToBatcher>,
 ) -> Result<JoinHandle<()>, StartError> {
     let queue = &plan.config.queue;
     let limits =
         QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
     let policies = plan.models.iter().map(|model| policy_of(&model.manifest)).collect();
-    let scheduler = Scheduler::new(limits, policies);
+    let mut scheduler = Scheduler::new(limits, policies, seats);
+    warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));
     let outlet = ThreadOutlet { executors, shards: plan.shards.clone() };
     let telemetry = Arc::clone(&plan.telemetry);
-    let batcher = Batcher::new(scheduler, outlet, &plan.contracts, seats, plan.shards.len(), telemetry);
+    let batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     let spin = plan.config.frontend.spin;
     spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))
 }

@@ -361,7 +361,7 @@ impl fmt::Display for DType {
 pub enum SealReason {
     /// No further row fits the row or cell budget.
     Full = 1,
-    /// An executor was idle and the policy does not hold batches (`queue_delay_max = 0`).
+    /// An executor was idle and nothing said to hold the batch.
     Idle = 2,
     /// The oldest row has waited its promised time.
     QueueDelay = 3,
@@ -371,16 +371,23 @@ pub enum SealReason {
     Drain = 5,
     /// A test asked for exactly this composition.
     Composed = 6,
+    /// A deadline in danger, or a row that has waited too long, went before the batch that would have been best; or the
+    /// batch was made smaller for it.
+    Urgent = 7,
+    /// The next row is not expected soon enough to pay for the wait of those who are there.
+    Economic = 8,
 }
 
 impl SealReason {
-    pub const ALL: [SealReason; 6] = [
+    pub const ALL: [SealReason; 8] = [
         SealReason::Full,
         SealReason::Idle,
         SealReason::QueueDelay,
         SealReason::Deadline,
         SealReason::Drain,
         SealReason::Composed,
+        SealReason::Urgent,
+        SealReason::Economic,
     ];
 
     pub fn from_number(number: u8) -> Option<SealReason> {
@@ -395,6 +402,8 @@ impl SealReason {
             SealReason::Deadline => "deadline",
             SealReason::Drain => "drain",
             SealReason::Composed => "composed",
+            SealReason::Urgent => "urgent",
+            SealReason::Economic => "economic",
         }
     }
 }

@@ -99,6 +99,8 @@ fn requests(len: u32) -> Vec<Request> {
             received_at: Moment(1),
             deadline: Some(Moment::FAR),
             compose: None,
+            class: Default::default(),
+            tenant: Default::default(),
             truncated: false,
         })
         .collect()

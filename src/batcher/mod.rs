@@ -18,7 +18,7 @@ use crate::executor::slot::{FilledSlot, VacantSlot};
 use crate::executor::worker::Worker;
 use crate::mail::{Burst, Finished, Request, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
-use crate::scheduler::{Arrival, Group, Scheduler, TicketId, Vacancy};
+use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
@@ -30,14 +30,6 @@ pub trait Outlet {
 
     /// Mails the ends of requests to their shard.
     fn end(&mut self, shard: u16, ended: Vec<(TicketKey, Refusal)>);
-}
-
-/// An executor as the batcher sees it: which slots it may fill.
-#[derive(Debug)]
-struct Seat {
-    group: Group,
-    vacant: Vec<VacantSlot>,
-    running: u32,
 }
 
 /// One model's facts that packing needs.
@@ -52,7 +44,8 @@ pub struct Batcher<O> {
     scheduler: Scheduler,
     outlet: O,
     forms: Vec<Form>,
-    seats: Vec<Seat>,
+    /// By executor: the slots that can be filled. The scheduler knows how many there are.
+    vacant: Vec<Vec<VacantSlot>>,
     /// Requests by ticket: those the scheduler holds, and no others.
     held: Vec<Option<Request>>,
     /// Ticket by shard and slot; checked against the request's key, so a stale entry does no harm.
@@ -64,18 +57,11 @@ pub struct Batcher<O> {
     telemetry: Arc<Telemetry>,
 }
 
-/// What a seat is made of.
-pub struct SeatOptions {
-    pub group: Group,
-    pub slots: u32,
-}
-
 impl<O: Outlet> Batcher<O> {
     pub fn new(
         scheduler: Scheduler,
         outlet: O,
         contracts: &[Arc<Contract>],
-        seats: &[SeatOptions],
         shards: usize,
         telemetry: Arc<Telemetry>,
     ) -> Batcher<O> {
@@ -83,19 +69,13 @@ impl<O: Outlet> Batcher<O> {
             .iter()
             .map(|contract| Form { contract: Arc::clone(contract), pads: Pads::of(contract) })
             .collect();
-        let seats = seats
-            .iter()
-            .map(|seat| Seat {
-                group: seat.group,
-                vacant: (0..seat.slots).map(|_| VacantSlot::default()).collect(),
-                running: 0,
-            })
-            .collect();
+        let slots = |slots: u32| (0..slots).map(|_| VacantSlot::default()).collect();
+        let vacant = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
         Batcher {
             scheduler,
             outlet,
             forms,
-            seats,
+            vacant,
             held: Vec::new(),
             tickets: vec![Vec::new(); shards],
             flights: Flights::default(),
@@ -109,7 +89,7 @@ impl<O: Outlet> Batcher<O> {
     pub fn take(&mut self, now: Moment, message: ToBatcher) {
         match message {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
-            ToBatcher::Finished(finished) => self.take_finished(finished),
+            ToBatcher::Finished(finished) => self.take_finished(now, finished),
             ToBatcher::Drain => self.scheduler.drain(),
             ToBatcher::SetQueueDelay { model, delay } => self.scheduler.set_queue_delay_max(model, delay),
             ToBatcher::Stop => {}
@@ -119,14 +99,12 @@ impl<O: Outlet> Batcher<O> {
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.expire(now);
-        self.fill_idle(now);
-        self.fill_spare(now);
+        let now = self.fill(now);
+        // Also who was given up meanwhile.
+        self.expire(now);
         self.mail_ends();
         self.publish_depth();
-        let seats = &self.seats;
-        let idle = |group| seats.iter().any(|seat| seat.group == group && seat.running == 0);
-        let next = self.scheduler.poll_timeout(idle);
-        match (next, self.flights.next()) {
+        match (self.scheduler.poll_timeout(now), self.flights.next()) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
         }
@@ -134,7 +112,7 @@ impl<O: Outlet> Batcher<O> {
 
     /// Nothing waits and nothing runs.
     pub fn is_idle(&self) -> bool {
-        self.scheduler.is_empty() && self.seats.iter().all(|seat| seat.running == 0)
+        self.scheduler.is_empty() && self.scheduler.running() == 0
     }
 
     pub fn scheduler(&self) -> &Scheduler {
@@ -166,6 +144,8 @@ impl<O: Outlet> Batcher<O> {
             bytes: request.payload.len() as u64,
             deadline: request.deadline,
             compose: request.compose,
+            class: request.class,
+            tenant: request.tenant,
         };
         let key = request.key;
         match self.scheduler.handle_arrival(now, arrival) {
@@ -192,18 +172,21 @@ impl<O: Outlet> Batcher<O> {
         (held.key == key).then_some(id)
     }
 
-    fn take_finished(&mut self, finished: Finished) {
-        let seat = &mut self.seats[finished.executor];
-        seat.running -= 1;
-        seat.vacant.push(finished.slot);
+    fn take_finished(&mut self, now: Moment, finished: Finished) {
+        self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
-        self.scheduler.handle_finished(finished.batch.model, finished.batch.cells_padded(), finished.service);
+        self.scheduler.handle_finished(now, &finished.batch, finished.service);
     }
 
     fn expire(&mut self, now: Moment) {
-        while let Some(id) = self.scheduler.poll_expired(now) {
+        while let Some(expired) = self.scheduler.poll_expired(now) {
+            let id = expired.id();
             let request = self.held[id.index()].take().expect("the scheduler's tickets are held here");
-            let refusal = Refusal::at_stage(Code::DeadlineExceeded, Stage::Queue, "the deadline came while waiting");
+            let message = match expired {
+                Expired::Due(_) => "the deadline came while waiting",
+                Expired::Hopeless(_) => "the deadline could no longer be met: a batch takes longer than what is left",
+            };
+            let refusal = Refusal::at_stage(Code::DeadlineExceeded, Stage::Queue, message);
             self.ended[usize::from(request.key.shard)].push((request.key, refusal));
         }
         while let Some(key) = self.flights.poll_expired(now) {
@@ -213,65 +196,25 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
-    /// Gives each idle executor a batch. All of them, before any gets a second one: no batch waits behind another
-    /// while an executor has nothing to do.
-    fn fill_idle(&mut self, mut now: Moment) {
-        for executor in 0..self.seats.len() {
-            while self.seats[executor].running == 0 {
-                let Some(ran) = self.give(now, executor, Vacancy::Idle) else { break };
-                if let Some(service) = ran {
-                    // It ran here and took its time; what waits behind it may have expired. The clock is not asked:
-                    // a simulation runs the same turns.
-                    now = now + service;
-                    self.expire(now);
-                }
-            }
-        }
-    }
-
-    /// Gives busy executors full batches for their spare slots, evenly.
-    fn fill_spare(&mut self, now: Moment) {
-        let slots_max = self.seats.iter().map(|seat| seat.running + seat.vacant.len() as u32).max().unwrap_or(0);
-        for depth in 1..slots_max {
-            for executor in 0..self.seats.len() {
-                if self.seats[executor].running == depth {
-                    self.give(now, executor, Vacancy::Spare);
-                }
-            }
-        }
-    }
-
-    /// Gives an executor a batch, if it has a vacant slot and there is a batch for it. Says how long it took when it
-    /// already ran.
-    fn give(&mut self, now: Moment, executor: usize, vacancy: Vacancy) -> Option<Option<Duration>> {
-        let seat = &mut self.seats[executor];
-        let slot = seat.vacant.pop()?;
-        let filled = self.next_batch(now, self.seats[executor].group, vacancy, slot, executor)?;
-        self.seats[executor].running += 1;
-        let finished = self.outlet.submit(executor, filled);
-        let service = finished.as_ref().map(|finished| finished.service);
-        if let Some(finished) = finished {
-            self.take_finished(finished);
-        }
-        Some(service)
-    }
-
-    /// Seals and packs the next batch into `slot`, or puts the slot back.
-    fn next_batch(
-        &mut self,
-        now: Moment,
-        group: Group,
-        vacancy: Vacancy,
-        mut slot: VacantSlot,
-        executor: usize,
-    ) -> Option<FilledSlot> {
+    /// Gives executors what the scheduler has for them. Returns the time then: a batch that ran here took its own, and
+    /// what waits behind it may have expired. The clock is not asked: a simulation runs the same turns.
+    fn fill(&mut self, mut now: Moment) -> Moment {
         let mut members = std::mem::take(&mut self.members);
-        let sealed = self.scheduler.poll_batch(now, group, vacancy, &mut members);
-        let Some(batch) = sealed else {
-            self.members = members;
-            self.seats[executor].vacant.push(slot);
-            return None;
-        };
+        while let Some(batch) = self.scheduler.poll_batch(now, &mut members) {
+            let filled = self.pack(batch, &members);
+            if let Some(finished) = self.outlet.submit(usize::from(batch.executor), filled) {
+                now = now + finished.service;
+                self.take_finished(now, finished);
+                self.expire(now);
+            }
+        }
+        self.members = members;
+        now
+    }
+
+    fn pack(&mut self, batch: SealedBatch, members: &[TicketId]) -> FilledSlot {
+        let vacant = self.vacant[usize::from(batch.executor)].pop();
+        let mut slot = vacant.expect("the scheduler gives an executor no more batches than it has slots");
         let metrics = self.telemetry.model(batch.model);
         metrics.batch_sealed(batch.reason, batch.rows, batch.rows_possible, batch.cells_real, batch.cells_padded());
         let form = &self.forms[batch.model.index()];
@@ -286,11 +229,10 @@ impl<O: Outlet> Batcher<O> {
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
         }
-        for id in &members {
+        for id in members {
             self.held[id.index()] = None;
         }
-        self.members = members;
-        Some(slot.fill(batch, clock::now()))
+        slot.fill(batch, clock::now())
     }
 
     /// Says what still waits, once for all that the turn changed.

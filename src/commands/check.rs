@@ -167,10 +167,12 @@ fn warnings(config: &Config, manifests: &[Manifest], cores: usize, memory_bytes:
                 frontend.output_bytes_max
             ));
         }
-        if batching.queue_delay_max >= config.drain_timeout {
+        if let Some(delay) = batching.queue_delay_max
+            && delay >= config.drain_timeout
+        {
             found.push(format!(
-                "{name}: batches wait up to {:?}, but a drain ends after {:?}",
-                batching.queue_delay_max, config.drain_timeout
+                "{name}: batches wait up to {delay:?}, but a drain ends after {:?}",
+                config.drain_timeout
             ));
         }
     }
@@ -217,13 +219,17 @@ impl Report {
             text += "models\n";
             for manifest in &self.manifests {
                 text += &format!(
-                    "  {} {}: batches up to {} rows and {} cells, buckets {:?}, queue delay up to {:?}, largest batch {}\n",
+                    "  {} {}: policy {}, batches up to {} rows and {} cells, buckets {:?}, queue delay {}, largest batch {}\n",
                     manifest.contract.name,
                     manifest.contract.version,
+                    manifest.batching.policy,
                     manifest.batching.rows_max,
                     manifest.batching.padded_cells_max,
                     manifest.batching.buckets,
-                    manifest.batching.queue_delay_max,
+                    manifest
+                        .batching
+                        .queue_delay_max
+                        .map_or("as long as it pays".to_owned(), |delay| format!("up to {delay:?}")),
                     size_text(batch_bytes_max(manifest)),
                 );
             }

@@ -9,6 +9,7 @@ pub mod infer;
 pub mod load;
 pub mod models;
 pub mod offline;
+pub mod replay;
 pub mod serve;
 
 use std::os::unix::process::CommandExt;

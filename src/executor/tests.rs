@@ -88,6 +88,7 @@ impl Rig {
         let batch = SealedBatch {
             id: self.batches,
             model,
+            executor: 0,
             rows,
             rows_possible: rows,
             padded_len,
@@ -154,6 +155,8 @@ fn request(contract: &Contract, model: ModelHandle, slot: u32, rows: u32, len: u
         received_at: Moment(0),
         deadline: None,
         compose: None,
+        class: Default::default(),
+        tenant: Default::default(),
         truncated: false,
     }
 }

@@ -94,8 +94,10 @@ impl Worker {
         }
     }
 
-    /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers.
-    pub fn warm(&mut self, model: ModelHandle, shapes: &[(u32, u32)]) -> Result<(), Refusal> {
+    /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Each shape twice:
+    /// returns how long the second run of each took.
+    pub fn warm(&mut self, model: ModelHandle, shapes: &[(u32, u32)]) -> Result<Vec<Duration>, Refusal> {
+        let mut times = Vec::with_capacity(shapes.len());
         let contract = Arc::clone(&self.contracts[model.index()]);
         let pads: Vec<Vec<u8>> = contract.inputs.iter().map(|spec| spec.pad_bytes()).collect();
         for (rows, len) in shapes.iter().copied() {
@@ -110,9 +112,15 @@ impl Worker {
             let mut output = BatchOutput::default();
             output.prepare(&contract, rows, len);
             let view = BatchView { contract: &contract, rows, padded_len: len, lens: &lens, inputs: &inputs };
-            self.executor.run(model, view, &mut output).map_err(|failure| failure.refusal)?;
+            let mut took = Duration::ZERO;
+            for _ in 0..2 {
+                let start = clock::now();
+                self.executor.run(model, view, &mut output).map_err(|failure| failure.refusal)?;
+                took = clock::now().since(start);
+            }
+            times.push(took);
         }
-        Ok(())
+        Ok(times)
     }
 
     fn take_finished(&mut self, contract: &Arc<Contract>, slot: &FilledSlot) -> Arc<FinishedBatch> {

@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::inflight::Owned;
+use crate::scheduler::TenantId;
 use crate::vocab::Moment;
 use crate::wire::{Decoder, Limits};
 
@@ -63,6 +64,7 @@ pub struct Connection {
     /// Listed among those to flush at the end of this burst.
     pub dirty: bool,
     pub owned: Owned,
+    pub tenant: TenantId,
     pub requests_in_flight: u32,
     pub bytes_in_flight: u64,
     pub last_id: u64,
@@ -90,6 +92,7 @@ impl Connection {
             dirty: false,
             owned: Owned::default(),
             requests_in_flight: 0,
+            tenant: TenantId::default(),
             bytes_in_flight: 0,
             last_id: 0,
             since: now,

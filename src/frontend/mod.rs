@@ -18,10 +18,11 @@ pub mod state;
 pub mod task;
 pub mod watchdog;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::contract::Contract;
+use crate::scheduler::TenantId;
 use crate::vocab::ModelHandle;
 
 /// Bounds and times of a shard. See config/limits.rs for what each trades.
@@ -55,6 +56,33 @@ pub struct Catalog {
     pub entries: Vec<CatalogEntry>,
     /// JSON document of the list of models.
     pub list_json: Vec<u8>,
+    pub tenants: TenantNames,
+}
+
+/// The tenants that have said hello, numbered. Taken once per connection.
+///
+/// Always true: at most [`TenantNames::MAX`] are told apart; whoever comes later is the first, "others" and the nameless.
+#[derive(Debug)]
+pub struct TenantNames(Mutex<Vec<String>>);
+
+impl TenantNames {
+    pub const MAX: usize = 1024;
+
+    fn new() -> TenantNames {
+        TenantNames(Mutex::new(vec![String::new()]))
+    }
+
+    pub fn id_of(&self, name: &str) -> TenantId {
+        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = names.iter().position(|known| known == name) {
+            return TenantId(at as u16);
+        }
+        if names.len() == TenantNames::MAX {
+            return TenantId(0);
+        }
+        names.push(name.to_owned());
+        TenantId((names.len() - 1) as u16)
+    }
 }
 
 #[derive(Debug)]
@@ -89,7 +117,7 @@ impl Catalog {
             })
             .collect();
         let list_json = serde_json::to_vec(&serde_json::json!({ "models": list })).expect("plain data");
-        Catalog { entries, list_json }
+        Catalog { entries, list_json, tenants: TenantNames::new() }
     }
 
     pub fn by_handle(&self, handle: ModelHandle) -> Option<&CatalogEntry> {

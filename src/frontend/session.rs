@@ -14,7 +14,7 @@ use super::inflight::Waiting;
 use super::state::{Burst, State};
 use crate::mail::Request;
 use crate::scatter::append_error;
-use crate::scheduler::Compose;
+use crate::scheduler::{Class, Compose};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
@@ -105,7 +105,9 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
         credit_bytes: options.credit_bytes,
     };
     let limits = Limits { metadata_bytes: Limits::METADATA_CEILING, payload_bytes: options.payload_bytes_max };
+    let tenant = state.catalog.tenants.id_of(&hello.tenant);
     let connection = state.output(at);
+    connection.tenant = tenant;
     connection.phase = Phase::Open;
     connection.decoder.set_limits(limits);
     append_frame(&mut connection.out, Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
@@ -237,6 +239,8 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         received_at: now,
         deadline,
         compose: (infer.compose_tag != 0).then_some(Compose { tag: infer.compose_tag, rows: infer.compose_rows }),
+        class: Class::from_priority(infer.priority),
+        tenant: connection.tenant,
         truncated: checked.text && infer.flags & INFER_TRUNCATE != 0,
     };
     Ok((request, checked.text))

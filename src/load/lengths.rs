@@ -17,14 +17,25 @@ pub enum Lengths {
         sigma: f64,
         max: u32,
     },
+    /// Two kinds of texts: around `short`, and this share around `long`, each with a deviation of a quarter.
+    Bimodal {
+        short: u32,
+        long: u32,
+        share: f64,
+    },
     /// Taken in turn, from the first again after the last.
     List(Vec<u32>),
 }
 
 impl Lengths {
-    /// Reads `fixed:64`, `uniform:8..128`, `lognormal:40,0.8,512` or `file:F` (one length per line).
+    /// Reads `fixed:64`, `uniform:8..128`, `lognormal:40,0.8,512`, `bimodal:16,256,0.15` or `file:F` (one length per line).
     pub fn parse(text: &str) -> Result<Lengths, String> {
-        let wrong = || format!("expected fixed:64, uniform:8..128, lognormal:MEAN,SIGMA,MAX or file:F, got {text:?}");
+        let wrong = || {
+            format!(
+                "expected fixed:64, uniform:8..128, lognormal:MEAN,SIGMA,MAX, bimodal:SHORT,LONG,SHARE-OF-LONG or file:F, \
+                 got {text:?}"
+            )
+        };
         let (kind, rest) = text.split_once(':').ok_or_else(wrong)?;
         let positive = |text: &str| text.trim().parse::<u32>().ok().filter(|len| *len > 0);
         match kind {
@@ -44,6 +55,16 @@ impl Lengths {
                         if mean > 0.0 && mean.is_finite() && sigma >= 0.0 && sigma.is_finite() =>
                     {
                         Ok(Lengths::LogNormal { mean, sigma, max })
+                    }
+                    _ => Err(wrong()),
+                }
+            }
+            "bimodal" => {
+                let fields: Vec<&str> = rest.split(',').map(str::trim).collect();
+                let [short, long, share] = fields[..] else { return Err(wrong()) };
+                match (positive(short), positive(long), share.parse::<f64>()) {
+                    (Some(short), Some(long), Ok(share)) if short <= long && (0.0..=1.0).contains(&share) => {
+                        Ok(Lengths::Bimodal { short, long, share })
                     }
                     _ => Err(wrong()),
                 }
@@ -82,6 +103,11 @@ impl Lengths {
                     let mu = mean.ln() - sigma * sigma / 2.0;
                     ((mu + sigma * rng.normal()).exp().round() as u32).clamp(1, *max)
                 }
+                Lengths::Bimodal { short, long, share } => {
+                    let center = if rng.unit() < *share { *long } else { *short };
+                    let around = 1.0 + 0.25 * rng.normal().clamp(-3.0, 3.0);
+                    (f64::from(center) * around).round().max(1.0) as u32
+                }
                 Lengths::List(lens) => {
                     turn += 1;
                     lens[(turn - 1) % lens.len()]
@@ -109,6 +135,9 @@ mod tests {
             "uniform:5",
             "lognormal:1,2",
             "lognormal:0,1,5",
+            "bimodal:16,256",
+            "bimodal:16,256,2",
+            "bimodal:256,16,0.5",
             "zipf:3",
         ] {
             assert!(Lengths::parse(wrong).is_err(), "{wrong:?} was taken");
@@ -132,6 +161,15 @@ mod tests {
         assert_eq!(lens, lengths.sampler(9).take(1000).collect::<Vec<_>>());
         let uniform: Vec<u32> = Lengths::Uniform(8, 10).sampler(9).take(1000).collect();
         assert!((8..=10).all(|len| uniform.contains(&len)));
+    }
+
+    #[test]
+    fn a_bimodal_has_two_modes_in_the_stated_shares() {
+        let lengths = Lengths::parse("bimodal:16,256,0.15").expect("well formed");
+        let lens: Vec<u32> = lengths.sampler(1).take(100_000).collect();
+        let long = lens.iter().filter(|len| **len > 60).count();
+        assert!((14_500..15_500).contains(&long), "{long} long ones");
+        assert!(lens.iter().all(|len| (4..=28).contains(len) || (64..=448).contains(len)));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use serde::de::{Deserializer, Visitor};
 
 use super::weights::WeightNames;
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec, TextSpec};
-use crate::scheduler::Buckets;
+use crate::scheduler::{Buckets, PadTo, Policy, PolicyKind};
 use crate::vocab::DType;
 
 /// A manifest that was not taken: where, and why.
@@ -60,7 +60,14 @@ pub struct Manifest {
 pub struct Batching {
     pub rows_max: u32,
     pub padded_cells_max: u64,
-    pub queue_delay_max: Duration,
+    /// None: as long as it pays.
+    pub queue_delay_max: Option<Duration>,
+    pub policy: PolicyKind,
+    /// Share of the executors beside other models.
+    pub weight: f64,
+    /// Slack of requests without a deadline, and the unit in which waiting is weighed.
+    pub slo: Duration,
+    pub pad_to: PadTo,
     /// Ascending, never empty; `[1]` for a model without a length, steps of an eighth where the manifest has none.
     pub buckets: Vec<u32>,
     /// Share of padding at which a shorter row no longer joins a longer batch; the server's default where none.
@@ -253,7 +260,15 @@ struct WrittenBatching {
     #[serde(default)]
     padded_cells_max: Option<u64>,
     #[serde(default)]
-    queue_delay_max_us: u64,
+    policy: Option<String>,
+    #[serde(default)]
+    queue_delay_max_us: Option<u64>,
+    #[serde(default)]
+    weight: Option<f64>,
+    #[serde(default)]
+    slo_ms: Option<f64>,
+    #[serde(default)]
+    pad_to: Option<String>,
     #[serde(default)]
     buckets: Option<Vec<u32>>,
     #[serde(default)]
@@ -453,6 +468,7 @@ fn check_pad(input: &TensorSpec) -> Result<(), String> {
 }
 
 fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batching, String> {
+    let written_buckets = written.buckets.is_some();
     let buckets = check_buckets(contract, written.buckets)?;
     let (shortest, longest) = (buckets[0], buckets[buckets.len() - 1]);
     let rows_max = written.rows_max;
@@ -482,10 +498,36 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
     {
         return Err(format!("[batching] fill_waste_max: expected a share from 0 to below 1, got {waste}"));
     }
+    let policy = match written.policy.as_deref() {
+        None => PolicyKind::default(),
+        Some(name) => PolicyKind::from_name(name).ok_or_else(|| {
+            let known = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+            format!("[batching] policy: expected one of {known}; got {name:?}")
+        })?,
+    };
+    let weight = written.weight.unwrap_or(1.0);
+    if !(0.001..=1000.0).contains(&weight) {
+        return Err(format!("[batching] weight: expected 0.001 to 1000, got {weight}"));
+    }
+    let slo_ms = written.slo_ms.unwrap_or(Policy::SLO.as_secs_f64() * 1e3);
+    if !(0.01..=600_000.0).contains(&slo_ms) {
+        return Err(format!("[batching] slo_ms: expected 0.01 to 600000, got {slo_ms}"));
+    }
+    let pad_to = match (written.pad_to.as_deref(), written_buckets) {
+        (Some("bucket"), _) | (None, true) => PadTo::Bucket,
+        (Some("longest"), _) | (None, false) => PadTo::Longest,
+        (Some(other), _) => {
+            return Err(format!("[batching] pad_to: expected \"bucket\" or \"longest\", got {other:?}"));
+        }
+    };
     Ok(Batching {
         rows_max,
         padded_cells_max,
-        queue_delay_max: Duration::from_micros(written.queue_delay_max_us),
+        queue_delay_max: written.queue_delay_max_us.map(Duration::from_micros),
+        policy,
+        weight,
+        slo: Duration::from_secs_f64(slo_ms / 1e3),
+        pad_to,
         buckets,
         fill_waste_max: written.fill_waste_max,
     })
@@ -711,7 +753,8 @@ normalize = true
         assert_eq!(manifest.contract.inputs[0].range, Some([0, 99]));
         assert_eq!(manifest.contract.text, Some(TextSpec { name: "text".into(), into: 0, bytes_max: 1000 }));
         assert_eq!(manifest.contract.rows_max, 8);
-        assert_eq!(manifest.batching.queue_delay_max, Duration::from_micros(1500));
+        assert_eq!(manifest.batching.queue_delay_max, Some(Duration::from_micros(1500)));
+        assert_eq!((manifest.batching.policy, manifest.batching.pad_to), (PolicyKind::Cost, PadTo::Bucket));
         assert_eq!(manifest.batching.fill_waste_max, Some(0.25));
         assert_eq!(manifest.queue.bytes_max, Some(1_000_000));
         assert_eq!(manifest.bert.as_ref().expect("has [model]").segments, 2);

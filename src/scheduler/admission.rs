@@ -108,9 +108,14 @@ impl DrainRate {
             if self.nanos_per_cell == 0.0 { sample } else { 0.9 * self.nanos_per_cell + 0.1 * sample };
     }
 
+    /// Expected time until `cells` are gone, in ns.
+    pub fn nanos(&self, cells: u64, executors: usize) -> f64 {
+        self.nanos_per_cell * cells as f64 / executors.max(1) as f64
+    }
+
     /// Time until `cells` are gone; between 1 ms and 10 s, so that a hint is neither noise nor for ever.
-    pub fn time_to_drain(&self, cells: u64) -> Duration {
-        let nanos = self.nanos_per_cell * cells as f64;
-        Duration::from_nanos(nanos as u64).clamp(Duration::from_millis(1), Duration::from_secs(10))
+    pub fn time_to_drain(&self, cells: u64, executors: usize) -> Duration {
+        Duration::from_nanos(self.nanos(cells, executors) as u64)
+            .clamp(Duration::from_millis(1), Duration::from_secs(10))
     }
 }

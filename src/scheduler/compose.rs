@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::lane::{Place, Tickets};
+use super::ticket::{Place, Tickets};
 use super::{Arrival, Compose, Policy, TicketId};
 use crate::vocab::{ModelHandle, Refusal};
 
@@ -26,6 +26,8 @@ pub struct Compositions {
     groups: BTreeMap<(ModelHandle, u64), Group>,
     /// Complete groups, in the order they became so.
     complete: std::collections::VecDeque<(ModelHandle, u64)>,
+    /// Which composition a ticket is in.
+    tags: BTreeMap<TicketId, u64>,
 }
 
 impl Compositions {
@@ -58,7 +60,8 @@ impl Compositions {
 
     pub fn join(&mut self, tickets: &mut Tickets, id: TicketId, model: ModelHandle, compose: Compose) {
         let ticket = &mut tickets[id];
-        ticket.place = Place::Composition(compose.tag);
+        ticket.place = Place::Composition;
+        self.tags.insert(id, compose.tag);
         let key = (model, compose.tag);
         let group = self.groups.entry(key).or_default();
         group.rows_wanted = compose.rows;
@@ -69,7 +72,8 @@ impl Compositions {
         }
     }
 
-    pub fn unlink(&mut self, tickets: &Tickets, id: TicketId, tag: u64) {
+    pub fn unlink(&mut self, tickets: &Tickets, id: TicketId) {
+        let tag = self.tags.remove(&id).expect("a ticket in a composition has its tag");
         let key = (tickets[id].model, tag);
         let group = self.groups.get_mut(&key).expect("a ticket in a composition is in its group");
         if group.rows == group.rows_wanted {
@@ -98,7 +102,8 @@ impl Compositions {
         let key = self.complete.remove(at).expect("just found");
         let group = self.groups.remove(&key).expect("a complete composition has its group");
         for id in &group.members {
-            tickets[*id].place = Place::Taken;
+            tickets[*id].place = Place::TakenComposed;
+            self.tags.remove(id);
         }
         members.extend_from_slice(&group.members);
         Some(key.0)

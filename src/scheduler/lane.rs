@@ -1,161 +1,135 @@
-//! Tickets in their places: one first-in first-out list per bucket, linked through the tickets themselves.
+//! One model's waiting tickets: a first-in first-out list for each tenant, class and bucket, linked through the tickets.
 //!
 //! Always true
-//! - Entering, leaving from anywhere and looking at the oldest are O(1); nothing is allocated after construction until
-//!   the queue is longer than ever before.
-//! - `rows` of a lane is the sum over its tickets; no deadline of a ticket in it is before `soonest`.
+//! - Entering, leaving from anywhere and looking at a head are O(1).
+//! - `rows` of a lane is the sum over its tickets. A class's sums over a bucket are those of its tenants' lanes.
 
-use std::ops::{Index, IndexMut};
+use super::due::Due;
+use super::ticket::{NONE, Place, Ticket, Tickets};
+use super::{Class, TicketId};
+use crate::vocab::Moment;
 
-use super::{Arrival, TicketId};
-use crate::vocab::{ModelHandle, Moment};
-
-const NONE: u32 = u32::MAX;
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    Free,
-    Lane,
-    /// In the composition with this tag.
-    Composition(u64),
-    /// Off its list, about to leave in the batch being sealed.
-    Taken,
-}
-
-#[derive(Clone, Debug)]
-pub struct Ticket {
-    pub model: ModelHandle,
-    pub place: Place,
-    pub rows: u32,
-    pub len: u32,
-    pub bucket: u16,
-    pub bytes: u64,
-    pub deadline: Option<Moment>,
-    pub admitted_at: Moment,
-    generation: u32,
-    next: u32,
-    prev: u32,
-}
-
-/// All tickets; places are reused, generations tell the users apart.
-#[derive(Debug)]
-pub struct Tickets {
-    entries: Vec<Ticket>,
-    free: Vec<u32>,
-}
-
-impl Tickets {
-    /// `expected` is the bound on waiting rows; memory is taken as the queue grows, at most for that many.
-    pub fn new(expected: u64) -> Tickets {
-        let start = expected.min(1024) as usize;
-        Tickets { entries: Vec::with_capacity(start), free: Vec::with_capacity(start) }
-    }
-
-    pub fn insert(&mut self, arrival: &Arrival, bucket: u16, deadline: Option<Moment>, now: Moment) -> TicketId {
-        let generation = |old: u32| old.wrapping_add(1);
-        let ticket = Ticket {
-            model: arrival.model,
-            place: Place::Taken,
-            rows: arrival.rows,
-            len: arrival.len,
-            bucket,
-            bytes: arrival.bytes,
-            deadline,
-            admitted_at: now,
-            generation: 0,
-            next: NONE,
-            prev: NONE,
-        };
-        match self.free.pop() {
-            Some(at) => {
-                let entry = &mut self.entries[at as usize];
-                *entry = Ticket { generation: generation(entry.generation), ..ticket };
-                TicketId(at)
-            }
-            None => {
-                self.entries.push(ticket);
-                TicketId(u32::try_from(self.entries.len() - 1).expect("rows waiting are bounded below 2^32"))
-            }
-        }
-    }
-
-    pub fn remove(&mut self, id: TicketId) {
-        let ticket = &mut self[id];
-        assert!(ticket.place != Place::Free, "a ticket leaves exactly once");
-        ticket.place = Place::Free;
-        self.free.push(id.0);
-    }
-
-    pub fn is_waiting(&self, id: TicketId) -> bool {
-        self.entries.get(id.index()).is_some_and(|ticket| matches!(ticket.place, Place::Lane | Place::Composition(_)))
-    }
-
-    pub fn generation(&self, id: TicketId) -> u32 {
-        self[id].generation
-    }
-
-    /// Whether the ticket that had this generation still waits.
-    pub fn still_waits(&self, id: TicketId, generation: u32) -> bool {
-        self.is_waiting(id) && self[id].generation == generation
-    }
-
-    pub fn admitted_at(&self, id: TicketId) -> Moment {
-        self[id].admitted_at
-    }
-}
-
-impl Index<TicketId> for Tickets {
-    type Output = Ticket;
-
-    fn index(&self, id: TicketId) -> &Ticket {
-        &self.entries[id.index()]
-    }
-}
-
-impl IndexMut<TicketId> for Tickets {
-    fn index_mut(&mut self, id: TicketId) -> &mut Ticket {
-        &mut self.entries[id.index()]
-    }
-}
-
-/// One bucket's waiters, oldest first.
+/// A list, oldest first.
 #[derive(Clone, Copy, Debug)]
 pub struct Lane {
     head: u32,
     tail: u32,
-    pub rows: u64,
-    /// No deadline in this lane is before this moment. May be too early once the ticket it came from has left:
-    /// [`Lanes::look_for_soonest`] finds out.
-    pub soonest: Moment,
+    pub rows: u32,
+    /// The head's deadline.
+    pub head_due: Moment,
 }
 
 impl Lane {
+    const EMPTY: Lane = Lane { head: NONE, tail: NONE, rows: 0, head_due: Moment::FAR };
+
     pub fn oldest(&self) -> Option<TicketId> {
         (self.head != NONE).then_some(TicketId(self.head))
     }
 }
 
-/// The lanes of one model, by bucket.
+/// What waits in one bucket and class, over all tenants.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sums {
+    pub rows: u32,
+    pub tickets: u32,
+    /// Σ rows/slack, in 1/ns.
+    pub urgency: f64,
+    /// Σ rows·arrival/slack: with `urgency`, the summed age of all rows in units of their slack, at any moment.
+    pub arrival: f64,
+}
+
+impl Sums {
+    /// Σ age/slack of the rows.
+    pub fn age(&self, now: Moment) -> f64 {
+        (now.nanos() as f64 * self.urgency - self.arrival).max(0.0)
+    }
+}
+
 #[derive(Debug)]
 pub struct Lanes {
+    buckets: u16,
+    /// Classes and tenants have lists of their own; otherwise all share those of the first.
+    fair: bool,
+    /// By tenant, class and bucket. Grows by a block for each tenant that ever waited here at the same time.
     lanes: Vec<Lane>,
+    /// By class and bucket.
+    sums: Vec<Sums>,
+    /// Tenants with a block.
+    pub tenants: u16,
 }
 
 impl Lanes {
-    pub fn new(buckets: usize) -> Lanes {
-        Lanes { lanes: vec![Lane { head: NONE, tail: NONE, rows: 0, soonest: Moment::FAR }; buckets] }
+    pub fn new(buckets: usize, fair: bool) -> Lanes {
+        let block = buckets * Class::COUNT;
+        Lanes {
+            buckets: buckets as u16,
+            fair,
+            lanes: vec![Lane::EMPTY; block],
+            sums: vec![Sums::default(); block],
+            tenants: 1,
+        }
     }
 
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = (u16, &Lane)> {
-        self.lanes.iter().enumerate().map(|(bucket, lane)| (bucket as u16, lane))
+    pub fn buckets(&self) -> u16 {
+        self.buckets
     }
 
-    pub fn len(&self) -> u16 {
-        self.lanes.len() as u16
+    fn at(&self, tenant: u16, class: Class, bucket: u16) -> usize {
+        (usize::from(tenant) * Class::COUNT + class.index()) * usize::from(self.buckets) + usize::from(bucket)
     }
 
-    pub fn lane(&self, bucket: u16) -> &Lane {
-        &self.lanes[usize::from(bucket)]
+    /// The list of a ticket: its tenant and class.
+    fn key(&self, ticket: &Ticket) -> (u16, Class) {
+        if self.fair { (ticket.tenant, ticket.class) } else { (0, Class::ALL[0]) }
+    }
+
+    fn sums_of(&mut self, class: Class, bucket: u16) -> &mut Sums {
+        &mut self.sums[class.index() * usize::from(self.buckets) + usize::from(bucket)]
+    }
+
+    /// Makes room for a tenant.
+    fn reach(&mut self, tenant: u16) {
+        if tenant >= self.tenants {
+            self.tenants = tenant + 1;
+            let block = usize::from(self.buckets) * Class::COUNT;
+            self.lanes.resize(block * usize::from(self.tenants), Lane::EMPTY);
+        }
+    }
+
+    pub fn lane(&self, tenant: u16, class: Class, bucket: u16) -> &Lane {
+        &self.lanes[self.at(tenant, class, bucket)]
+    }
+
+    pub fn sums(&self, class: Class, bucket: u16) -> &Sums {
+        &self.sums[class.index() * usize::from(self.buckets) + usize::from(bucket)]
+    }
+
+    /// Rows of a bucket, of all classes.
+    pub fn rows(&self, bucket: u16) -> u32 {
+        Class::ALL.iter().map(|class| self.sums(*class, bucket).rows).sum()
+    }
+
+    /// The soonest deadline among the heads of a bucket's lanes of one class.
+    pub fn head_due(&self, class: Class, bucket: u16) -> Moment {
+        (0..self.tenants).map(|tenant| self.lane(tenant, class, bucket).head_due).min().unwrap_or(Moment::FAR)
+    }
+
+    /// The ticket of a bucket that was admitted first.
+    pub fn oldest(&self, tickets: &Tickets, bucket: u16) -> Option<TicketId> {
+        let mut oldest: Option<TicketId> = None;
+        for class in Class::ALL {
+            if self.sums(class, bucket).tickets == 0 {
+                continue;
+            }
+            for tenant in 0..self.tenants {
+                if let Some(id) = self.lane(tenant, class, bucket).oldest()
+                    && oldest.is_none_or(|oldest| tickets[id].came_before(&tickets[oldest]))
+                {
+                    oldest = Some(id);
+                }
+            }
+        }
+        oldest
     }
 
     /// The ticket behind `id` in its lane.
@@ -164,12 +138,25 @@ impl Lanes {
         (next != NONE).then_some(TicketId(next))
     }
 
-    pub fn push_back(&mut self, tickets: &mut Tickets, id: TicketId) {
-        let lane = &mut self.lanes[usize::from(tickets[id].bucket)];
-        let tail = lane.tail;
-        lane.tail = id.0;
+    pub fn push_back(&mut self, tickets: &mut Tickets, due: &Due, id: TicketId) {
+        let ticket = &tickets[id];
+        let (tenant, class) = self.key(ticket);
+        self.reach(tenant);
+        let (rows, bucket, came) = (ticket.rows, ticket.bucket, ticket.admitted_at.nanos() as f64);
+        let weight = f64::from(ticket.urgency) * f64::from(rows);
+        let at = self.at(tenant, class, bucket);
+        let sums = self.sums_of(class, bucket);
+        sums.rows += rows;
+        sums.tickets += 1;
+        sums.urgency += weight;
+        sums.arrival += weight * came;
+        let deadline = due.of(tickets, id);
+        let lane = &mut self.lanes[at];
+        lane.rows += rows;
+        let tail = std::mem::replace(&mut lane.tail, id.0);
         if tail == NONE {
             lane.head = id.0;
+            lane.head_due = deadline;
         } else {
             tickets[TicketId(tail)].next = id.0;
         }
@@ -177,43 +164,42 @@ impl Lanes {
         ticket.place = Place::Lane;
         ticket.prev = tail;
         ticket.next = NONE;
-        lane.rows += u64::from(ticket.rows);
-        if let Some(deadline) = ticket.deadline {
-            lane.soonest = lane.soonest.min(deadline);
-        }
     }
 
-    /// The soonest deadline in a lane, [`Moment::FAR`] when there is none. Walks the lane: asked only when the bound
-    /// presses and the lane is not full, so it is shorter than a batch.
-    pub fn look_for_soonest(&mut self, tickets: &Tickets, bucket: u16) -> Moment {
-        let mut soonest = Moment::FAR;
-        let mut next = self.lane(bucket).oldest();
-        while let Some(id) = next {
-            soonest = soonest.min(tickets[id].deadline.unwrap_or(Moment::FAR));
-            next = self.after(tickets, id);
-        }
-        self.lanes[usize::from(bucket)].soonest = soonest;
-        soonest
-    }
-
-    /// Takes a ticket out of its lane; the caller sends it on its way.
-    pub fn unlink(&mut self, tickets: &mut Tickets, id: TicketId) {
+    /// Takes a ticket out of its lane; the caller sends it on its way. `due` still holds its deadline.
+    pub fn unlink(&mut self, tickets: &mut Tickets, due: &Due, id: TicketId) {
+        let (tenant, class) = self.key(&tickets[id]);
         let ticket = &mut tickets[id];
         assert!(ticket.place == Place::Lane, "only a ticket in a lane is unlinked");
         ticket.place = Place::Taken;
-        let (prev, next, bucket, rows) = (ticket.prev, ticket.next, ticket.bucket, ticket.rows);
-        let lane = &mut self.lanes[usize::from(bucket)];
-        lane.rows -= u64::from(rows);
-        if lane.rows == 0 {
-            lane.soonest = Moment::FAR;
+        let (prev, next, rows, bucket) = (ticket.prev, ticket.next, ticket.rows, ticket.bucket);
+        let weight = f64::from(ticket.urgency) * f64::from(rows);
+        let came = ticket.admitted_at.nanos() as f64;
+        let at = self.at(tenant, class, bucket);
+        let sums = self.sums_of(class, bucket);
+        sums.rows -= rows;
+        sums.tickets -= 1;
+        if sums.tickets == 0 {
+            // Rounding must not outlive the tickets it came from.
+            *sums = Sums::default();
+        } else {
+            sums.urgency -= weight;
+            sums.arrival -= weight * came;
         }
-        match prev {
-            NONE => lane.head = next,
-            prev => tickets[TicketId(prev)].next = next,
+        if next != NONE {
+            tickets[TicketId(next)].prev = prev;
         }
-        match next {
-            NONE => self.lanes[usize::from(bucket)].tail = prev,
-            next => tickets[TicketId(next)].prev = prev,
+        let head_due = if prev == NONE && next != NONE { due.of(tickets, TicketId(next)) } else { Moment::FAR };
+        let lane = &mut self.lanes[at];
+        lane.rows -= rows;
+        if next == NONE {
+            lane.tail = prev;
+        }
+        if prev == NONE {
+            lane.head = next;
+            lane.head_due = head_due;
+        } else {
+            tickets[TicketId(prev)].next = next;
         }
     }
 }

@@ -1,35 +1,52 @@
-//! Decides which requests share a batch, and when that batch is sealed.
+//! Decides which requests share a batch, when that batch is sealed, and which executor gets it.
 //!
 //! Pure: each input carries the moment it happened, so equal inputs give equal batches, in a unit test, in the
 //! simulation, or replayed from a recorded trace. No clock, I/O, thread or lock.
 //!
 //! Always true
-//! - A ticket is in one place: a lane, a composition, or gone. It leaves exactly once: sealed, expired or cancelled.
+//! - A ticket is in one place: a lane, a composition, given up, or gone. It leaves exactly once: sealed, expired or
+//!   cancelled.
 //! - A batch has at most `rows_max` rows and `cells_max` padded cells, and no row is longer than its padded length.
 //! - Rows, cells and bytes waiting never exceed the bounds of [`QueueLimits`]; what does not fit is refused, never queued.
 //! - An idle executor faces a non-empty queue only inside a window that [`Scheduler::poll_timeout`] ends.
+//! - Nothing is allocated in steady state, and 64 bytes at most are held for a waiting request.
 //!
-//! Elsewhere: copying bytes (executor/pack.rs), who executes (batcher), choosing limits (config/limits.rs). The policy,
-//! that is when to seal and what to take, is seal.rs alone.
+//! Elsewhere: copying bytes (executor/pack.rs), who executes (batcher), choosing limits (config/limits.rs). The policies
+//! are packing.rs (`cost`), lengths.rs (`buckets`) and fifo.rs (`window`, `greedy_tokens`).
 
 mod admission;
 mod bucket;
 mod compose;
-mod expiry;
+pub mod cost;
+pub mod decision;
+mod due;
+mod fifo;
 mod lane;
-mod seal;
+mod lengths;
+mod packing;
+mod policy;
+mod seats;
+mod tenants;
+mod ticket;
 
 use std::time::Duration;
 
 pub use admission::QueueLimits;
 pub use bucket::Buckets;
-pub use seal::Policy;
+pub use policy::{Class, Group, PadTo, Policy, PolicyKind, Tuning};
+pub use seats::{Running, Seat, SeatSpec};
 
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, SealReason, Stage};
 use admission::Totals;
 use compose::Compositions;
-use expiry::Expiry;
-use lane::{Lanes, Place, Tickets};
+use cost::CostModel;
+use decision::{Decision, DecisionLog, Verdict};
+use due::Due;
+use lane::Lanes;
+use packing::{Outcome, Outlook, Packer, Plan};
+use seats::Seats;
+use tenants::Tenants;
+use ticket::{Place, Ticket, Tickets};
 
 /// An admitted request, as the scheduler knows it. Its number is reused after it left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +57,10 @@ impl TicketId {
         self.0 as usize
     }
 }
+
+/// On whose behalf a request came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TenantId(pub u16);
 
 /// A test's wish: requests with this tag form exactly one batch of `rows` rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +80,8 @@ pub struct Arrival {
     pub bytes: u64,
     pub deadline: Option<Moment>,
     pub compose: Option<Compose>,
+    pub class: Class,
+    pub tenant: TenantId,
 }
 
 /// A batch whose rows are final. Its members were written to the list given to [`Scheduler::poll_batch`].
@@ -67,6 +90,8 @@ pub struct SealedBatch {
     /// Counted from 1 since the scheduler was made.
     pub id: u64,
     pub model: ModelHandle,
+    /// Place of its executor in the list given to [`Scheduler::new`].
+    pub executor: u16,
     pub rows: u32,
     /// Rows that would have fitted at this padded length.
     pub rows_possible: u32,
@@ -83,32 +108,76 @@ impl SealedBatch {
     }
 }
 
-/// Which executors run a model. Models of one group compete for its executors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Group {
-    /// The executor threads.
-    #[default]
-    Executors,
-    /// The batcher's own thread, for models whose whole batch costs less than handing it to another thread.
-    Inline,
-}
-
-/// How the executor that asks for a batch stands.
+/// A waiting ticket whose time is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Vacancy {
-    /// It has nothing to do.
-    Idle,
-    /// It is running a batch and has a spare slot. Only a full batch is worth binding now: another row might still
-    /// join any other. And only as long as nobody is overtaken for longer than a batch takes.
-    Spare,
+pub enum Expired {
+    /// Its deadline came.
+    Due(TicketId),
+    /// It could not be done by its deadline any more, even alone and at once.
+    Hopeless(TicketId),
 }
 
-/// The waiting rows of one model.
+impl Expired {
+    pub fn id(self) -> TicketId {
+        match self {
+            Expired::Due(id) | Expired::Hopeless(id) => id,
+        }
+    }
+}
+
+/// Everything about one model.
 #[derive(Debug)]
 struct ModelQueue {
     policy: Policy,
+    /// Raised with each change of the policy.
+    generation: u32,
     lanes: Lanes,
+    /// Deadlines of those in lanes, and of those in compositions.
+    due: Due,
+    due_composed: Due,
     totals: Totals,
+    tenants: Tenants,
+    packer: Packer,
+    cost: CostModel,
+    service: lengths::ServiceTime,
+    /// Executor time used, by weight: the model of a group that is furthest behind goes first.
+    used: f64,
+    last_arrival: Option<Moment>,
+    /// When to ask it again, as the last decisions said.
+    hold: Option<Moment>,
+    /// It has been holding rows back since its last batch.
+    holding: bool,
+}
+
+impl ModelQueue {
+    fn view<'a>(&'a self, tickets: &'a Tickets) -> lengths::View<'a> {
+        lengths::View { lanes: &self.lanes, tickets, due: &self.due, policy: &self.policy, service: self.service }
+    }
+
+    fn hold_until(&mut self, moment: Moment) {
+        self.hold = Some(self.hold.map_or(moment, |hold| hold.min(moment)));
+    }
+
+    /// Expected time of the batch that it would most likely give, in ns.
+    fn typical_batch(&self) -> f64 {
+        self.service.mean().as_nanos() as f64
+    }
+}
+
+/// How an executor that can take a batch stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Vacancy {
+    /// It has nothing to do.
+    Idle,
+    /// It is running a batch and has a spare slot.
+    Spare,
+}
+
+/// What a model would do with a vacancy.
+enum Proposal {
+    Prefix(lengths::Choice),
+    Bucket(lengths::Choice),
+    Packed(Plan),
 }
 
 /// The scheduler: `handle_*` takes what happened, `poll_*` says what to do.
@@ -117,30 +186,62 @@ pub struct Scheduler {
     limits: QueueLimits,
     tickets: Tickets,
     models: Vec<ModelQueue>,
+    seats: Seats,
     totals: Totals,
-    expiry: Expiry,
     compositions: Compositions,
+    /// Given up, and to be told.
+    shed: Vec<TicketId>,
     batches: u64,
     draining: bool,
     drain_rate: admission::DrainRate,
+    /// Executor time by weight at which the last batch of each group was given.
+    used: [f64; 2],
+    log: DecisionLog,
 }
 
+/// A model counts as active for this long after its last request, so that a slow one leaves it an executor.
+const ACTIVE: Duration = Duration::from_secs(2);
+/// A model whose batches take this many times longer than another's is slow beside it.
+const SLOW: f64 = 4.0;
+/// Batches are bound to a busy executor at most so long before it is expected to be free.
+const LEAD_MAX: f64 = 500_000.0;
+
 impl Scheduler {
-    pub fn new(limits: QueueLimits, policies: Vec<Policy>) -> Scheduler {
+    pub fn new(limits: QueueLimits, policies: Vec<Policy>, seats: &[SeatSpec]) -> Scheduler {
+        let bound = limits.rows_max.min(ticket::RESERVE_MAX) as usize;
+        let reserve = if limits.rows_max == u64::MAX { 1024 } else { bound };
         let models = policies
             .into_iter()
-            .map(|policy| ModelQueue { lanes: Lanes::new(policy.buckets.len()), policy, totals: Totals::default() })
+            .map(|policy| ModelQueue {
+                lanes: Lanes::new(policy.buckets.len(), policy.kind.is_fair()),
+                due: Due::with_capacity(reserve),
+                due_composed: Due::default(),
+                totals: Totals::default(),
+                tenants: Tenants::new(),
+                packer: Packer::new(policy.buckets.len()),
+                cost: CostModel::default(),
+                service: Default::default(),
+                used: 0.0,
+                last_arrival: None,
+                hold: None,
+                holding: false,
+                generation: 1,
+                policy,
+            })
             .collect();
         Scheduler {
             limits,
-            tickets: Tickets::new(limits.rows_max),
+            tickets: Tickets::new(reserve as u64),
             models,
+            seats: Seats::new(seats),
             totals: Totals::default(),
-            expiry: Expiry::new(limits.rows_max),
             compositions: Compositions::default(),
+            shed: Vec::with_capacity(1024),
             batches: 0,
             draining: false,
             drain_rate: admission::DrainRate::default(),
+            used: [0.0; 2],
+            log: DecisionLog::default(),
         }
     }
 
@@ -155,11 +256,21 @@ impl Scheduler {
         }
         let bucket = admission::fits_any_batch(&queue.policy, &arrival)?;
         let asked = Totals::of(&arrival, queue.policy.buckets.len_at(bucket));
-        let wait = || self.drain_rate.time_to_drain(self.totals.cells);
+        let executors = self.seats.count(queue.policy.group);
+        let wait = || self.drain_rate.time_to_drain(self.totals.cells, executors);
         self.limits.check(&self.totals, &asked, "server", wait)?;
         queue.policy.queue.check(&queue.totals, &asked, "model", wait)?;
         if let Some(compose) = arrival.compose {
             self.compositions.check(&queue.policy, &arrival, compose)?;
+        } else if queue.policy.kind == PolicyKind::Cost
+            && let Err((refusal, predicted)) = self.admit_by_forecast(now, &arrival, &asked)
+        {
+            self.log.push(Decision {
+                verdict: Verdict::Refused,
+                predicted,
+                ..self.decision(now, arrival.model, u64::from(arrival.len), arrival.rows)
+            });
+            return Err(refusal);
         }
 
         let deadline = match arrival.compose {
@@ -167,18 +278,62 @@ impl Scheduler {
             Some(_) => Some(arrival.deadline.unwrap_or(Moment::FAR).min(now + compose::WAIT_MAX)),
             None => arrival.deadline,
         };
-        let id = self.tickets.insert(&arrival, bucket, deadline, now);
-        self.totals.add(&asked);
         let queue = &mut self.models[arrival.model.index()];
+        let slack = deadline.map_or(queue.policy.slo, |deadline| deadline.since(now));
+        let urgency = 1.0 / (slack.as_nanos() as f64).max(1.0);
+        let tenant = queue.tenants.arrive(arrival.tenant, asked.cells);
+        let id = self.tickets.insert(&arrival, bucket, tenant, urgency as f32, now);
+        self.totals.add(&asked);
         queue.totals.add(&asked);
+        if let Some(deadline) = deadline {
+            let due = if arrival.compose.is_some() { &mut queue.due_composed } else { &mut queue.due };
+            due.insert(&mut self.tickets, id, deadline);
+        }
+        queue.packer.arrived(now);
+        queue.last_arrival = Some(now);
+        if queue.totals.rows == asked.rows {
+            // It comes back from rest: rest earns nothing.
+            queue.used = queue.used.max(self.used[queue.policy.group as usize]);
+        }
         match arrival.compose {
             Some(compose) => self.compositions.join(&mut self.tickets, id, arrival.model, compose),
-            None => queue.lanes.push_back(&mut self.tickets, id),
-        }
-        if let Some(deadline) = deadline {
-            self.expiry.push(deadline, id, self.tickets.generation(id));
+            None => queue.lanes.push_back(&mut self.tickets, &queue.due, id),
         }
         Ok(id)
+    }
+
+    /// Refuses what cannot be done in time, and the heaviest of several tenants while the queue is long. With the forecast
+    /// behind it, in ns.
+    fn admit_by_forecast(&self, now: Moment, arrival: &Arrival, asked: &Totals) -> Result<(), (Refusal, u64)> {
+        let queue = &self.models[arrival.model.index()];
+        let Some(deadline) = arrival.deadline else { return Ok(()) };
+        let slack = deadline.since(now).as_nanos() as f64;
+        let alone = queue.cost.predict(arrival.rows, arrival.len);
+        // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
+        if alone > slack && queue.totals.rows > 0 {
+            let message = format!(
+                "the deadline cannot be met: {:.1} ms are left, and {} rows of length {} take {:.1} ms alone",
+                slack / 1e6,
+                arrival.rows,
+                arrival.len,
+                alone / 1e6
+            );
+            return Err((Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, message), alone as u64));
+        }
+        let fair = queue.policy.tuning.fair_admission;
+        if fair > 0.0 && queue.tenants.active() > 0 && queue.tenants.is_heaviest(arrival.tenant, asked.cells) {
+            let executors = self.seats.count(queue.policy.group);
+            let wait = self.drain_rate.nanos(queue.totals.cells + asked.cells, executors);
+            if wait > fair * slack {
+                let message = format!(
+                    "the queue takes {:.1} ms to drain, and this tenant has the most of it; others come first",
+                    wait / 1e6
+                );
+                let retry_after = Duration::from_nanos((wait - fair * slack) as u64).max(Duration::from_millis(1));
+                return Err((Refusal::overloaded(message, retry_after), wait as u64));
+            }
+        }
+        Ok(())
     }
 
     /// Takes a waiting ticket out. False when it already left: sealed, expired or cancelled before.
@@ -190,86 +345,302 @@ impl Scheduler {
         true
     }
 
-    /// The next waiting ticket whose deadline has come. Call until `None`.
-    pub fn poll_expired(&mut self, now: Moment) -> Option<TicketId> {
-        let id = self.expiry.pop_due(now, &self.tickets)?;
+    /// The next waiting ticket whose time is over. Call until `None`, after [`Scheduler::poll_batch`] too.
+    pub fn poll_expired(&mut self, now: Moment) -> Option<Expired> {
+        if let Some(id) = self.shed.pop() {
+            let ticket = &self.tickets[id];
+            let (model, len, rows) = (ticket.model, ticket.len, ticket.rows);
+            let decision = Decision {
+                verdict: Verdict::Shed,
+                predicted: self.models[model.index()].cost.predict(rows, len) as u64,
+                ..self.decision(now, model, u64::from(len), rows)
+            };
+            self.log.push(decision);
+            self.forget(id);
+            return Some(Expired::Hopeless(id));
+        }
+        let dues = self.models.iter().flat_map(|queue| [&queue.due, &queue.due_composed]);
+        let (_, id) = dues.filter_map(Due::first).min().filter(|(deadline, _)| *deadline <= now)?;
         self.leave(id);
-        Some(id)
+        Some(Expired::Due(id))
     }
 
-    /// Seals the batch that should run next, if one should. `members` is cleared and filled in row order.
+    /// Seals the batch that should run next, if one should, and says which executor gets it. `members` is cleared and
+    /// filled in row order. Call until `None`.
+    ///
+    /// Idle executors come first, all of them, before any gets a second batch: no batch waits behind another while an
+    /// executor has nothing to do.
     ///
     /// Hot: once per batch. Guarded by benches/scheduler.rs.
-    pub fn poll_batch(
-        &mut self,
-        now: Moment,
-        group: Group,
-        vacancy: Vacancy,
-        members: &mut Vec<TicketId>,
-    ) -> Option<SealedBatch> {
+    pub fn poll_batch(&mut self, now: Moment, members: &mut Vec<TicketId>) -> Option<SealedBatch> {
         members.clear();
         if self.totals.rows == 0 {
             return None;
         }
+        self.models.iter_mut().for_each(|queue| queue.hold = None);
+        for group in [Group::Inline, Group::Executors] {
+            if let Some(seat) = self.seats.idle_seat(group)
+                && let Some(batch) = self.poll_seat(now, seat, Vacancy::Idle, members)
+            {
+                return Some(batch);
+            }
+        }
+        let deepest = self.seats.seats.iter().map(|seat| seat.slots as usize).max().unwrap_or(0);
+        for depth in 1..deepest {
+            for seat in 0..self.seats.seats.len() {
+                let candidate = &self.seats.seats[seat];
+                if candidate.running.len() == depth
+                    && candidate.has_room()
+                    && self.seats.idle(candidate.group) == 0
+                    && let Some(batch) = self.poll_seat(now, seat, Vacancy::Spare, members)
+                {
+                    return Some(batch);
+                }
+            }
+        }
+        None
+    }
+
+    fn poll_seat(
+        &mut self,
+        now: Moment,
+        seat: usize,
+        vacancy: Vacancy,
+        members: &mut Vec<TicketId>,
+    ) -> Option<SealedBatch> {
+        let group = self.seats.seats[seat].group;
         let models = &self.models;
         let runs_here = |model: ModelHandle| models[model.index()].policy.group == group;
         match vacancy {
             Vacancy::Idle => {
                 if let Some(model) = self.compositions.take_complete(&mut self.tickets, runs_here, members) {
-                    return Some(self.seal(now, model, SealReason::Composed, members));
+                    return Some(self.seal(now, model, seat, SealReason::Composed, None, members));
                 }
             }
             // They wait for an idle executor, so one has to become idle.
             Vacancy::Spare if self.compositions.has_complete(runs_here) => return None,
             Vacancy::Spare => {}
         }
-        let mut best: Option<(Moment, usize, seal::Choice)> = None;
-        for (index, queue) in self.models.iter_mut().enumerate() {
-            if queue.policy.group != group || queue.totals.rows == 0 {
+        let mut best: Option<((f64, Moment), usize, Proposal)> = None;
+        for index in 0..self.models.len() {
+            let queue = &self.models[index];
+            if queue.policy.group != group || queue.totals.rows == 0 || !self.may_use(index, vacancy, now) {
                 continue;
             }
-            let choice = seal::choose(&mut queue.lanes, &self.tickets, &queue.policy, vacancy, self.draining, now);
-            if let Some(choice) = choice
-                && best.as_ref().is_none_or(|(oldest, ..)| choice.oldest < *oldest)
+            let used = queue.used;
+            if let Some((oldest, proposal)) = self.propose(now, index, seat, vacancy)
+                && best.as_ref().is_none_or(|(before, ..)| (used, oldest) < *before)
             {
-                best = Some((choice.oldest, index, choice));
+                best = Some(((used, oldest), index, proposal));
             }
         }
-        let (oldest, index, choice) = best?;
+        let ((_, oldest), index, proposal) = best?;
+        // A full batch may not take the slot that somebody else has waited for longer than a batch takes.
         let overtakes = |queue: &ModelQueue| {
             queue.policy.group == group
+                && queue.policy.kind != PolicyKind::Cost
                 && queue.totals.rows > 0
-                && seal::is_overtaken(&queue.lanes, &self.tickets, &queue.policy, oldest, now)
+                && queue.view(&self.tickets).is_overtaken(oldest, now)
         };
         if vacancy == Vacancy::Spare && self.models.iter().any(overtakes) {
             return None;
         }
+        let model = ModelHandle(index as u16);
         let queue = &mut self.models[index];
-        seal::take_rows(&mut queue.lanes, &mut self.tickets, &queue.policy, choice.bucket, members);
-        assert!(!members.is_empty(), "a lane is chosen only when its head fits a batch");
-        Some(self.seal(now, ModelHandle(index as u16), choice.reason, members))
+        let ModelQueue { lanes, due, policy, packer, cost, tenants, .. } = queue;
+        let (reason, plan) = match proposal {
+            Proposal::Prefix(choice) => {
+                fifo::take(lanes, &mut self.tickets, policy, members);
+                members.iter().for_each(|id| lanes.unlink(&mut self.tickets, due, *id));
+                (choice.reason, None)
+            }
+            Proposal::Bucket(choice) => {
+                lengths::take(lanes, &mut self.tickets, due, policy, choice.bucket, members);
+                (choice.reason, None)
+            }
+            Proposal::Packed(plan) => {
+                let tickets = &mut self.tickets;
+                let shed = &mut self.shed;
+                packing::Queue { packer, lanes, tickets, due, policy, cost, shed }.take(&plan, tenants, members);
+                (plan.reason, Some(plan))
+            }
+        };
+        assert!(!members.is_empty(), "a batch is chosen only when its first ticket fits");
+        Some(self.seal(now, model, seat, reason, plan, members))
     }
 
-    /// When [`Scheduler::poll_expired`] or [`Scheduler::poll_batch`] may next have something without a new event.
-    /// `idle` says whether an executor of a group is idle: windows of its models matter only then.
-    pub fn poll_timeout(&mut self, idle: impl Fn(Group) -> bool) -> Option<Moment> {
-        let deadline = self.expiry.next(&self.tickets);
-        let window = self
-            .models
-            .iter()
-            .filter(|queue| queue.totals.rows > 0 && idle(queue.policy.group))
-            .filter_map(|queue| seal::next_window_end(&queue.lanes, &self.tickets, &queue.policy))
-            .min();
-        match (deadline, window) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
+    /// Whether a model may take an executor that the others of its group would miss: one whose batches take much longer
+    /// than another active model's holds no more executors than its share, rounded up.
+    fn may_use(&self, index: usize, vacancy: Vacancy, now: Moment) -> bool {
+        let queue = &self.models[index];
+        let group = queue.policy.group;
+        let executors = self.seats.count(group);
+        if executors < 2 || self.models.len() < 2 {
+            return true;
+        }
+        let mine = queue.typical_batch();
+        let (mut weights, mut hurts) = (queue.policy.weight, false);
+        for (other, rival) in self.models.iter().enumerate() {
+            let active = rival.last_arrival.is_some_and(|last| now.since(last) < ACTIVE);
+            if other == index || rival.policy.group != group || !active {
+                continue;
+            }
+            weights += rival.policy.weight;
+            hurts |= mine > SLOW * rival.typical_batch();
+        }
+        if !hurts {
+            return true;
+        }
+        let share = (executors as f64 * queue.policy.weight / weights).ceil().min(executors as f64 - 1.0);
+        let held = self.seats.running_of(ModelHandle(index as u16));
+        match vacancy {
+            Vacancy::Idle => (held as f64) < share,
+            // Behind a running batch it would hold the executor for two of them.
+            Vacancy::Spare => false,
         }
     }
 
-    /// A batch came back after `service`: the queue drains at its pace, and deadlines are kept by it.
-    pub fn handle_finished(&mut self, model: ModelHandle, cells_padded: u64, service: Duration) {
-        self.drain_rate.observe(cells_padded, service);
-        self.models[model.index()].policy.service.observe(service);
+    /// What one model would run on this seat, and since when its oldest row waits.
+    fn propose(&mut self, now: Moment, index: usize, seat: usize, vacancy: Vacancy) -> Option<(Moment, Proposal)> {
+        let idle = vacancy == Vacancy::Idle;
+        let queue = &mut self.models[index];
+        match queue.policy.kind {
+            PolicyKind::Window | PolicyKind::GreedyTokens => {
+                let ModelQueue { lanes, policy, .. } = queue;
+                let choice = fifo::choose(lanes, &mut self.tickets, policy, idle, self.draining, now)?;
+                Some((choice.oldest, Proposal::Prefix(choice)))
+            }
+            PolicyKind::Buckets => {
+                let choice = queue.view(&self.tickets).choose(idle, self.draining, now)?;
+                Some((choice.oldest, Proposal::Bucket(choice)))
+            }
+            PolicyKind::Cost => self.propose_packed(now, index, seat),
+        }
+    }
+
+    fn propose_packed(&mut self, now: Moment, index: usize, seat: usize) -> Option<(Moment, Proposal)> {
+        let binds_at = self.binds_at(index, seat);
+        let queue = &mut self.models[index];
+        if now < binds_at {
+            queue.hold_until(binds_at);
+            return None;
+        }
+        let group = queue.policy.group;
+        let sharing = f64::from(self.seats.executors_of(seat));
+        let executors = self.seats.count(group) as f64 / sharing;
+        let device_free = match self.seats.is_shared(seat) {
+            true => self.seats.devices[usize::from(self.seats.seats[seat].device)].free_at,
+            false => Moment::ZERO,
+        };
+        let others_idle = sharing <= 1.0 && self.seats.idle(group) > usize::from(self.seats.seats[seat].is_idle());
+        let start = now.max(self.seats.seats[seat].free_at());
+        let outlook = Outlook { now, start, device_free, executors, sharing, others_idle, draining: self.draining };
+        let ModelQueue { lanes, due, policy, packer, cost, .. } = queue;
+        let (tickets, shed) = (&mut self.tickets, &mut self.shed);
+        match (packing::Queue { packer, lanes, tickets, due, policy, cost, shed }).decide(&outlook) {
+            Outcome::Nothing => None,
+            Outcome::Hold(until) => {
+                queue.hold_until(until);
+                if !std::mem::replace(&mut queue.holding, true) {
+                    let predicted = until.since(now).as_nanos() as u64;
+                    let decision = Decision { predicted, ..self.decision(now, ModelHandle(index as u16), 0, 0) };
+                    self.log.push(decision);
+                }
+                None
+            }
+            Outcome::Seal(plan) => Some((Moment::ZERO, Proposal::Packed(plan))),
+        }
+    }
+
+    /// When a batch of this model may be bound to a seat: not much before the seat, or the device that it shares, is
+    /// expected to be free. Another row might still join, until then.
+    fn binds_at(&self, index: usize, seat: usize) -> Moment {
+        let fixed = 1.15 * self.models[index].cost.coefficients().batch;
+        let at = &self.seats.seats[seat];
+        if self.seats.is_shared(seat) {
+            let free_at = self.seats.devices[usize::from(at.device)].free_at.max(at.free_at());
+            return free_at - Duration::from_nanos(fixed as u64);
+        }
+        if at.is_idle() {
+            return Moment::ZERO;
+        }
+        at.free_at() - Duration::from_nanos(fixed.min(LEAD_MAX) as u64)
+    }
+
+    /// When [`Scheduler::poll_expired`] or [`Scheduler::poll_batch`] may next have something without a new event. Ask
+    /// after [`Scheduler::poll_batch`] said `None` at `now`.
+    pub fn poll_timeout(&self, now: Moment) -> Option<Moment> {
+        let mut next: Option<Moment> = None;
+        let mut at = |moment: Moment| next = Some(next.map_or(moment, |next| next.min(moment)));
+        for queue in &self.models {
+            for due in [&queue.due, &queue.due_composed] {
+                if let Some((deadline, _)) = due.first() {
+                    at(deadline);
+                }
+            }
+            if queue.totals.rows == 0 {
+                continue;
+            }
+            match queue.policy.kind {
+                PolicyKind::Cost => {
+                    if let Some(hold) = queue.hold.filter(|hold| *hold > now) {
+                        at(hold);
+                    }
+                }
+                kind => {
+                    let view = queue.view(&self.tickets);
+                    let end = match kind {
+                        PolicyKind::Buckets => view.next_window_end(),
+                        _ => view.window_end(),
+                    };
+                    if let Some(end) = end.filter(|end| *end > now && self.seats.idle(queue.policy.group) > 0) {
+                        at(end);
+                    }
+                }
+            }
+        }
+        next
+    }
+
+    /// A batch came back after `service`, the time its executor spent on it.
+    pub fn handle_finished(&mut self, now: Moment, batch: &SealedBatch, service: Duration) {
+        let seat = &mut self.seats.seats[usize::from(batch.executor)];
+        let at = seat.running.iter().position(|running| running.batch == batch.id);
+        let running = seat.running.remove(at.expect("a batch finishes once, on the executor that it was given to"));
+        let device = seat.device;
+        // What is behind it starts now, whatever was expected.
+        let mut free = now;
+        for behind in &mut seat.running {
+            behind.started = free;
+            behind.until = free + Duration::from_nanos(behind.predicted as u64);
+            free = behind.until;
+        }
+        let shared = self.seats.is_shared(usize::from(batch.executor));
+        let queue = &mut self.models[batch.model.index()];
+        let took = service.as_nanos() as f64;
+        queue.used += (took - running.predicted) / queue.policy.weight;
+        queue.service.observe(service);
+        self.drain_rate.observe(batch.cells_padded(), service);
+        if !shared {
+            queue.cost.observe(batch.rows, batch.padded_len, service, true);
+            return;
+        }
+        // On a shared device a batch waits for the one before: what it took from the device is the time since.
+        let device = &mut self.seats.devices[usize::from(device)];
+        let fixed = Duration::from_nanos(queue.cost.coefficients().batch as u64);
+        let last = device.last_finish;
+        if last > running.started + fixed {
+            queue.cost.observe(batch.rows, batch.padded_len, now.since(last), false);
+        } else {
+            queue.cost.observe(batch.rows, batch.padded_len, service, true);
+        }
+        device.last_finish = now;
+        self.seats.expect_free(usize::from(batch.executor), now);
+    }
+
+    /// A batch of this shape was run for warming up, and took so long.
+    pub fn prime(&mut self, model: ModelHandle, rows: u32, padded_len: u32, took: Duration) {
+        self.models[model.index()].cost.observe(rows, padded_len, took, true);
     }
 
     /// From now on nothing is held back. What arrives was accepted before the drain and is still served.
@@ -277,13 +648,83 @@ impl Scheduler {
         self.draining = true;
     }
 
+    pub fn policy(&self, model: ModelHandle) -> &Policy {
+        &self.models[model.index()].policy
+    }
+
+    /// Replaces a model's policy while it serves. Returns its generation. Nothing that waits is lost: rows that no longer
+    /// fit a batch stay under the budgets that they were admitted with.
+    pub fn set_policy(&mut self, model: ModelHandle, policy: Policy) -> Result<u32, Refusal> {
+        let queue = &mut self.models[model.index()];
+        let relane = policy.buckets != queue.policy.buckets || policy.kind.is_fair() != queue.policy.kind.is_fair();
+        let shrinks = policy.rows_max < queue.policy.rows_max
+            || policy.cells_max < queue.policy.cells_max
+            || policy.buckets.longest() < queue.policy.buckets.longest();
+        let fits = |ticket: &Ticket| {
+            let bucket = policy.buckets.of(ticket.len);
+            bucket.is_some_and(|bucket| ticket.rows <= policy.rows_at(policy.buckets.len_at(bucket)))
+        };
+        if shrinks && let Some(id) = self.tickets.of(model).find(|id| !fits(&self.tickets[*id])) {
+            let ticket = &self.tickets[id];
+            return Err(Refusal::overloaded(
+                format!(
+                    "a waiting request of {} rows of length {} would fit no batch; try again when it is gone",
+                    ticket.rows, ticket.len
+                ),
+                Duration::from_millis(10),
+            ));
+        }
+        if relane {
+            let mut ids: Vec<TicketId> = self.tickets.of(model).collect();
+            ids.sort_by(|a, b| match self.tickets[*a].came_before(&self.tickets[*b]) {
+                true => std::cmp::Ordering::Less,
+                false => std::cmp::Ordering::Greater,
+            });
+            self.totals.cells -= queue.totals.cells;
+            queue.lanes = Lanes::new(policy.buckets.len(), policy.kind.is_fair());
+            queue.packer.resize(policy.buckets.len());
+            for id in ids {
+                let ticket = &mut self.tickets[id];
+                let rows = u64::from(ticket.rows);
+                let before = rows * u64::from(queue.policy.buckets.len_at(ticket.bucket));
+                ticket.bucket = policy.buckets.of(ticket.len).expect("misfits were refused above");
+                let after = rows * u64::from(policy.buckets.len_at(ticket.bucket));
+                queue.totals.cells = queue.totals.cells - before + after;
+                queue.tenants.resize(ticket.tenant, before, after);
+                if ticket.place == Place::Lane {
+                    queue.lanes.push_back(&mut self.tickets, &queue.due, id);
+                }
+            }
+            self.totals.cells += queue.totals.cells;
+        }
+        queue.policy = policy;
+        queue.generation += 1;
+        Ok(queue.generation)
+    }
+
     /// Replaces a model's window while it serves.
     pub fn set_queue_delay_max(&mut self, model: ModelHandle, delay: Duration) {
-        self.models[model.index()].policy.queue_delay_max = delay;
+        let queue = &mut self.models[model.index()];
+        queue.policy.queue_delay_max = Some(delay);
+        queue.generation += 1;
+    }
+
+    pub fn generation(&self, model: ModelHandle) -> u32 {
+        self.models[model.index()].generation
     }
 
     pub fn is_empty(&self) -> bool {
         self.totals.rows == 0
+    }
+
+    /// The executors, in the order of their numbers.
+    pub fn seats(&self) -> &[Seat] {
+        &self.seats.seats
+    }
+
+    /// Batches that executors hold.
+    pub fn running(&self) -> usize {
+        self.seats.seats.iter().map(|seat| seat.running.len()).sum()
     }
 
     /// Rows, cells and bytes of one model that wait.
@@ -294,36 +735,122 @@ impl Scheduler {
 
     /// When the ticket was admitted. Known until the next arrival, also for a ticket that was just sealed.
     pub fn admitted_at(&self, id: TicketId) -> Moment {
-        self.tickets.admitted_at(id)
+        self.tickets[id].admitted_at
     }
 
-    fn seal(&mut self, now: Moment, model: ModelHandle, reason: SealReason, members: &[TicketId]) -> SealedBatch {
-        let policy = &self.models[model.index()].policy;
-        let longest = members.iter().map(|id| self.tickets[*id].bucket).max().expect("a batch has members");
-        let padded_len = policy.buckets.len_at(longest);
-        let rows_possible = policy.rows_at(padded_len);
-        let mut rows = 0;
-        let mut cells_real = 0;
+    pub fn cost(&self, model: ModelHandle) -> &CostModel {
+        &self.models[model.index()].cost
+    }
+
+    pub fn log(&self) -> &DecisionLog {
+        &self.log
+    }
+
+    /// What a decision about a model has in any case.
+    fn decision(&self, now: Moment, model: ModelHandle, batch: u64, rows: u32) -> Decision {
+        let queue = &self.models[model.index()];
+        Decision {
+            at: now,
+            verdict: Verdict::Held,
+            model,
+            executor: 0,
+            batch,
+            rows,
+            padded_len: 0,
+            shortest: 0,
+            waiting: queue.totals.rows as u32,
+            predicted: 0,
+            efficiency: 0.0,
+            best_efficiency: 0.0,
+            generation: queue.generation,
+        }
+    }
+
+    fn seal(
+        &mut self,
+        now: Moment,
+        model: ModelHandle,
+        seat: usize,
+        reason: SealReason,
+        plan: Option<Plan>,
+        members: &[TicketId],
+    ) -> SealedBatch {
+        let queue = &self.models[model.index()];
+        let longest = members.iter().map(|id| self.tickets[*id].len).max().expect("a batch has members");
+        let padded_len = queue.policy.padded_len(longest);
+        let rows_possible = queue.policy.rows_at(padded_len);
+        let (mut rows, mut cells_real) = (0, 0);
         for id in members {
             let ticket = &self.tickets[*id];
             rows += ticket.rows;
             cells_real += u64::from(ticket.rows) * u64::from(ticket.len);
         }
         assert!(rows <= rows_possible, "{rows} rows of {padded_len} in a batch of at most {rows_possible}");
+        let predicted = queue.cost.predict(rows, padded_len);
+        self.batches += 1;
+        let batch = SealedBatch {
+            id: self.batches,
+            model,
+            executor: seat as u16,
+            rows,
+            rows_possible,
+            padded_len,
+            cells_real,
+            reason,
+            sealed_at: now,
+        };
+        let plan_of = |value: fn(&Plan) -> f64| plan.as_ref().map_or(0.0, value) as f32;
+        self.log.push(Decision {
+            verdict: Verdict::Sealed(reason),
+            executor: batch.executor,
+            padded_len,
+            shortest: plan.as_ref().map_or(0, |plan| queue.policy.buckets.len_at(plan.shortest)),
+            predicted: predicted as u64,
+            efficiency: plan_of(|plan| plan.efficiency),
+            best_efficiency: plan_of(|plan| plan.best_efficiency),
+            ..self.decision(now, model, batch.id, rows)
+        });
         for id in members {
-            // seal.rs and compose.rs took them off their lists; here they leave the books.
+            let ticket = &self.tickets[*id];
+            self.log.mix_member(ticket.sequence, ticket.len);
+        }
+        self.occupy(now, &batch, predicted);
+        let queue = &mut self.models[model.index()];
+        queue.packer.sealed(rows);
+        queue.holding = false;
+        let group = queue.policy.group as usize;
+        self.used[group] = self.used[group].max(queue.used);
+        queue.used += predicted / queue.policy.weight;
+        for id in members {
+            // The policies took them off their lists; here they leave the books.
             self.forget(*id);
         }
-        self.batches += 1;
-        SealedBatch { id: self.batches, model, rows, rows_possible, padded_len, cells_real, reason, sealed_at: now }
+        batch
+    }
+
+    /// Writes a batch down on its seat.
+    fn occupy(&mut self, now: Moment, batch: &SealedBatch, predicted: f64) {
+        let seat = usize::from(batch.executor);
+        let cost = &self.models[batch.model.index()].cost;
+        let fixed = if cost.is_known() { cost.coefficients().batch.min(predicted) } else { 0.0 };
+        let (started, until) = self.seats.forecast(seat, now, fixed, predicted - fixed);
+        let shared = self.seats.is_shared(seat);
+        let at = &mut self.seats.seats[seat];
+        at.running.push(Running { batch: batch.id, model: batch.model, started, predicted, until });
+        if shared {
+            self.seats.devices[usize::from(at.device)].free_at = until;
+        }
     }
 
     /// Takes a waiting ticket off its list and off the books.
     fn leave(&mut self, id: TicketId) {
+        let queue = &mut self.models[self.tickets[id].model.index()];
         match self.tickets[id].place {
-            Place::Lane => self.models[self.tickets[id].model.index()].lanes.unlink(&mut self.tickets, id),
-            Place::Composition(tag) => self.compositions.unlink(&self.tickets, id, tag),
-            Place::Taken | Place::Free => unreachable!("callers checked that the ticket waits"),
+            Place::Lane => queue.lanes.unlink(&mut self.tickets, &queue.due, id),
+            Place::Composition => self.compositions.unlink(&self.tickets, id),
+            Place::Taken | Place::TakenComposed | Place::Shed | Place::Free => {
+                unreachable!("callers checked that the ticket waits")
+            }
         }
         self.forget(id);
     }
@@ -334,10 +861,13 @@ impl Scheduler {
         let held = Totals {
             rows: u64::from(ticket.rows),
             cells: u64::from(ticket.rows) * u64::from(queue.policy.buckets.len_at(ticket.bucket)),
-            bytes: ticket.bytes,
+            bytes: u64::from(ticket.bytes),
         };
+        queue.tenants.leave(ticket.tenant, held.cells);
         queue.totals.subtract(&held);
         self.totals.subtract(&held);
+        let due = if ticket.is_composed() { &mut queue.due_composed } else { &mut queue.due };
+        due.remove(&mut self.tickets, id);
         self.tickets.remove(id);
     }
 }

@@ -9,19 +9,79 @@ const MODEL: ModelHandle = ModelHandle(0);
 
 fn policy() -> Policy {
     Policy {
-        rows_max: 4,
-        cells_max: 64,
-        queue_delay_max: MS,
-        buckets: Buckets::new(&[8, 16]).expect("ascending"),
+        kind: PolicyKind::Buckets,
+        queue_delay_max: Some(MS),
         fill_waste_max: 0.0,
-        group: Group::Executors,
-        queue: QueueLimits::NONE,
-        service: Default::default(),
+        ..Policy::new(4, 64, Buckets::new(&[8, 16]).expect("ascending"))
     }
 }
 
 fn request() -> Arrival {
-    Arrival { model: MODEL, rows: 1, len: 8, bytes: 100, deadline: None, compose: None }
+    Arrival {
+        model: MODEL,
+        rows: 1,
+        len: 8,
+        bytes: 100,
+        deadline: None,
+        compose: None,
+        class: Class::default(),
+        tenant: TenantId::default(),
+    }
+}
+
+/// One executor and one inline seat. Tests ask for batches seat by seat; what they get is taken off the seat at once.
+const SEATS: [SeatSpec; 2] = [
+    SeatSpec { group: Group::Executors, slots: 1 << 20, device: 0 },
+    SeatSpec { group: Group::Inline, slots: 1 << 20, device: 0 },
+];
+
+fn seat_of(group: Group) -> usize {
+    SEATS.iter().position(|seat| seat.group == group).expect("both are there")
+}
+
+fn poll_seat(
+    scheduler: &mut Scheduler,
+    now: Moment,
+    group: Group,
+    vacancy: Vacancy,
+    members: &mut Vec<TicketId>,
+) -> Option<SealedBatch> {
+    members.clear();
+    scheduler.models.iter_mut().for_each(|queue| queue.hold = None);
+    let batch = scheduler.poll_seat(now, seat_of(group), vacancy, members);
+    scheduler.seats.seats.iter_mut().for_each(|seat| seat.running.clear());
+    batch
+}
+
+/// The next moment, as if only executors of these groups were idle.
+fn timeout(scheduler: &mut Scheduler, now: Moment, idle: &[Group]) -> Option<Moment> {
+    for seat in scheduler.seats.seats.iter_mut().filter(|seat| !idle.contains(&seat.group)) {
+        seat.running.push(running(0));
+    }
+    let next = scheduler.poll_timeout(now);
+    scheduler.seats.seats.iter_mut().for_each(|seat| seat.running.clear());
+    next
+}
+
+fn running(batch: u64) -> Running {
+    Running { batch, model: MODEL, started: Moment::ZERO, predicted: 0.0, until: Moment::ZERO }
+}
+
+/// A batch of a model comes back.
+fn finish(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, service: Duration) {
+    let batch = SealedBatch {
+        id: u64::MAX,
+        model,
+        executor: 0,
+        rows,
+        rows_possible: rows,
+        padded_len: 8,
+        cells_real: 8,
+        reason: SealReason::Full,
+        sealed_at: now,
+    };
+    scheduler.seats.seats[0].running.push(running(batch.id));
+    scheduler.handle_finished(now, &batch, service);
 }
 
 /// A scheduler and the time that it is told.
@@ -37,7 +97,7 @@ impl Rig {
     }
 
     fn with_limits(limits: QueueLimits, policies: Vec<Policy>) -> Rig {
-        Rig { scheduler: Scheduler::new(limits, policies), now: Moment::ZERO, members: Vec::new() }
+        Rig { scheduler: Scheduler::new(limits, policies, &SEATS), now: Moment::ZERO, members: Vec::new() }
     }
 
     fn wait(&mut self, by: Duration) {
@@ -66,7 +126,7 @@ impl Rig {
 
     fn poll(&mut self, group: Group, vacancy: Vacancy) -> Option<(SealedBatch, Vec<TicketId>)> {
         let mut members = std::mem::take(&mut self.members);
-        let batch = self.scheduler.poll_batch(self.now, group, vacancy, &mut members);
+        let batch = poll_seat(&mut self.scheduler, self.now, group, vacancy, &mut members);
         let taken = members.clone();
         self.members = members;
         batch.map(|batch| (batch, taken))
@@ -82,17 +142,17 @@ impl Rig {
 
     fn expired(&mut self) -> Vec<TicketId> {
         let now = self.now();
-        std::iter::from_fn(|| self.scheduler.poll_expired(now)).collect()
+        std::iter::from_fn(|| self.scheduler.poll_expired(now)).map(Expired::id).collect()
     }
 
     fn timeout_when_idle(&mut self) -> Option<Moment> {
-        self.scheduler.poll_timeout(|_| true)
+        timeout(&mut self.scheduler, self.now, &[Group::Executors, Group::Inline])
     }
 }
 
 #[test]
 fn without_a_window_nothing_is_held_while_an_executor_is_idle() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }]);
     let id = rig.arrive(request());
     let (batch, members) = rig.expect_batch();
     assert_eq!((batch.reason, batch.rows, members), (SealReason::Idle, 1, vec![id]));
@@ -254,7 +314,7 @@ fn what_may_wait_is_bounded_in_rows_cells_and_bytes_of_server_and_model() {
 fn the_hint_when_to_come_back_follows_the_pace_of_the_queue() {
     let bound = QueueLimits { rows_max: 4, ..QueueLimits::NONE };
     let mut rig = Rig::with_limits(bound, vec![policy()]);
-    rig.scheduler.handle_finished(MODEL, 8, MS * 50);
+    finish(&mut rig.scheduler, rig.now, MODEL, 1, MS * 50);
     for _ in 0..4 {
         rig.arrive(request());
     }
@@ -275,21 +335,21 @@ fn a_waiting_ticket_expires_at_its_deadline_and_not_before() {
     let late = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 3), ..request() });
     let soon = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 2), ..request() });
     // No executor is idle: windows do not matter, deadlines do.
-    assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS * 2));
+    assert_eq!(timeout(&mut rig.scheduler, rig.now, &[]), Some(Moment::ZERO + MS * 2));
     rig.wait(MS * 2 - Duration::from_nanos(1));
     assert_eq!(rig.expired(), []);
     rig.wait(Duration::from_nanos(1));
     assert_eq!(rig.expired(), [soon]);
-    assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS * 3));
+    assert_eq!(timeout(&mut rig.scheduler, rig.now, &[]), Some(Moment::ZERO + MS * 3));
     rig.wait(MS);
     assert_eq!(rig.expired(), [late]);
-    assert_eq!(rig.scheduler.poll_timeout(|_| true), None);
+    assert_eq!(rig.timeout_when_idle(), None);
     assert!(rig.scheduler.is_empty());
 }
 
 #[test]
 fn the_oldest_ticket_of_a_lane_expires_like_any_other() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 10, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 10), ..policy() }]);
     let first = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
     let second = rig.arrive(request());
     rig.wait(MS * 10);
@@ -299,8 +359,8 @@ fn the_oldest_ticket_of_a_lane_expires_like_any_other() {
 
 #[test]
 fn a_deadline_inside_the_window_ends_the_window_in_time_for_the_batch() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
-    rig.scheduler.handle_finished(MODEL, 8, MS * 8);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 100), ..policy() }]);
+    finish(&mut rig.scheduler, rig.now, MODEL, 1, MS * 8);
     rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 50), ..request() });
     assert_eq!(rig.poll_idle(), None);
     let start = rig.timeout_when_idle().expect("a deadline");
@@ -311,7 +371,7 @@ fn a_deadline_inside_the_window_ends_the_window_in_time_for_the_batch() {
 
 #[test]
 fn a_deadline_behind_the_oldest_row_ends_the_window_as_well() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 100), ..policy() }]);
     rig.arrive(request());
     rig.wait(MS);
     rig.arrive(Arrival { deadline: Some(rig.now() + MS * 10), ..request() });
@@ -324,7 +384,7 @@ fn a_deadline_behind_the_oldest_row_ends_the_window_as_well() {
 
 #[test]
 fn a_deadline_that_left_its_lane_no_longer_ends_the_window() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 100, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 100), ..policy() }]);
     rig.arrive(request());
     let urgent = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 10), ..request() });
     assert!(rig.scheduler.handle_cancel(urgent));
@@ -368,7 +428,7 @@ fn a_number_that_was_reused_does_not_inherit_the_deadline_of_its_last_user() {
 }
 
 #[test]
-fn a_storm_of_cancels_leaves_a_bounded_number_of_expiry_entries() {
+fn a_storm_of_cancels_leaves_no_deadlines_behind() {
     let mut rig = Rig::new(vec![policy()]);
     let lasting = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
     for round in 0..1000 {
@@ -376,9 +436,9 @@ fn a_storm_of_cancels_leaves_a_bounded_number_of_expiry_entries() {
             let id = rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS * 1000), ..request() });
             assert!(rig.scheduler.handle_cancel(id));
         }
-        assert_eq!(rig.scheduler.poll_timeout(|_| false), Some(Moment::ZERO + MS));
-        let entries = rig.scheduler.expiry.len();
-        assert!(entries <= 2048, "{entries} entries for one waiting ticket in round {round}");
+        assert_eq!(timeout(&mut rig.scheduler, rig.now, &[]), Some(Moment::ZERO + MS));
+        let entries = rig.scheduler.models[0].due.len();
+        assert_eq!(entries, 1, "entries for one waiting ticket in round {round}");
     }
     rig.wait(MS);
     assert_eq!(rig.expired(), [lasting]);
@@ -386,7 +446,7 @@ fn a_storm_of_cancels_leaves_a_bounded_number_of_expiry_entries() {
 
 #[test]
 fn a_spare_slot_takes_only_a_full_batch() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }]);
     for _ in 0..3 {
         rig.arrive(request());
     }
@@ -402,7 +462,7 @@ fn a_spare_slot_takes_only_a_full_batch() {
 fn a_busy_lane_does_not_starve_its_neighbour() {
     // Full batches of the short lane arrive all the time, so the executor is never idle, only spare.
     let mut rig = Rig::new(vec![policy()]);
-    rig.scheduler.handle_finished(MODEL, 8, MS);
+    finish(&mut rig.scheduler, rig.now, MODEL, 1, MS);
     let lone = rig.arrive(Arrival { len: 16, ..request() });
     let mut spare_batches = 0;
     loop {
@@ -439,11 +499,11 @@ fn the_lane_that_has_waited_longest_goes_first_whatever_its_length_or_model() {
 
 #[test]
 fn models_of_another_group_are_left_to_its_executors() {
-    let inline = Policy { group: Group::Inline, queue_delay_max: Duration::ZERO, ..policy() };
+    let inline = Policy { group: Group::Inline, queue_delay_max: Some(Duration::ZERO), ..policy() };
     let mut rig = Rig::new(vec![inline]);
     rig.arrive(request());
     assert_eq!(rig.poll_idle(), None);
-    assert_eq!(rig.scheduler.poll_timeout(|group| group == Group::Executors), None);
+    assert_eq!(timeout(&mut rig.scheduler, rig.now, &[Group::Executors]), None);
     assert!(rig.poll(Group::Inline, Vacancy::Idle).is_some());
 }
 
@@ -453,7 +513,7 @@ fn composed(tag: u64, rows: u32) -> Arrival {
 
 #[test]
 fn a_composition_is_exactly_its_members() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: Duration::ZERO, fill_waste_max: 1.0, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), fill_waste_max: 1.0, ..policy() }]);
     let a = rig.arrive(composed(7, 3));
     let b = rig.arrive(Arrival { len: 12, ..composed(7, 3) });
     assert_eq!(rig.poll_idle(), None, "one row is missing");
@@ -516,7 +576,7 @@ fn a_complete_composition_gets_an_idle_executor_although_full_batches_wait() {
 
 #[test]
 fn drain_releases_held_rows() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 1000, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 1000), ..policy() }]);
     rig.arrive(request());
     assert_eq!(rig.poll_idle(), None);
     rig.scheduler.drain();
@@ -527,7 +587,7 @@ fn drain_releases_held_rows() {
 
 #[test]
 fn a_new_window_holds_for_rows_that_wait_already() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: MS * 1000, ..policy() }]);
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 1000), ..policy() }]);
     rig.arrive(request());
     rig.wait(MS);
     assert_eq!(rig.poll_idle(), None);
@@ -600,14 +660,14 @@ mod against_a_plain_model {
         let delay = prop_oneof![Just(0u64), 1..2000u64];
         let one = (1..6u32, 16..100u64, delay, lens, 0.0..1.0f64, any::<bool>(), queue).prop_map(
             |(rows_max, cells_max, delay_us, lens, fill_waste_max, inline, queue)| Policy {
-                rows_max,
-                cells_max,
-                queue_delay_max: US * delay_us as u32,
-                buckets: Buckets::new(&lens).expect("ascending"),
+                kind: PolicyKind::Buckets,
+                queue_delay_max: Some(US * delay_us as u32),
                 fill_waste_max,
                 group: if inline { Group::Inline } else { Group::Executors },
                 queue,
-                service: Default::default(),
+                // Executor time counts for nothing: the oldest row decides between models.
+                weight: f64::INFINITY,
+                ..Policy::new(rows_max, cells_max, Buckets::new(&lens).expect("ascending"))
             },
         );
         prop::collection::vec(one, 1..4)
@@ -639,7 +699,7 @@ mod against_a_plain_model {
         fn new(policies: Vec<Policy>) -> World {
             let limits = QueueLimits { rows_max: 50, cells_max: 600, bytes_max: 1200 };
             World {
-                scheduler: Scheduler::new(limits, policies.clone()),
+                scheduler: Scheduler::new(limits, policies.clone(), &SEATS),
                 limits,
                 finished: vec![false; policies.len()],
                 policies,
@@ -731,6 +791,8 @@ mod against_a_plain_model {
                         bytes: *bytes,
                         deadline: deadline_us.map(|us| self.now + US * us as u32),
                         compose: compose.map(|(tag, rows)| Compose { tag, rows }),
+                        class: Class::default(),
+                        tenant: TenantId::default(),
                     };
                     self.arrive(arrival);
                 }
@@ -751,14 +813,14 @@ mod against_a_plain_model {
                 }
                 Step::Finish(model) => {
                     let model = self.model(*model);
-                    self.scheduler.handle_finished(model, 16, SERVICE);
+                    finish(&mut self.scheduler, self.now, model, 2, SERVICE);
                     self.finished[model.index()] = true;
                 }
                 Step::SetDelay { model, delay_us } => {
                     let model = self.model(*model);
                     let delay = US * *delay_us as u32;
                     self.scheduler.set_queue_delay_max(model, delay);
-                    self.policies[model.index()].queue_delay_max = delay;
+                    self.policies[model.index()].queue_delay_max = Some(delay);
                 }
                 Step::Drain => {
                     self.scheduler.drain();
@@ -796,7 +858,7 @@ mod against_a_plain_model {
         fn expire(&mut self) {
             let mut last = Moment::ZERO;
             while let Some(id) = self.scheduler.poll_expired(self.now) {
-                let deadline = self.take(id).deadline.expect("only a deadline expires");
+                let deadline = self.take(id.id()).deadline.expect("only a deadline expires");
                 assert!(deadline <= self.now && deadline >= last, "expired at {:?}: {deadline:?}", self.now);
                 last = deadline;
             }
@@ -833,8 +895,8 @@ mod against_a_plain_model {
             let Some(oldest) = lane.peek() else { return false };
             let oldest = oldest.admitted_at;
             self.draining
-                || policy.queue_delay_max.is_zero()
-                || oldest + policy.queue_delay_max <= self.now
+                || policy.window().is_zero()
+                || oldest + policy.window() <= self.now
                 || self.rows_for(model, len) >= self.rows_possible(model, len)
                 || lane.any(|w| w.deadline.is_some_and(|deadline| self.latest_start(model, deadline) <= self.now))
         }
@@ -848,7 +910,7 @@ mod against_a_plain_model {
 
         fn batch(&mut self, group: Group, vacancy: Vacancy) {
             let mut members = std::mem::take(&mut self.members);
-            let sealed = self.scheduler.poll_batch(self.now, group, vacancy, &mut members);
+            let sealed = poll_seat(&mut self.scheduler, self.now, group, vacancy, &mut members);
             match sealed {
                 Some(batch) => self.check_batch(&batch, &members, group, vacancy),
                 None => self.check_nothing_due(group, vacancy),
@@ -869,12 +931,12 @@ mod against_a_plain_model {
                 let held = waiting.arrival.compose.is_some() || !self.is_due(model, waiting.bucket_len);
                 assert!(held, "{waiting:?} waits before an idle executor at {:?}", self.now);
             }
-            let timeout = self.scheduler.poll_timeout(|idle| idle == group);
+            let timeout = timeout(&mut self.scheduler, self.now, &[group]);
             let latest = self.waiting.iter().filter_map(|waiting| {
                 let model = waiting.arrival.model;
                 let policy = &self.policies[model.index()];
                 let window = (policy.group == group && waiting.arrival.compose.is_none())
-                    .then(|| waiting.admitted_at + policy.queue_delay_max);
+                    .then(|| waiting.admitted_at + policy.window());
                 [window, waiting.deadline].into_iter().flatten().min()
             });
             assert!(timeout.unwrap_or(Moment::FAR) <= latest.min().unwrap_or(Moment::FAR), "{timeout:?} is too late");
@@ -929,11 +991,12 @@ mod against_a_plain_model {
             assert_eq!(taken[0].admitted_at, oldest, "the batch starts with its lane's oldest ticket");
             match batch.reason {
                 SealReason::Full => assert!(before_rows >= batch.rows_possible),
-                SealReason::Idle => assert!(policy.queue_delay_max.is_zero()),
-                SealReason::QueueDelay => assert!(oldest + policy.queue_delay_max <= self.now),
+                SealReason::Idle => assert!(policy.window().is_zero()),
+                SealReason::QueueDelay => assert!(oldest + policy.window() <= self.now),
                 SealReason::Deadline => assert!(due),
                 SealReason::Drain => assert!(self.draining),
                 SealReason::Composed => unreachable!("returned above"),
+                SealReason::Urgent | SealReason::Economic => panic!("{batch:?} is not of this policy"),
             }
             self.check_order(batch, &taken);
         }

@@ -389,7 +389,19 @@ impl World {
         let shard = &mut self.shards[shard];
         let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;
         self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, poisoned);
-        Some(Request { key, model, rows, len, payload, received_at: self.now, deadline, compose, truncated: false })
+        Some(Request {
+            key,
+            model,
+            rows,
+            len,
+            payload,
+            received_at: self.now,
+            deadline,
+            compose,
+            class: Default::default(),
+            tenant: Default::default(),
+            truncated: false,
+        })
     }
 
     fn cancel(&mut self, shard: usize) {

@@ -1,0 +1,364 @@
+//! How long a batch takes, learned from the batches that ran: `a + b·w(L)` for b rows padded to L cells, where
+//! `w(L) = c1·L + c2·L²`.
+//!
+//! The fit is least squares over relative errors with exponential forgetting, solved anew for each observation from
+//! decayed normal equations (three unknowns), with a weak pull towards the prior. The textbook recursive form (RLS)
+//! winds up to NaN when its input stops varying; this one can not. What no such curve follows (tile sizes, caches, a
+//! roofline) is kept as a factor for each octave of rows and of length.
+//!
+//! Always true
+//! - Coefficients are finite and not negative, whatever was observed. Memory is fixed.
+//! - Observations of equal order give equal coefficients: a replay learns what the live run learned.
+
+use std::time::Duration;
+
+/// Coefficients of the batch time, in nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Coefficients {
+    /// Of a batch, whatever is in it.
+    pub batch: f64,
+    /// Of a cell.
+    pub cell: f64,
+    /// Of a row, for each square of its length: attention.
+    pub square: f64,
+}
+
+impl Coefficients {
+    /// A guess that the first observations replace.
+    pub const PRIOR: Coefficients = Coefficients { batch: 100_000.0, cell: 1_000.0, square: 0.0 };
+
+    /// w(L): what a row of this padded length adds to a batch, in ns.
+    pub fn row(&self, len: u32) -> f64 {
+        let len = f64::from(len);
+        self.cell * len + self.square * len * len
+    }
+
+    /// T(b, L), in ns.
+    pub fn batch_time(&self, rows: u32, len: u32) -> f64 {
+        self.batch + f64::from(rows) * self.row(len)
+    }
+
+    fn get(&self, term: usize) -> f64 {
+        [self.batch, self.cell, self.square][term]
+    }
+}
+
+const TERMS: usize = 3;
+/// Share of the past that each observation leaves: a memory of a thousand batches.
+const KEEP: f64 = 0.999;
+/// Pull towards the prior, in observations. Decides only what the observations leave open.
+const RIDGE: f64 = 1e-3;
+/// An observation that is off by this many mean errors counts a tenth.
+const OUTLIER: f64 = 6.0;
+const OUTLIER_WEIGHT: f64 = 0.1;
+/// Observations before any is called an outlier.
+const SETTLED: u64 = 20;
+const OCTAVES: usize = 16;
+
+/// The model of one model's batches on one kind of executor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CostModel {
+    prior: Coefficients,
+    fit: Coefficients,
+    /// Upper triangle of Σ x·xᵀ/y², and Σ x/y; decayed.
+    normal: [[f64; TERMS]; TERMS],
+    moment: [f64; TERMS],
+    weight: f64,
+    /// Correction by octave of rows and of length: a factor near 1, and how often it was observed.
+    corrections: Vec<(f32, u16)>,
+    observations: u64,
+    /// Mean of |predicted/observed − 1|.
+    error: f64,
+}
+
+impl Default for CostModel {
+    fn default() -> CostModel {
+        CostModel::new(Coefficients::PRIOR)
+    }
+}
+
+impl CostModel {
+    pub fn new(prior: Coefficients) -> CostModel {
+        CostModel {
+            prior,
+            fit: prior,
+            normal: [[0.0; TERMS]; TERMS],
+            moment: [0.0; TERMS],
+            weight: 0.0,
+            corrections: vec![(1.0, 0); OCTAVES * OCTAVES],
+            observations: 0,
+            error: 0.0,
+        }
+    }
+
+    pub fn coefficients(&self) -> Coefficients {
+        self.fit
+    }
+
+    pub fn observations(&self) -> u64 {
+        self.observations
+    }
+
+    /// Whether there is anything behind a prediction.
+    pub fn is_known(&self) -> bool {
+        self.observations > 0
+    }
+
+    /// Mean relative error of the predictions so far, the recent ones first.
+    pub fn error(&self) -> f64 {
+        self.error
+    }
+
+    /// What a prediction is inflated by before a deadline is staked on it.
+    pub fn margin(&self) -> f64 {
+        (2.0 * self.error).clamp(0.05, 0.5)
+    }
+
+    /// T(b, L) with its shape's correction, in ns. Zero while nothing is known.
+    pub fn predict(&self, rows: u32, len: u32) -> f64 {
+        if !self.is_known() {
+            return 0.0;
+        }
+        self.fit.batch_time(rows, len) * f64::from(self.corrections[octave(rows, len)].0)
+    }
+
+    pub fn predicted(&self, rows: u32, len: u32) -> Duration {
+        Duration::from_nanos(self.predict(rows, len) as u64)
+    }
+
+    /// A batch of this shape took so long. `alone` says that its fixed part was not hidden behind another batch's run.
+    pub fn observe(&mut self, rows: u32, len: u32, took: Duration, alone: bool) {
+        let took = took.as_nanos() as f64;
+        if took <= 0.0 || rows == 0 {
+            return;
+        }
+        let (b, l) = (f64::from(rows), f64::from(len));
+        let x = [if alone { 1.0 } else { 0.0 }, b * l, b * l * l];
+        let mut weight = 1.0;
+        if self.observations > 0 {
+            let expected = self.predict(rows, len) - if alone { 0.0 } else { self.fit.batch };
+            let off = (expected / took - 1.0).abs();
+            if self.observations > SETTLED && off > OUTLIER * self.error.max(0.01) {
+                weight = OUTLIER_WEIGHT;
+            }
+            // Bounded, so that one stall does not make every prediction look worthless.
+            self.error += 0.05 * (off.min(1.0) - self.error);
+        }
+        self.observations += 1;
+        self.weight = self.weight * KEEP + weight;
+        for i in 0..TERMS {
+            let xi = x[i] / took;
+            self.moment[i] = self.moment[i] * KEEP + weight * xi;
+            for (j, xj) in x.iter().enumerate().skip(i) {
+                self.normal[i][j] = self.normal[i][j] * KEEP + weight * xi * xj / took;
+            }
+        }
+        self.fit = self.solve();
+        if alone {
+            self.correct(rows, len, took);
+        }
+    }
+
+    fn correct(&mut self, rows: u32, len: u32, took: f64) {
+        let ratio = (took / self.fit.batch_time(rows, len)).clamp(0.25, 4.0);
+        let (factor, count) = &mut self.corrections[octave(rows, len)];
+        *count = count.saturating_add(1);
+        // The mean of the first ones, then of the recent ones; a factor seen once is believed a little only.
+        let share = (1.0 / (f64::from(*count) + 3.0)).max(0.05);
+        *factor = (f64::from(*factor) + share * (ratio - f64::from(*factor))) as f32;
+    }
+
+    /// Least squares over the terms that come out positive. In units of each term's mean share of the time, so that one
+    /// ridge fits nanoseconds per batch and per squared cell alike.
+    fn solve(&self) -> Coefficients {
+        let share: [f64; TERMS] = std::array::from_fn(|i| self.moment[i] / self.weight);
+        let mut used = share.map(|share| share.is_finite() && share > 0.0);
+        // Rows of length 1 tell nothing about squares.
+        if (self.normal[1][1] - self.normal[2][2]).abs() <= 1e-9 * self.normal[1][1] {
+            used[2] = false;
+        }
+        loop {
+            let mut matrix = [[0.0; TERMS]; TERMS];
+            let mut right = [0.0; TERMS];
+            for i in 0..TERMS {
+                if !used[i] {
+                    matrix[i][i] = 1.0;
+                    continue;
+                }
+                for j in i..TERMS {
+                    if used[j] {
+                        matrix[i][j] = self.normal[i][j] / (share[i] * share[j]);
+                        matrix[j][i] = matrix[i][j];
+                    }
+                }
+                matrix[i][i] += RIDGE;
+                let prior = (self.prior.get(i) * share[i]).clamp(0.0, 1.0);
+                right[i] = self.moment[i] / share[i] + RIDGE * prior;
+            }
+            let Some(solution) = solve_symmetric(matrix, right) else { return self.fit };
+            let negative = (0..TERMS).filter(|i| used[*i]).min_by(|a, b| solution[*a].total_cmp(&solution[*b]));
+            match negative {
+                Some(term) if solution[term] < 0.0 => used[term] = false,
+                _ => {
+                    let of = |i: usize| if used[i] { solution[i] / share[i] } else { 0.0 };
+                    let fit = Coefficients { batch: of(0), cell: of(1), square: of(2) };
+                    let finite = fit.batch.is_finite() && fit.cell.is_finite() && fit.square.is_finite();
+                    // Without any term left a batch would take no time.
+                    return if finite && fit.batch + fit.cell + fit.square > 0.0 { fit } else { self.fit };
+                }
+            }
+        }
+    }
+}
+
+fn octave(rows: u32, len: u32) -> usize {
+    let of = |n: u32| (n.max(1).ilog2() as usize).min(OCTAVES - 1);
+    of(rows) * OCTAVES + of(len)
+}
+
+/// Gaussian elimination with pivoting of a 3×3 system. `None` when it is singular.
+fn solve_symmetric(mut m: [[f64; TERMS]; TERMS], mut r: [f64; TERMS]) -> Option<[f64; TERMS]> {
+    for column in 0..TERMS {
+        let pivot = (column..TERMS).max_by(|a, b| m[*a][column].abs().total_cmp(&m[*b][column].abs()))?;
+        if !m[pivot][column].is_finite() || m[pivot][column].abs() < 1e-12 {
+            return None;
+        }
+        m.swap(column, pivot);
+        r.swap(column, pivot);
+        for row in column + 1..TERMS {
+            let factor = m[row][column] / m[column][column];
+            for k in column..TERMS {
+                m[row][k] -= factor * m[column][k];
+            }
+            r[row] -= factor * r[column];
+        }
+    }
+    let mut solution = [0.0; TERMS];
+    for row in (0..TERMS).rev() {
+        let known: f64 = (row + 1..TERMS).map(|k| m[row][k] * solution[k]).sum();
+        solution[row] = (r[row] - known) / m[row][row];
+    }
+    Some(solution)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    const TRUTH: Coefficients = Coefficients { batch: 1_500_000.0, cell: 40_000.0, square: 35.0 };
+
+    fn learned(seed: u64, batches: u32, noise: f64, prior: Coefficients, truth: Coefficients) -> CostModel {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut model = CostModel::new(prior);
+        for _ in 0..batches {
+            let (rows, len) = (rng.random_range(1..32), rng.random_range(8..512));
+            let took = truth.batch_time(rows, len) * (1.0 + noise * (rng.random::<f64>() * 2.0 - 1.0));
+            model.observe(rows, len, Duration::from_nanos(took as u64), true);
+        }
+        model
+    }
+
+    fn worst(model: &CostModel, truth: Coefficients) -> f64 {
+        let shapes = [(1, 8), (1, 512), (8, 64), (31, 16), (31, 500)];
+        let off = |(rows, len): (u32, u32)| (model.predict(rows, len) / truth.batch_time(rows, len) - 1.0).abs();
+        shapes.map(off).into_iter().fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn it_finds_the_truth_from_a_wrong_prior() {
+        for prior in [Coefficients::PRIOR, Coefficients { batch: 1e9, cell: 1e6, square: 1e3 }] {
+            for seed in 0..20 {
+                let model = learned(seed, 100, 0.03, prior, TRUTH);
+                assert!(worst(&model, TRUTH) < 0.08, "seed {seed}: {:?}", model.coefficients());
+                assert!(model.error() < 0.05, "seed {seed}: mean error {}", model.error());
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_known_before_the_first_batch() {
+        let model = CostModel::default();
+        assert!(!model.is_known());
+        assert_eq!(model.predicted(8, 64), Duration::ZERO);
+    }
+
+    #[test]
+    fn it_forgets_hardware_that_changed() {
+        let mut model = learned(1, 2000, 0.03, Coefficients::PRIOR, TRUTH);
+        let slower = Coefficients { batch: TRUTH.batch * 2.0, cell: TRUTH.cell * 2.0, square: TRUTH.square * 2.0 };
+        let mut rng = StdRng::seed_from_u64(2);
+        for _ in 0..5000 {
+            let (rows, len) = (rng.random_range(1..32), rng.random_range(8..512));
+            model.observe(rows, len, Duration::from_nanos(slower.batch_time(rows, len) as u64), true);
+        }
+        assert!(worst(&model, slower) < 0.1, "{:?}", model.coefficients());
+    }
+
+    #[test]
+    fn a_stall_now_and_then_moves_it_little() {
+        let mut model = learned(3, 500, 0.03, Coefficients::PRIOR, TRUTH);
+        for _ in 0..5 {
+            model.observe(4, 64, Duration::from_secs(10), true);
+        }
+        let off = (model.coefficients().batch_time(8, 128) / TRUTH.batch_time(8, 128) - 1.0).abs();
+        assert!(off < 0.1, "{:?}", model.coefficients());
+    }
+
+    #[test]
+    fn one_shape_over_and_over_stays_finite_and_right_there() {
+        let mut model = CostModel::default();
+        for _ in 0..200_000 {
+            model.observe(16, 64, Duration::from_micros(900), true);
+        }
+        assert!((model.predict(16, 64) / 900_000.0 - 1.0).abs() < 0.01, "{:?}", model.coefficients());
+        let fit = model.coefficients();
+        assert!(fit.batch >= 0.0 && fit.cell >= 0.0 && fit.square >= 0.0);
+    }
+
+    #[test]
+    fn rows_without_a_length_get_a_line_over_rows() {
+        let mut model = CostModel::default();
+        for rows in (1..=64).cycle().take(500) {
+            model.observe(rows, 1, Duration::from_nanos(200_000 + 30_000 * u64::from(rows)), true);
+        }
+        assert_eq!(model.coefficients().square, 0.0);
+        assert!((model.predict(64, 1) / 2_120_000.0 - 1.0).abs() < 0.02, "{:?}", model.coefficients());
+    }
+
+    #[test]
+    fn coefficients_stay_finite_and_positive_whatever_is_observed() {
+        for seed in 0..200 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let mut model = CostModel::default();
+            for _ in 0..300 {
+                let scale = rng.random_range(1..60);
+                let took = Duration::from_nanos(rng.random_range(0..1u64 << scale));
+                let len = 1u32 << rng.random_range(0..20);
+                model.observe(rng.random_range(0..1000), len, took, rng.random_bool(0.7));
+                let fit = model.coefficients();
+                for (name, value) in [("batch", fit.batch), ("cell", fit.cell), ("square", fit.square)] {
+                    assert!(value.is_finite() && value >= 0.0, "seed {seed}: {name} = {value}");
+                }
+                let predicted = model.predict(7, 300);
+                assert!(predicted.is_finite() && predicted >= 0.0, "seed {seed}: {predicted}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_that_no_curve_follows_is_corrected_for_its_shape() {
+        let mut model = CostModel::default();
+        let floor = |rows: u32, len: u32| 600_000.0f64.max(250_000.0 + f64::from(rows * len) * 250.0);
+        let mut rng = StdRng::seed_from_u64(4);
+        for _ in 0..3000 {
+            let (rows, len) = (1 << rng.random_range(0..6), 1 << rng.random_range(3..9));
+            model.observe(rows, len, Duration::from_nanos(floor(rows, len) as u64), true);
+        }
+        for (rows, len) in [(1, 8), (4, 64), (32, 256)] {
+            let off = (model.predict(rows, len) / floor(rows, len) - 1.0).abs();
+            assert!(off < 0.15, "{rows}×{len}: {} for {}", model.predict(rows, len), floor(rows, len));
+        }
+    }
+}

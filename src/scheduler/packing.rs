@@ -1,0 +1,742 @@
+//! The policy `cost`: which rows share a batch, and when it goes.
+//!
+//! A decision sees the whole queue as one histogram over length buckets with, for each bucket, its rows, their summed age
+//! and its soonest deadline. For a fixed set of rows some cheapest partition into batches is contiguous in length (give the
+//! batch with the longest row the longest others: no batch grows), so candidates are ranges of buckets.
+//!
+//! 1. Give up rows that cannot be done by their deadline even alone and at once.
+//! 2. Of all ranges, take the one with the most worth per time of the executor. A row's worth is its work plus a share of a
+//!    batch's fixed cost, times its age in units of its slack (the largest-weighted-delay-first rule of Stolyar and Ramanan,
+//!    2001, times the rate).
+//! 3. If, behind that batch, the rest of the queue in its cheapest partition would miss a deadline that it could still make
+//!    alone, take the most urgent part instead, unless that is much less efficient.
+//! 4. If the batch would miss a deadline of its own, shrink it, unless that is much less efficient; otherwise give up those
+//!    who cannot make it.
+//! 5. Hold it only while the next row is expected sooner than it is worth, or for the explicit window.
+//!
+//! Always true
+//! - A decision is O(K²) in the buckets that hold rows, whatever the length of the queue, and allocates nothing.
+//! - Urgency never chooses a batch below [`Tuning::efficiency_floor`] of the best one's efficiency: that is what keeps
+//!   overload from feeding itself.
+
+use std::time::Duration;
+
+use super::TicketId;
+use super::cost::CostModel;
+use super::due::Due;
+use super::lane::Lanes;
+use super::lengths::{LOOK_AHEAD, WAKE_MARGIN};
+use super::policy::{Class, Policy};
+use super::tenants::Tenants;
+use super::ticket::{Place, Tickets};
+use crate::vocab::{Moment, SealReason};
+
+/// Where and when the batch would run.
+#[derive(Clone, Copy, Debug)]
+pub struct Outlook {
+    pub now: Moment,
+    /// When its executor begins with it.
+    pub start: Moment,
+    /// When the device can begin to compute: later than `start` when executors share it.
+    pub device_free: Moment,
+    /// Executors that take batches of this model, as a divisor of the time that the rest of the queue needs.
+    pub executors: f64,
+    /// Executors that share the device.
+    pub sharing: f64,
+    /// Holding rows back leaves another executor idle, too.
+    pub others_idle: bool,
+    pub draining: bool,
+}
+
+/// A batch to form.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plan {
+    pub reason: SealReason,
+    /// Its buckets, both included.
+    pub shortest: u16,
+    pub longest: u16,
+    pub rows: u32,
+    /// In it whatever else is.
+    pub anchor: Option<TicketId>,
+    /// Classes up to this one only.
+    pub lowest_class: usize,
+    pub predicted: f64,
+    pub efficiency: f64,
+    pub best_efficiency: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    /// Nothing waits that may go.
+    Nothing,
+    /// Ask again at this moment.
+    Hold(Moment),
+    Seal(Plan),
+}
+
+/// A bucket that holds rows.
+#[derive(Clone, Copy, Debug)]
+struct Cell {
+    bucket: u16,
+    rows: f64,
+    /// w(L): time that one row of this length adds.
+    row: f64,
+    /// What a row counts as: w(L) and a share of a batch's fixed cost.
+    credit: f64,
+    /// Σ over its rows of worth by class and age.
+    worth: f64,
+    /// Most rows of a batch with this as its longest bucket.
+    room: f64,
+    due: Moment,
+}
+
+/// A range of buckets that hold rows, by their places in the list.
+#[derive(Clone, Copy, Debug, Default)]
+struct Range {
+    first: usize,
+    last: usize,
+    rows: f64,
+    /// Σ of its rows' credits.
+    work: f64,
+    /// Time of the executor that it takes.
+    occupancy: f64,
+}
+
+impl Range {
+    fn efficiency(&self) -> f64 {
+        if self.occupancy > 0.0 { self.work / self.occupancy } else { 0.0 }
+    }
+}
+
+/// What one model's policy remembers between decisions, and the memory that decisions are made in.
+#[derive(Debug, Default)]
+pub struct Packer {
+    cells: Vec<Cell>,
+    /// Cheapest time of the cells before each place, and where its last range begins.
+    cheapest: Vec<(f64, usize)>,
+    /// The cheapest partition: ranges with their soonest deadline.
+    parts: Vec<(Moment, Range)>,
+    /// Mean rows of a batch.
+    batch_rows: f64,
+    /// Mean time between arrivals, in ns.
+    gap: f64,
+    last_arrival: Moment,
+    /// Until then only classes up to `strict_class` go: one of their deadlines was in danger.
+    strict_until: Moment,
+    strict_class: usize,
+    /// When lane heads are looked at for their age next.
+    ages_at: Moment,
+}
+
+/// One model's queue, as this policy works on it.
+pub struct Queue<'a> {
+    pub packer: &'a mut Packer,
+    pub lanes: &'a mut Lanes,
+    pub tickets: &'a mut Tickets,
+    pub due: &'a Due,
+    pub policy: &'a Policy,
+    pub cost: &'a CostModel,
+    pub shed: &'a mut Vec<TicketId>,
+}
+
+impl Packer {
+    pub fn new(buckets: usize) -> Packer {
+        Packer {
+            cells: Vec::with_capacity(buckets),
+            cheapest: Vec::with_capacity(buckets + 1),
+            parts: Vec::with_capacity(buckets),
+            batch_rows: 1.0,
+            ..Packer::default()
+        }
+    }
+
+    /// The policy has other buckets now.
+    pub fn resize(&mut self, buckets: usize) {
+        self.cells = Vec::with_capacity(buckets);
+        self.cheapest = Vec::with_capacity(buckets + 1);
+        self.parts = Vec::with_capacity(buckets);
+    }
+
+    pub fn arrived(&mut self, now: Moment) {
+        if self.last_arrival > Moment::ZERO {
+            let gap = now.since(self.last_arrival).as_nanos() as f64;
+            self.gap += if self.gap == 0.0 { gap } else { 0.05 * (gap - self.gap) };
+        }
+        self.last_arrival = now;
+    }
+
+    pub fn sealed(&mut self, rows: u32) {
+        self.batch_rows += 0.1 * (f64::from(rows) - self.batch_rows);
+    }
+}
+
+impl Queue<'_> {
+    /// What to do with an executor that can take a batch.
+    ///
+    /// Hot: once per batch and per held turn. Guarded by benches/scheduler.rs.
+    pub fn decide(&mut self, outlook: &Outlook) -> Outcome {
+        // Giving rows up changes what is best, so look again; a third time would gain nothing.
+        for _ in 0..2 {
+            let Some(plan) = self.look(outlook) else { return Outcome::Nothing };
+            if let Some(plan) = self.fit_deadlines(outlook, plan) {
+                return self.when(outlook, plan);
+            }
+        }
+        match self.look(outlook) {
+            Some(plan) => self.when(outlook, plan),
+            None => Outcome::Nothing,
+        }
+    }
+
+    /// Steps 1 to 3.
+    fn look(&mut self, outlook: &Outlook) -> Option<Plan> {
+        let strict = outlook.now < self.packer.strict_until;
+        let mut lowest_class = if strict { self.packer.strict_class } else { Class::COUNT - 1 };
+        self.fill_cells(outlook, lowest_class);
+        if self.packer.cells.is_empty() && strict {
+            lowest_class = Class::COUNT - 1;
+            self.fill_cells(outlook, lowest_class);
+        }
+        if self.packer.cells.is_empty() {
+            return None;
+        }
+        let overdue = self.overdue(outlook.now);
+        let best = match overdue {
+            Some(id) => self.best_around(outlook, id),
+            None => self.best(outlook),
+        };
+        let mut chosen = best;
+        let mut reason = if overdue.is_some() { SealReason::Urgent } else { SealReason::Idle };
+        if overdue.is_none()
+            && let Some(urgent) = self.urgent(outlook, &best)
+        {
+            chosen = urgent;
+            reason = SealReason::Urgent;
+        }
+        let cells = &self.packer.cells;
+        let (shortest, longest) = (cells[chosen.first].bucket, cells[chosen.last].bucket);
+        let len = self.policy.buckets.len_at(longest);
+        let anchor = overdue.or_else(|| self.soonest_in(outlook, shortest, longest, lowest_class));
+        Some(Plan {
+            reason,
+            shortest,
+            longest,
+            rows: chosen.rows as u32,
+            anchor,
+            lowest_class,
+            predicted: self.cost.predict(chosen.rows as u32, len),
+            efficiency: chosen.efficiency(),
+            best_efficiency: best.efficiency(),
+        })
+    }
+
+    /// The ticket with the soonest deadline of all, if these buckets hold it and it can still make it. It may be behind the
+    /// head of its lane.
+    fn soonest_in(&self, outlook: &Outlook, shortest: u16, longest: u16, lowest_class: usize) -> Option<TicketId> {
+        let (due, id) = self.due.first()?;
+        let ticket = &self.tickets[id];
+        let here = ticket.place == Place::Lane && (shortest..=longest).contains(&ticket.bucket);
+        let len = self.policy.buckets.len_at(longest);
+        let fits = ticket.rows <= self.policy.rows_at(len) && ticket.class.index() <= lowest_class;
+        let hopeless = after(outlook.start, self.cost.predict(1, ticket.len)) > due;
+        (here && fits && !hopeless).then_some(id)
+    }
+
+    /// Gives up the hopeless and lists the buckets that hold rows.
+    fn fill_cells(&mut self, outlook: &Outlook, lowest_class: usize) {
+        self.packer.cells.clear();
+        let fit = self.cost.coefficients();
+        let extra = self.policy.tuning.overhead_worth * fit.batch / self.packer.batch_rows;
+        for bucket in 0..self.lanes.buckets() {
+            let len = self.policy.buckets.len_at(bucket);
+            let row = fit.row(len);
+            let (mut rows, mut worth, mut urgency, mut due) = (0.0, 0.0, 0.0, Moment::FAR);
+            for class in &Class::ALL[..=lowest_class] {
+                if self.lanes.sums(*class, bucket).tickets == 0 {
+                    continue;
+                }
+                let alone = after(outlook.start, self.cost.predict(1, len));
+                let soonest = self.give_up_before(*class, bucket, alone);
+                let sums = self.lanes.sums(*class, bucket);
+                if sums.tickets == 0 {
+                    continue;
+                }
+                let worth_of_row = self.policy.tuning.class_worth[class.index()];
+                rows += f64::from(sums.rows);
+                urgency += sums.urgency;
+                worth += worth_of_row * (self.policy.tuning.base_worth * f64::from(sums.rows) + sums.age(outlook.now));
+                due = due.min(soonest);
+            }
+            if rows > 0.0 {
+                let budget = f64::from(self.policy.rows_at(len));
+                let slack = rows / urgency.max(1e-18) * self.policy.tuning.slack_share;
+                let by_slack = if row > 0.0 { ((slack - fit.batch) / row).floor() } else { budget };
+                let room = budget.min(by_slack).max(1.0);
+                self.packer.cells.push(Cell {
+                    bucket,
+                    rows,
+                    row,
+                    credit: row + extra,
+                    worth: worth * (row + extra),
+                    room,
+                    due,
+                });
+            }
+        }
+        // The heads are the soonest of their lanes where all have the same slack; this one is the soonest in any case.
+        if let Some((due, id)) = self.due.first()
+            && self.tickets[id].place == Place::Lane
+            && let Some(cell) = self.packer.cells.iter_mut().find(|cell| cell.bucket == self.tickets[id].bucket)
+            && after(outlook.start, self.cost.predict(1, self.tickets[id].len)) <= due
+        {
+            cell.due = cell.due.min(due);
+        }
+    }
+
+    /// Gives up the heads of a bucket's lanes that are due before `moment`. Returns the soonest deadline left.
+    fn give_up_before(&mut self, class: Class, bucket: u16, moment: Moment) -> Moment {
+        let soonest = self.lanes.head_due(class, bucket);
+        if soonest >= moment || !self.cost.is_known() {
+            return soonest;
+        }
+        for tenant in 0..self.lanes.tenants {
+            while self.lanes.lane(tenant, class, bucket).head_due < moment {
+                // A prediction that is wrong must not starve the model of the batches that would correct it: the last
+                // waiting row goes, hopeless or not.
+                if self.due.len() <= self.shed.len() + 1 {
+                    return self.lanes.head_due(class, bucket);
+                }
+                let id = self.lanes.lane(tenant, class, bucket).oldest().expect("it has a deadline");
+                self.give_up(id);
+            }
+        }
+        self.lanes.head_due(class, bucket)
+    }
+
+    fn give_up(&mut self, id: TicketId) {
+        self.lanes.unlink(self.tickets, self.due, id);
+        self.tickets[id].place = Place::Shed;
+        self.shed.push(id);
+    }
+
+    /// A row that has waited too long for anything else to go first. Looked for now and then: an age of ten slacks need
+    /// not be noticed to the microsecond.
+    fn overdue(&mut self, now: Moment) -> Option<TicketId> {
+        if now < self.packer.ages_at {
+            return None;
+        }
+        let mut oldest: Option<TicketId> = None;
+        for cell in 0..self.packer.cells.len() {
+            let id = self.lanes.oldest(self.tickets, self.packer.cells[cell].bucket);
+            if let Some(id) = id
+                && oldest.is_none_or(|oldest| self.tickets[id].came_before(&self.tickets[oldest]))
+            {
+                oldest = Some(id);
+            }
+        }
+        let ticket = &self.tickets[oldest?];
+        let age = now.since(ticket.admitted_at).as_nanos() as f64 * f64::from(ticket.urgency);
+        if age >= self.policy.tuning.age_max {
+            return oldest;
+        }
+        self.packer.ages_at = now + self.policy.slo / 4;
+        None
+    }
+
+    /// Time of the executor that a batch takes. On a device that several share, the fixed part overlaps with others' runs.
+    fn occupancy(&self, outlook: &Outlook, rows: f64, row: f64) -> f64 {
+        let run = rows * row;
+        run.max((self.cost.coefficients().batch + run) / outlook.sharing)
+    }
+
+    /// The range with the most worth per time.
+    fn best(&self, outlook: &Outlook) -> Range {
+        let cells = &self.packer.cells;
+        let fixed = self.cost.coefficients().batch;
+        let sharing = 1.0 / outlook.sharing;
+        let (mut best, mut best_worth) = (Range { occupancy: 1.0, ..Range::default() }, -1.0);
+        for last in 0..cells.len() {
+            let Cell { row: longest, room, .. } = cells[last];
+            let (mut rows, mut worth, mut work) = (0.0, 0.0, 0.0);
+            for first in (0..=last).rev() {
+                let cell = &cells[first];
+                let left = room - rows;
+                let full = cell.rows >= left;
+                if full {
+                    rows = room;
+                    worth += cell.worth * (left / cell.rows);
+                    work += left * cell.credit;
+                } else {
+                    rows += cell.rows;
+                    worth += cell.worth;
+                    work += cell.rows * cell.credit;
+                }
+                let run = rows * longest;
+                let occupancy = run.max((fixed + run) * sharing);
+                if worth * best.occupancy > best_worth * occupancy {
+                    best = Range { first, last, rows, work, occupancy };
+                    best_worth = worth;
+                }
+                if full {
+                    break;
+                }
+            }
+        }
+        best
+    }
+
+    /// The range with the most worth per time among those that this ticket fits in.
+    fn best_around(&self, outlook: &Outlook, id: TicketId) -> Range {
+        let cells = &self.packer.cells;
+        let ticket = &self.tickets[id];
+        let with = cells.iter().position(|cell| cell.bucket == ticket.bucket).expect("it waits in a listed bucket");
+        let (mut best, mut best_worth) = (Range { occupancy: 1.0, ..Range::default() }, -1.0);
+        for last in with..cells.len() {
+            let budget = self.policy.rows_at(self.policy.buckets.len_at(cells[last].bucket));
+            if ticket.rows > budget {
+                break;
+            }
+            let room = cells[last].room.max(f64::from(ticket.rows));
+            let (mut rows, mut worth, mut work) = (0.0, 0.0, 0.0);
+            for first in (0..=last).rev() {
+                rows += cells[first].rows;
+                worth += cells[first].worth;
+                work += cells[first].rows * cells[first].credit;
+                if first > with {
+                    continue;
+                }
+                let share = (room / rows).min(1.0);
+                let occupancy = self.occupancy(outlook, rows * share, cells[last].row);
+                if worth * share * best.occupancy > best_worth * occupancy {
+                    best = Range { first, last, rows: rows * share, work: work * share, occupancy };
+                    best_worth = worth * share;
+                }
+                if rows >= room {
+                    break;
+                }
+            }
+        }
+        best.rows = best.rows.max(f64::from(ticket.rows));
+        best
+    }
+
+    /// The most urgent part of the rest, if some part of the rest would miss behind `best` a deadline that it could make
+    /// alone, and the most urgent is efficient enough.
+    fn urgent(&mut self, outlook: &Outlook, best: &Range) -> Option<Range> {
+        if !self.cost.is_known() {
+            return None;
+        }
+        let margin = 1.0 + self.cost.margin();
+        let fixed = self.cost.coefficients().batch;
+        let cells = &self.packer.cells;
+        let soonest = cells.iter().map(|cell| cell.due).min()?;
+        if soonest == Moment::FAR {
+            return None;
+        }
+        let behind_best = best.occupancy / outlook.executors * margin;
+        let everything: f64 =
+            cells.iter().map(|cell| cell.rows * cell.row + fixed * (cell.rows / cell.room).ceil()).sum();
+        if soonest > after(outlook.start, behind_best + everything * margin) {
+            return None;
+        }
+        self.partition(outlook);
+        let Packer { parts, cells, .. } = &mut *self.packer;
+        parts.retain(|(due, part)| (part.last < best.first || part.first > best.last) && *due != Moment::FAR);
+        parts.sort_unstable_by_key(|(due, part)| (*due, part.first));
+        let mut time = behind_best;
+        // By how much the batch in front has to be shorter, and the first part that is in danger.
+        let (mut excess, mut missed) = (0.0f64, None);
+        for (at, (due, part)) in parts.iter().enumerate() {
+            time += part.occupancy / outlook.executors * margin;
+            let alone = (fixed + part.rows.min(cells[part.last].room) * cells[part.last].row) * margin;
+            let left = due.since(outlook.start).as_nanos() as f64;
+            if time > left && alone <= left {
+                excess = excess.max(time - left);
+                missed.get_or_insert(at);
+            }
+        }
+        let missed = missed?;
+        let (due, urgent) = parts[0];
+        let danger = parts[missed].1;
+        if self.class_at_risk(&danger) == 0 && due != Moment::FAR {
+            self.packer.strict_class = 0;
+            self.packer.strict_until = outlook.now + due.since(outlook.now) / 2;
+        }
+        let floor = self.policy.tuning.efficiency_floor * best.efficiency();
+        let urgent = self.part_as_batch(outlook, urgent);
+        let shorter = self.shortened(outlook, best, excess / margin * outlook.executors);
+        let better = |range: &Range| range.efficiency() >= floor;
+        if better(&urgent) { Some(urgent) } else { shorter.filter(better) }
+    }
+
+    /// The batch with fewer rows, so that it takes this much less time.
+    fn shortened(&self, outlook: &Outlook, best: &Range, by: f64) -> Option<Range> {
+        let row = self.packer.cells[best.last].row;
+        let rows = ((best.rows * row - by) / row).floor();
+        (rows >= 1.0).then(|| Range {
+            rows,
+            work: best.work * rows / best.rows,
+            occupancy: self.occupancy(outlook, rows, row),
+            ..*best
+        })
+    }
+
+    /// The highest class with rows in a range.
+    fn class_at_risk(&self, range: &Range) -> usize {
+        let cells = &self.packer.cells[range.first..=range.last];
+        let holds = |class: &&Class| cells.iter().any(|cell| self.lanes.sums(**class, cell.bucket).tickets > 0);
+        Class::ALL.iter().find(holds).map_or(0, |class| class.index())
+    }
+
+    /// The first batch of a part.
+    fn part_as_batch(&self, outlook: &Outlook, part: Range) -> Range {
+        let cells = &self.packer.cells;
+        let rows = part.rows.min(cells[part.last].room);
+        let work = part.work * (rows / part.rows);
+        Range { rows, work, occupancy: self.occupancy(outlook, rows, cells[part.last].row), ..part }
+    }
+
+    /// The cheapest partition of all rows into contiguous ranges, by dynamic programming over the buckets that hold rows.
+    fn partition(&mut self, outlook: &Outlook) {
+        let fixed = self.cost.coefficients().batch;
+        let sharing = 1.0 / outlook.sharing;
+        let Packer { cells, cheapest, parts, .. } = &mut *self.packer;
+        cheapest.clear();
+        cheapest.push((0.0, 0));
+        for last in 0..cells.len() {
+            let Cell { row, room, .. } = cells[last];
+            let per_room = 1.0 / room;
+            let (mut rows, mut best) = (0.0, (f64::INFINITY, last));
+            for first in (0..=last).rev() {
+                rows += cells[first].rows;
+                let run = rows * row;
+                let time = run.max((fixed * (rows * per_room).ceil() + run) * sharing);
+                if time >= best.0 {
+                    // Longer ranges only take longer.
+                    break;
+                }
+                let total = cheapest[first].0 + time;
+                if total < best.0 {
+                    best = (total, first);
+                }
+            }
+            cheapest.push(best);
+        }
+        parts.clear();
+        let mut end = cells.len();
+        while end > 0 {
+            let first = cheapest[end].1;
+            let of = &cells[first..end];
+            let range = Range {
+                first,
+                last: end - 1,
+                rows: of.iter().map(|cell| cell.rows).sum(),
+                work: of.iter().map(|cell| cell.rows * cell.credit).sum(),
+                occupancy: cheapest[end].0 - cheapest[first].0,
+            };
+            let due = of.iter().map(|cell| cell.due).min().unwrap_or(Moment::FAR);
+            parts.push((due, range));
+            end = first;
+        }
+    }
+
+    /// When a batch of this size is expected to be done.
+    fn done_at(&self, outlook: &Outlook, rows: f64, longest: u16, inflate: f64) -> Moment {
+        let time = self.cost.predict(rows as u32, self.policy.buckets.len_at(longest)) * inflate;
+        if outlook.sharing <= 1.0 {
+            return after(outlook.start, time);
+        }
+        let fixed = (self.cost.coefficients().batch * inflate).min(time);
+        after(after(outlook.start, fixed).max(outlook.device_free), time - fixed)
+    }
+
+    /// Step 4. `None` when rows were given up, so that the queue has to be looked at again.
+    fn fit_deadlines(&mut self, outlook: &Outlook, plan: Plan) -> Option<Plan> {
+        if !self.cost.is_known() {
+            return Some(plan);
+        }
+        let cells = &self.packer.cells;
+        let inside = |cell: &&Cell| cell.bucket >= plan.shortest && cell.bucket <= plan.longest;
+        let due = cells.iter().filter(inside).map(|cell| cell.due).min().unwrap_or(Moment::FAR);
+        let rows = f64::from(plan.rows);
+        let inflate = 1.0 + self.cost.margin();
+        if due == Moment::FAR || self.done_at(outlook, rows, plan.longest, inflate) <= due {
+            return Some(plan);
+        }
+        let last = cells.iter().find(|cell| cell.bucket == plan.longest).expect("planned from it");
+        let fixed = self.cost.coefficients().batch;
+        let begin = after(outlook.start, fixed).max(outlook.device_free).since(outlook.start).as_nanos() as f64;
+        let time = due.since(outlook.start).as_nanos() as f64 / inflate;
+        let fits = if last.row > 0.0 { ((time - begin) / last.row).floor().min(rows) } else { rows };
+        if fits >= 1.0 {
+            let per_row = plan.efficiency * self.occupancy(outlook, rows, last.row) / rows;
+            let efficiency = fits * per_row / self.occupancy(outlook, fits, last.row);
+            if efficiency >= self.policy.tuning.efficiency_floor * plan.efficiency {
+                let predicted = self.cost.predict(fits as u32, self.policy.buckets.len_at(plan.longest));
+                return Some(Plan { rows: fits as u32, reason: SealReason::Urgent, efficiency, predicted, ..plan });
+            }
+        }
+        let done = self.done_at(outlook, rows, plan.longest, 1.0);
+        let before = self.shed.len();
+        for bucket in plan.shortest..=plan.longest {
+            for class in &Class::ALL[..=plan.lowest_class] {
+                if self.lanes.sums(*class, bucket).tickets > 0 {
+                    self.give_up_before(*class, bucket, done);
+                }
+            }
+        }
+        if self.shed.len() == before { Some(plan) } else { None }
+    }
+
+    /// Step 5.
+    fn when(&mut self, outlook: &Outlook, plan: Plan) -> Outcome {
+        let len = self.policy.buckets.len_at(plan.longest);
+        let seal = |reason| Outcome::Seal(Plan { reason, ..plan });
+        if plan.rows >= self.policy.rows_at(len) {
+            return seal(SealReason::Full);
+        }
+        if outlook.draining {
+            return seal(SealReason::Drain);
+        }
+        if plan.reason == SealReason::Urgent {
+            return seal(SealReason::Urgent);
+        }
+        let due = self.due.first().map_or(Moment::FAR, |(due, _)| due);
+        let grown = self.cost.predict(plan.rows + 1, len) * (1.0 + self.cost.margin());
+        let latest = if due == Moment::FAR { due } else { due - Duration::from_nanos(grown as u64) - WAKE_MARGIN };
+        match self.policy.queue_delay_max {
+            Some(Duration::ZERO) => seal(SealReason::Idle),
+            Some(window) => {
+                let oldest = (0..self.packer.cells.len())
+                    .filter_map(|at| self.lanes.oldest(self.tickets, self.packer.cells[at].bucket))
+                    .map(|id| self.tickets[id].admitted_at)
+                    .min()
+                    .unwrap_or(outlook.now);
+                if oldest + window <= outlook.now {
+                    seal(SealReason::QueueDelay)
+                } else if latest <= outlook.now {
+                    seal(SealReason::Deadline)
+                } else {
+                    Outcome::Hold((oldest + window).min(latest))
+                }
+            }
+            None => {
+                // Until the next row is expected to come, those who wait lose that time each; it saves a batch's fixed
+                // cost once.
+                let waiting: f64 = self.packer.cells.iter().map(|cell| cell.rows).sum();
+                let gain = self.policy.tuning.hold * self.cost.coefficients().batch;
+                let quiet = outlook.now.since(self.packer.last_arrival).as_nanos() as f64;
+                let gap = self.packer.gap.max(quiet);
+                let pays = self.cost.is_known() && self.packer.gap > 0.0 && (waiting + 1.0) * gap < gain;
+                let latest = latest - Duration::from_nanos(2 * gap as u64);
+                if outlook.others_idle {
+                    seal(SealReason::Idle)
+                } else if !pays {
+                    seal(SealReason::Economic)
+                } else if latest <= outlook.now {
+                    seal(SealReason::Deadline)
+                } else {
+                    let until = after(self.packer.last_arrival, gain / (waiting + 1.0));
+                    Outcome::Hold(until.min(latest))
+                }
+            }
+        }
+    }
+
+    /// Takes the planned rows: the highest class first, in it the soonest deadline, and in a bucket the tenant that is
+    /// furthest behind.
+    pub fn take(&mut self, plan: &Plan, tenants: &mut Tenants, members: &mut Vec<TicketId>) {
+        let mut room = plan.rows;
+        let len = self.policy.buckets.len_at(plan.longest);
+        if let Some(id) = plan.anchor {
+            room = room.saturating_sub(self.take_one(id, len, tenants, members));
+        }
+        for class in &Class::ALL[..=plan.lowest_class] {
+            let rows: u32 = (plan.shortest..=plan.longest).map(|bucket| self.lanes.sums(*class, bucket).rows).sum();
+            if rows == 0 || room == 0 {
+                continue;
+            }
+            if rows <= room {
+                for bucket in (plan.shortest..=plan.longest).rev() {
+                    while self.lanes.sums(*class, bucket).tickets > 0 {
+                        room -= self.take_next(*class, bucket, room, len, tenants, members);
+                    }
+                }
+                continue;
+            }
+            let mut passed_over = 0u64;
+            loop {
+                // Buckets beyond the 64th share a bit: one that is passed over takes its mates along for this batch.
+                let bucket = (plan.shortest..=plan.longest)
+                    .rev()
+                    .filter(|bucket| self.lanes.sums(*class, *bucket).tickets > 0)
+                    .filter(|bucket| passed_over & (1 << (bucket % 64)) == 0)
+                    .min_by_key(|bucket| self.lanes.head_due(*class, *bucket));
+                let Some(bucket) = bucket else { break };
+                match self.take_next(*class, bucket, room, len, tenants, members) {
+                    0 => passed_over |= 1 << (bucket % 64),
+                    rows => room -= rows,
+                }
+                if room == 0 {
+                    break;
+                }
+            }
+        }
+        if members.is_empty() {
+            // A head of more rows than the plan has: it fits a batch of its own, so it gets one.
+            let bucket = (plan.shortest..=plan.longest).rev().find(|bucket| self.lanes.rows(*bucket) > 0);
+            let bucket = bucket.expect("a plan is made of buckets that hold rows");
+            let id = self.lanes.oldest(self.tickets, bucket).expect("it holds rows");
+            self.take_one(id, len, tenants, members);
+        }
+    }
+
+    /// Takes one ticket of a bucket that fits. Returns its rows, 0 when none fits.
+    fn take_next(
+        &mut self,
+        class: Class,
+        bucket: u16,
+        room: u32,
+        len: u32,
+        tenants: &mut Tenants,
+        members: &mut Vec<TicketId>,
+    ) -> u32 {
+        let mut best: Option<(f64, TicketId)> = None;
+        for tenant in 0..self.lanes.tenants {
+            let Some(head) = self.lanes.lane(tenant, class, bucket).oldest() else { continue };
+            let time = if self.lanes.tenants == 1 { 0.0 } else { tenants.time(tenant) };
+            if best.is_none_or(|(least, _)| time < least)
+                && let Some(id) = self.fitting(head, room)
+            {
+                best = Some((time, id));
+            }
+        }
+        let Some((_, id)) = best else { return 0 };
+        self.take_one(id, len, tenants, members)
+    }
+
+    /// The first of a lane, from `head`, that has at most `room` rows.
+    fn fitting(&self, head: TicketId, room: u32) -> Option<TicketId> {
+        let mut next = Some(head);
+        for _ in 0..LOOK_AHEAD {
+            let id = next?;
+            if self.tickets[id].rows <= room {
+                return Some(id);
+            }
+            next = self.lanes.after(self.tickets, id);
+        }
+        None
+    }
+
+    fn take_one(&mut self, id: TicketId, len: u32, tenants: &mut Tenants, members: &mut Vec<TicketId>) -> u32 {
+        self.lanes.unlink(self.tickets, self.due, id);
+        let (rows, tenant) = (self.tickets[id].rows, self.tickets[id].tenant);
+        tenants.charge(tenant, u64::from(rows) * u64::from(len));
+        members.push(id);
+        rows
+    }
+}
+
+fn after(moment: Moment, nanos: f64) -> Moment {
+    Moment(moment.nanos().saturating_add(nanos.max(0.0) as u64))
+}

@@ -1,0 +1,104 @@
+//! Whose turn it is among the tenants of one model: start-time fair queueing over padded cells.
+//!
+//! Each tenant has a virtual time that advances by the padded cells of its rows that ran, divided by its weight. Among
+//! tenants whose rows could join a batch, the one that is furthest behind goes first. A tenant that comes back from rest
+//! starts at the virtual time of the present: rest earns nothing. (Goyal, Vin, Cheng: Start-time Fair Queuing, 1996.)
+//! Deficit round robin gives the same shares; here a batch takes rows from several lengths at once, and "who is
+//! furthest behind" needs no round.
+//!
+//! Always true
+//! - At most [`PLACES`] tenants are told apart at a time; further ones share the last place until one is free.
+
+use super::TenantId;
+
+pub const PLACES: usize = 64;
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    tenant: TenantId,
+    /// Padded cells that ran, by weight.
+    time: f64,
+    /// Padded cells that wait.
+    waiting: u64,
+}
+
+#[derive(Debug)]
+pub struct Tenants {
+    entries: Vec<Entry>,
+    /// The largest virtual time at which a row was taken.
+    now: f64,
+    /// Places with something waiting.
+    active: usize,
+}
+
+impl Tenants {
+    pub fn new() -> Tenants {
+        Tenants { entries: Vec::with_capacity(PLACES), now: 0.0, active: 0 }
+    }
+
+    /// The place of a tenant that adds `cells`.
+    pub fn arrive(&mut self, tenant: TenantId, cells: u64) -> u16 {
+        let at = self.place(tenant);
+        let entry = &mut self.entries[usize::from(at)];
+        if entry.waiting == 0 {
+            entry.time = entry.time.max(self.now);
+            self.active += 1;
+        }
+        entry.waiting += cells;
+        at
+    }
+
+    fn place(&mut self, tenant: TenantId) -> u16 {
+        if let Some(at) = self.entries.iter().position(|entry| entry.tenant == tenant) {
+            return at as u16;
+        }
+        let entry = Entry { tenant, time: self.now, waiting: 0 };
+        if self.entries.len() < PLACES {
+            self.entries.push(entry);
+            return (self.entries.len() - 1) as u16;
+        }
+        match self.entries.iter().position(|entry| entry.waiting == 0) {
+            Some(at) => {
+                self.entries[at] = entry;
+                at as u16
+            }
+            None => (PLACES - 1) as u16,
+        }
+    }
+
+    /// Cells left the queue.
+    pub fn leave(&mut self, place: u16, cells: u64) {
+        let entry = &mut self.entries[usize::from(place)];
+        entry.waiting -= cells;
+        self.active -= usize::from(entry.waiting == 0);
+    }
+
+    /// What waits is counted in other cells from now on.
+    pub fn resize(&mut self, place: u16, before: u64, after: u64) {
+        let entry = &mut self.entries[usize::from(place)];
+        entry.waiting = entry.waiting - before + after;
+    }
+
+    /// A row of this many padded cells was taken for a batch.
+    pub fn charge(&mut self, place: u16, cells: u64) {
+        let entry = &mut self.entries[usize::from(place)];
+        self.now = self.now.max(entry.time);
+        entry.time += cells as f64;
+    }
+
+    pub fn time(&self, place: u16) -> f64 {
+        self.entries[usize::from(place)].time
+    }
+
+    /// Tenants with something waiting.
+    pub fn active(&self) -> usize {
+        self.active
+    }
+
+    /// Whether no other tenant has more waiting than this one has with `cells` more, and another waits at all.
+    pub fn is_heaviest(&self, tenant: TenantId, cells: u64) -> bool {
+        let mine = self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting) + cells;
+        let mut others = self.entries.iter().filter(|entry| entry.tenant != tenant && entry.waiting > 0).peekable();
+        others.peek().is_some() && others.all(|entry| entry.waiting <= mine)
+    }
+}
