@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ferry::batcher::{Batcher, ExecutorLink, SeatOptions, ThreadOutlet};
+use ferry::batcher::{Batcher, ExecutorLink, ThreadOutlet};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::pack::{Pads, Row, pack};
 use ferry::executor::sim::{Faults, SimExecutor};
@@ -16,7 +16,9 @@ use ferry::executor::worker::Worker;
 use ferry::mail::{Burst, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
 use ferry::scatter::append_result;
-use ferry::scheduler::{Arrival, Buckets, Group, Policy, QueueLimits, Scheduler, SealedBatch, Vacancy};
+use ferry::scheduler::{
+    Arrival, Buckets, Class, Group, Policy, PolicyKind, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
+};
 use ferry::telemetry::{ModelLabels, Telemetry};
 use ferry::vocab::{DType, ModelHandle, Moment, SealReason, TicketKey};
 
@@ -110,6 +112,7 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
     SealedBatch {
         id,
         model: MODEL,
+        executor: 0,
         rows,
         rows_possible: ROWS,
         padded_len,
@@ -174,41 +177,54 @@ fn packing_running_and_answering_a_batch_allocates_nothing_once_buffers_have_gro
     }
 }
 
-fn policy(group: Group) -> Policy {
+fn policy(group: Group, kind: PolicyKind) -> Policy {
     Policy {
-        rows_max: ROWS,
-        cells_max: 64 * u64::from(ROWS),
-        queue_delay_max: Duration::ZERO,
-        buckets: Buckets::geometric(64),
-        fill_waste_max: 0.2,
+        kind,
+        queue_delay_max: Some(Duration::ZERO),
         group,
-        queue: QueueLimits::NONE,
-        service: Default::default(),
+        ..Policy::new(ROWS, 64 * u64::from(ROWS), Buckets::geometric(64))
     }
 }
 
 #[test]
 fn deciding_allocates_nothing_once_the_queue_has_grown() {
-    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Executors)]);
-    let mut members = Vec::with_capacity(ROWS as usize);
-    let mut round = |now: u64| {
-        let now = Moment(now * 1000);
-        for n in 0..200u32 {
-            let deadline = Some(now + Duration::from_secs(1));
-            let arrival = Arrival { model: MODEL, rows: 1, len: 1 + n % 64, bytes: 1, deadline, compose: None };
-            let id = scheduler.handle_arrival(now, arrival).expect("no bounds");
-            if n % 10 == 0 {
-                scheduler.handle_cancel(id);
+    for kind in [PolicyKind::Buckets, PolicyKind::Cost] {
+        let seats = SeatSpec::separate(Group::Executors, 1, 1);
+        let limits = QueueLimits { rows_max: 1000, ..QueueLimits::NONE };
+        let mut scheduler = Scheduler::new(limits, vec![policy(Group::Executors, kind)], &seats);
+        let mut members = Vec::with_capacity(ROWS as usize);
+        let mut round = |now: u64| {
+            let now = Moment(now * 1_000_000);
+            for n in 0..200u32 {
+                // Some cannot wait for the others.
+                let wait = if n % 7 == 0 { 100 } else { 50_000 };
+                let arrival = Arrival {
+                    model: MODEL,
+                    rows: 1,
+                    len: 1 + n % 64,
+                    bytes: 1,
+                    deadline: Some(now + Duration::from_micros(wait)),
+                    compose: None,
+                    class: Class::from_priority((n % 3) as u8),
+                    tenant: TenantId((n % 5) as u16),
+                };
+                let Ok(id) = scheduler.handle_arrival(now, arrival) else { continue };
+                if n % 10 == 0 {
+                    scheduler.handle_cancel(id);
+                }
             }
-        }
-        while let Some(batch) = scheduler.poll_batch(now, Group::Executors, Vacancy::Idle, &mut members) {
-            scheduler.handle_finished(MODEL, batch.cells_padded(), Duration::from_micros(3));
-        }
-        scheduler.poll_timeout(|_| true);
-    };
-    // Expiry entries of those that left pile up until they are swept: long enough to have seen the most.
-    (0..20).for_each(&mut round);
-    assert_eq!(allocations(|| (20..100).for_each(&mut round)), 0);
+            let mut at = now;
+            while let Some(batch) = scheduler.poll_batch(at, &mut members) {
+                at = at + Duration::from_micros(30);
+                scheduler.handle_finished(at, &batch, Duration::from_micros(30));
+                while scheduler.poll_expired(at).is_some() {}
+            }
+            scheduler.poll_timeout(at);
+        };
+        // Each tenant's lists are made when it first comes, and nothing after.
+        (0..20).for_each(&mut round);
+        assert_eq!(allocations(|| (20..100).for_each(&mut round)), 0, "{kind}");
+    }
 }
 
 #[test]
@@ -217,10 +233,10 @@ fn a_turn_of_the_batcher_allocates_nothing_once_everything_has_grown() {
     let (worker, inbox) = worker(&contract);
     let labels = [ModelLabels { name: "echo".into(), version: "1".into() }];
     let outlet = ThreadOutlet { executors: vec![ExecutorLink::Inline(Box::new(worker))], shards: Vec::new() };
-    let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Inline)]);
-    let seats = [SeatOptions { group: Group::Inline, slots: 1 }];
+    let seats = SeatSpec::separate(Group::Inline, 1, 1);
+    let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Inline, PolicyKind::Cost)], &seats);
     let telemetry = Telemetry::new(&labels, 1, 1);
-    let mut batcher = Batcher::new(scheduler, outlet, &[contract], &seats, 1, telemetry);
+    let mut batcher = Batcher::new(scheduler, outlet, &[contract], 1, telemetry);
     let requests = requests(40);
     let mut out = Vec::new();
     for turn in 0..100 {

@@ -23,6 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
     ("control", &["telemetry", "clock", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
+    ("replay", &["load", "scheduler", "vocab"]),
     ("load", &["client", "clock", "contract", "executor", "vocab", "wire"]),
 ];
 

@@ -43,6 +43,8 @@ const EXPECTED: &[&str] = &[
     "deadline",
     "drain",
     "composed",
+    "urgent",
+    "economic",
 ];
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use ferry::batcher::{Batcher, SeatOptions};
+use ferry::batcher::Batcher;
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::worker::Worker;
@@ -19,7 +19,9 @@ use ferry::frontend::inflight::{InFlight, Owned, Waiting};
 use ferry::mail::{Burst, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
 use ferry::scatter::{append_error, append_result, failure_of};
-use ferry::scheduler::{Buckets, Compose, Group, Policy, QueueLimits, Scheduler};
+use ferry::scheduler::{
+    Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
+};
 use ferry::telemetry::{ModelLabels, Telemetry};
 use ferry::vocab::{Code, DType, ModelHandle, Moment, Refusal, TicketKey};
 use ferry::wire::encoder::align8;
@@ -150,15 +152,16 @@ fn random_policy(rng: &mut StdRng, contract: &Contract) -> Policy {
     } else {
         QueueLimits::NONE
     };
+    let buckets = Buckets::new(lens).expect("ascending");
     Policy {
-        rows_max: rng.random_range(1..10),
-        cells_max: rng.random_range(16..120),
-        queue_delay_max: Duration::from_micros(window),
-        buckets: Buckets::new(lens).expect("ascending"),
+        kind: PolicyKind::ALL[rng.random_range(0..4)],
+        queue_delay_max: rng.random_bool(0.8).then_some(Duration::from_micros(window)),
+        pad_to: if rng.random_bool(0.5) { PadTo::Bucket } else { PadTo::Longest },
         fill_waste_max: rng.random_range(0.0..1.0),
         group: if rng.random_bool(0.25) { Group::Inline } else { Group::Executors },
         queue,
-        service: Default::default(),
+        weight: rng.random_range(0.1..4.0),
+        ..Policy::new(rng.random_range(1..10), rng.random_range(16..120), buckets)
     }
 }
 
@@ -222,12 +225,14 @@ impl World {
             refused: Vec::new(),
         };
         let limits = QueueLimits { rows_max: rng.random_range(10..200), cells_max: 2000, bytes_max: 20_000 };
-        let scheduler = Scheduler::new(limits, policies.clone());
-        let seats: Vec<SeatOptions> = groups
-            .iter()
-            .map(|group| SeatOptions { group: *group, slots: if *group == Group::Inline { 1 } else { slots } })
-            .collect();
-        let batcher = Batcher::new(scheduler, outlet, &contracts, &seats, shard_count, telemetry);
+        let seat = |(at, group): (usize, &Group)| SeatSpec {
+            group: *group,
+            slots: if *group == Group::Inline { 1 } else { slots },
+            device: at as u16,
+        };
+        let seats: Vec<SeatSpec> = groups.iter().enumerate().map(seat).collect();
+        let scheduler = Scheduler::new(limits, policies.clone(), &seats);
+        let batcher = Batcher::new(scheduler, outlet, &contracts, shard_count, telemetry);
         let connections = rng.random_range(1..5);
         let shards = (0..)
             .zip(inboxes)
@@ -398,8 +403,8 @@ impl World {
             received_at: self.now,
             deadline,
             compose,
-            class: Default::default(),
-            tenant: Default::default(),
+            class: Class::from_priority(id as u8 % 4),
+            tenant: TenantId((id % 5) as u16),
             truncated: false,
         })
     }
