@@ -197,7 +197,7 @@ fn deciding_allocates_nothing_once_the_queue_has_grown() {
             let now = Moment(now * 1_000_000);
             for n in 0..200u32 {
                 // Some cannot wait for the others.
-                let wait = if n % 7 == 0 { 100 } else { 50_000 };
+                let wait = if n % 7 == 0 { 1000 } else { 50_000 };
                 let arrival = Arrival {
                     model: MODEL,
                     rows: 1,

@@ -328,10 +328,11 @@ fn a_panic_or_error_in_a_model_costs_its_batch_and_the_instance_is_built_again()
 }
 
 #[test]
-fn warming_up_runs_every_shape_on_padding_and_mails_nobody() {
+fn warming_up_runs_every_shape_twice_on_padding_and_mails_nobody() {
     let (mut rig, faults) = Rig::simulated();
-    rig.worker.warm(ModelHandle(2), &[(1, 8), (8, 64)]).expect("the identity");
-    assert_eq!(faults.batches.load(Ordering::Relaxed), 2);
+    let times = rig.worker.warm(ModelHandle(2), &[(1, 8), (8, 64)]).expect("the identity");
+    assert_eq!(times.len(), 2, "one time a shape");
+    assert_eq!(faults.batches.load(Ordering::Relaxed), 4, "the second run of each is the one that is timed");
     assert!(rig.inboxes.iter().all(Receiver::is_empty));
     faults.failures.store(1, Ordering::Relaxed);
     assert_eq!(rig.worker.warm(ModelHandle(0), &[(1, 8)]).expect_err("it fails").code, Code::ExecutorFailed);

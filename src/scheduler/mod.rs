@@ -205,6 +205,8 @@ const ACTIVE: Duration = Duration::from_secs(2);
 const SLOW: f64 = 4.0;
 /// Batches are bound to a busy executor at most so long before it is expected to be free.
 const LEAD_MAX: f64 = 500_000.0;
+/// No batch is bound to a busy executor while predictions are off by more than this share.
+const ERROR_MAX: f64 = 0.25;
 
 impl Scheduler {
     pub fn new(limits: QueueLimits, policies: Vec<Policy>, seats: &[SeatSpec]) -> Scheduler {
@@ -519,7 +521,7 @@ impl Scheduler {
     }
 
     fn propose_packed(&mut self, now: Moment, index: usize, seat: usize) -> Option<(Moment, Proposal)> {
-        let binds_at = self.binds_at(index, seat);
+        let binds_at = self.binds_at(now, index, seat)?;
         let queue = &mut self.models[index];
         if now < binds_at {
             queue.hold_until(binds_at);
@@ -553,18 +555,23 @@ impl Scheduler {
     }
 
     /// When a batch of this model may be bound to a seat: not much before the seat, or the device that it shares, is
-    /// expected to be free. Another row might still join, until then.
-    fn binds_at(&self, index: usize, seat: usize) -> Moment {
-        let fixed = 1.15 * self.models[index].cost.coefficients().batch;
+    /// expected to be free. Another row might still join, until then. `None`: not before its running batch has finished.
+    fn binds_at(&self, now: Moment, index: usize, seat: usize) -> Option<Moment> {
+        let cost = &self.models[index].cost;
+        let fixed = 1.15 * cost.coefficients().batch;
         let at = &self.seats.seats[seat];
         if self.seats.is_shared(seat) {
             let free_at = self.seats.devices[usize::from(at.device)].free_at.max(at.free_at());
-            return free_at - Duration::from_nanos(fixed as u64);
+            return Some(free_at - Duration::from_nanos(fixed as u64));
         }
         if at.is_idle() {
-            return Moment::ZERO;
+            return Some(Moment::ZERO);
         }
-        at.free_at() - Duration::from_nanos(fixed.min(LEAD_MAX) as u64)
+        // Behind a batch that takes longer than expected nobody knows how long it is: a row that is bound there can no
+        // longer go elsewhere.
+        let running = &self.models[at.running.last()?.model.index()].cost;
+        let is_foreseeable = running.is_known() && running.error() < ERROR_MAX && now <= at.free_at();
+        is_foreseeable.then(|| at.free_at() - Duration::from_nanos(fixed.min(LEAD_MAX) as u64))
     }
 
     /// When [`Scheduler::poll_expired`] or [`Scheduler::poll_batch`] may next have something without a new event. Ask
