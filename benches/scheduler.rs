@@ -5,10 +5,11 @@
 //! After criterion's figures: how long single decisions take. `-- callgrind` runs one case 20,000 times and nothing else,
 //! for `valgrind --tool=callgrind --toggle-collect='*Scheduler*poll_batch*'` and the like.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::measurement::{Measurement, WallTime};
 use criterion::{BenchmarkId, Criterion, Throughput};
+use ferry::clock;
 use ferry::scheduler::{
     Arrival, Buckets, Class, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
     TicketId,
@@ -141,9 +142,9 @@ fn decisions(count: usize) {
             let mut rig = Rig::new(PolicyKind::Cost, waiting, near);
             let (mut times, mut rows) = (Vec::with_capacity(count), 0u64);
             for _ in 0..count {
-                let start = Instant::now();
+                let start = clock::now();
                 let batch = rig.decide();
-                times.push(start.elapsed());
+                times.push(clock::now().since(start));
                 rows += u64::from(rig.finish(&batch));
             }
             times.sort_unstable();

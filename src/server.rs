@@ -224,10 +224,10 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let control = start_control(&plan, &lifecycle, &catalog, &stopper)?;
 
     let mut others = Vec::new();
-    let (links, seats, warmed) = start_executors(&plan, &mut others)?;
+    let started = start_executors(&plan, &mut others)?;
     plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
-    let batcher = start_batcher(&plan, links, (&seats, &warmed), batcher_mailbox)?;
+    let batcher = start_batcher(&plan, started, batcher_mailbox)?;
     let options = shard_options(config, hooks, in_flight_max);
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
@@ -315,10 +315,7 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
 const FILL_WASTE_MAX: f64 = 0.25;
 
 /// Starts the executor threads and the inline worker; returns when all of them are warm.
-fn start_executors(
-    plan: &Plan<'_>,
-    others: &mut Vec<JoinHandle<()>>,
-) -> Result<(Vec<ExecutorLink>, Vec<SeatSpec>, Vec<Warmed>), StartError> {
+fn start_executors(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Started, StartError> {
     let slots = plan.config.executor.slots;
     let spin = plan.config.frontend.spin;
     let mut links = Vec::new();
@@ -354,7 +351,14 @@ fn start_executors(
             Err(_) => return Err(StartError::Thread("an executor ended while it was warmed".into())),
         }
     }
-    Ok((links, seats, timed))
+    Ok(Started { links, seats, warmed: timed })
+}
+
+/// Executors that are warm.
+struct Started {
+    links: Vec<ExecutorLink>,
+    seats: Vec<SeatSpec>,
+    warmed: Vec<Warmed>,
 }
 
 /// A batch that was run for warming up: its shape, and how long it took.
@@ -425,17 +429,16 @@ const TEXTS_MAX: usize = 4096;
 
 fn start_batcher(
     plan: &Plan<'_>,
-    executors: Vec<ExecutorLink>,
-    (seats, warmed): (&[SeatSpec], &[Warmed]),
+    executors: Started,
     mailbox: Receiver<ToBatcher>,
 ) -> Result<JoinHandle<()>, StartError> {
     let queue = &plan.config.queue;
     let limits =
         QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
     let policies = plan.models.iter().map(|model| policy_of(&model.manifest)).collect();
-    let mut scheduler = Scheduler::new(limits, policies, seats);
-    warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));
-    let outlet = ThreadOutlet { executors, shards: plan.shards.clone() };
+    let mut scheduler = Scheduler::new(limits, policies, &executors.seats);
+    executors.warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));
+    let outlet = ThreadOutlet { executors: executors.links, shards: plan.shards.clone() };
     let telemetry = Arc::clone(&plan.telemetry);
     let batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     let spin = plan.config.frontend.spin;

@@ -227,9 +227,8 @@ fn solve_symmetric(mut m: [[f64; TERMS]; TERMS], mut r: [f64; TERMS]) -> Option<
         r.swap(column, pivot);
         for row in column + 1..TERMS {
             let factor = m[row][column] / m[column][column];
-            for k in column..TERMS {
-                m[row][k] -= factor * m[column][k];
-            }
+            let above = m[column];
+            m[row].iter_mut().zip(above).skip(column).for_each(|(value, above)| *value -= factor * above);
             r[row] -= factor * r[column];
         }
     }

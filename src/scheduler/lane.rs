@@ -39,9 +39,10 @@ pub struct Sums {
 }
 
 impl Sums {
-    /// Σ age/slack of the rows.
-    pub fn age(&self, now: Moment) -> f64 {
-        (now.nanos() as f64 * self.urgency - self.arrival).max(0.0)
+    /// Σ age/slack of the rows. `now` in ns.
+    pub fn age(&self, now: f64) -> f64 {
+        let age = now * self.urgency - self.arrival;
+        if age > 0.0 { age } else { 0.0 }
     }
 }
 
@@ -111,7 +112,8 @@ impl Lanes {
 
     /// The soonest deadline among the heads of a bucket's lanes of one class.
     pub fn head_due(&self, class: Class, bucket: u16) -> Moment {
-        (0..self.tenants).map(|tenant| self.lane(tenant, class, bucket).head_due).min().unwrap_or(Moment::FAR)
+        let first = self.lane(0, class, bucket).head_due;
+        (1..self.tenants).fold(first, |due, tenant| due.min(self.lane(tenant, class, bucket).head_due))
     }
 
     /// The ticket of a bucket that was admitted first.

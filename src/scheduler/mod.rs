@@ -703,6 +703,8 @@ impl Scheduler {
                 }
             }
             self.totals.cells += queue.totals.cells;
+        } else {
+            queue.packer.resize(policy.buckets.len());
         }
         queue.policy = policy;
         queue.generation += 1;

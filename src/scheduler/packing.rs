@@ -85,6 +85,8 @@ struct Cell {
     credit: f64,
     /// Σ over its rows of worth by class and age.
     worth: f64,
+    /// The most worth per row of this and all shorter buckets.
+    densest: f64,
     /// Most rows of a batch with this as its longest bucket.
     room: f64,
     due: Moment,
@@ -108,10 +110,26 @@ impl Range {
     }
 }
 
+/// What is known of a bucket before anything waits in it.
+#[derive(Clone, Copy, Debug, Default)]
+struct BucketCost {
+    /// w(L).
+    row: f64,
+    /// Expected time of a batch of one row, in ns.
+    alone: f64,
+    /// Most rows of a batch.
+    budget: f64,
+}
+
 /// What one model's policy remembers between decisions, and the memory that decisions are made in.
 #[derive(Debug, Default)]
 pub struct Packer {
+    buckets: Vec<BucketCost>,
+    /// Observations of the cost model when `buckets` was computed.
+    buckets_at: Option<u64>,
     cells: Vec<Cell>,
+    /// Buckets that rows are being taken from, with their soonest deadlines.
+    heads: Vec<(Moment, u16)>,
     /// Cheapest time of the cells before each place, and where its last range begins.
     cheapest: Vec<(f64, usize)>,
     /// The cheapest partition: ranges with their soonest deadline.
@@ -141,18 +159,17 @@ pub struct Queue<'a> {
 
 impl Packer {
     pub fn new(buckets: usize) -> Packer {
-        Packer {
-            cells: Vec::with_capacity(buckets),
-            cheapest: Vec::with_capacity(buckets + 1),
-            parts: Vec::with_capacity(buckets),
-            batch_rows: 1.0,
-            ..Packer::default()
-        }
+        let mut packer = Packer { batch_rows: 1.0, ..Packer::default() };
+        packer.resize(buckets);
+        packer
     }
 
-    /// The policy has other buckets now.
+    /// The policy has other buckets or budgets now.
     pub fn resize(&mut self, buckets: usize) {
+        self.buckets = Vec::with_capacity(buckets);
+        self.buckets_at = None;
         self.cells = Vec::with_capacity(buckets);
+        self.heads = Vec::with_capacity(buckets);
         self.cheapest = Vec::with_capacity(buckets + 1);
         self.parts = Vec::with_capacity(buckets);
     }
@@ -242,45 +259,60 @@ impl Queue<'_> {
         (here && fits && !hopeless).then_some(id)
     }
 
+    /// Computes what follows from the cost model alone, once for each of its observations.
+    fn know_buckets(&mut self) {
+        if self.packer.buckets_at == Some(self.cost.observations()) {
+            return;
+        }
+        let fit = self.cost.coefficients();
+        self.packer.buckets.clear();
+        self.packer.buckets.extend(self.policy.buckets.lens().iter().map(|len| BucketCost {
+            row: fit.row(*len),
+            alone: self.cost.predict(1, *len),
+            budget: f64::from(self.policy.rows_at(*len)),
+        }));
+        self.packer.buckets_at = Some(self.cost.observations());
+    }
+
     /// Gives up the hopeless and lists the buckets that hold rows.
     fn fill_cells(&mut self, outlook: &Outlook, lowest_class: usize) {
+        self.know_buckets();
         self.packer.cells.clear();
-        let fit = self.cost.coefficients();
-        let extra = self.policy.tuning.overhead_worth * fit.batch / self.packer.batch_rows;
+        let tuning = self.policy.tuning;
+        let fixed = self.cost.coefficients().batch;
+        let extra = tuning.overhead_worth * fixed / self.packer.batch_rows;
+        let now = outlook.now.nanos() as f64;
+        let mut densest = 0.0;
         for bucket in 0..self.lanes.buckets() {
-            let len = self.policy.buckets.len_at(bucket);
-            let row = fit.row(len);
+            if self.lanes.rows(bucket) == 0 {
+                continue;
+            }
+            let BucketCost { row, alone, budget } = self.packer.buckets[usize::from(bucket)];
+            let alone = after(outlook.start, alone);
             let (mut rows, mut worth, mut urgency, mut due) = (0.0, 0.0, 0.0, Moment::FAR);
             for class in &Class::ALL[..=lowest_class] {
                 if self.lanes.sums(*class, bucket).tickets == 0 {
                     continue;
                 }
-                let alone = after(outlook.start, self.cost.predict(1, len));
                 let soonest = self.give_up_before(*class, bucket, alone);
                 let sums = self.lanes.sums(*class, bucket);
                 if sums.tickets == 0 {
                     continue;
                 }
-                let worth_of_row = self.policy.tuning.class_worth[class.index()];
-                rows += f64::from(sums.rows);
+                let of_class = f64::from(sums.rows);
+                rows += of_class;
                 urgency += sums.urgency;
-                worth += worth_of_row * (self.policy.tuning.base_worth * f64::from(sums.rows) + sums.age(outlook.now));
+                worth += tuning.class_worth[class.index()] * (tuning.base_worth * of_class + sums.age(now));
                 due = due.min(soonest);
             }
             if rows > 0.0 {
-                let budget = f64::from(self.policy.rows_at(len));
-                let slack = rows / urgency.max(1e-18) * self.policy.tuning.slack_share;
-                let by_slack = if row > 0.0 { ((slack - fit.batch) / row).floor() } else { budget };
-                let room = budget.min(by_slack).max(1.0);
-                self.packer.cells.push(Cell {
-                    bucket,
-                    rows,
-                    row,
-                    credit: row + extra,
-                    worth: worth * (row + extra),
-                    room,
-                    due,
-                });
+                // Rows whose batch takes no longer than their mean slack.
+                let by_slack = (rows * tuning.slack_share / larger(urgency, 1e-18) - fixed) / larger(row, 1e-9);
+                let room = if by_slack < budget { larger(by_slack as u32 as f64, 1.0) } else { budget };
+                let credit = row + extra;
+                let worth = worth * credit;
+                densest = larger(densest, worth / rows);
+                self.packer.cells.push(Cell { bucket, rows, row, credit, worth, densest, room, due });
             }
         }
         // The heads are the soonest of their lanes where all have the same slack; this one is the soonest in any case.
@@ -346,7 +378,7 @@ impl Queue<'_> {
     /// Time of the executor that a batch takes. On a device that several share, the fixed part overlaps with others' runs.
     fn occupancy(&self, outlook: &Outlook, rows: f64, row: f64) -> f64 {
         let run = rows * row;
-        run.max((self.cost.coefficients().batch + run) / outlook.sharing)
+        larger(run, (self.cost.coefficients().batch + run) / outlook.sharing)
     }
 
     /// The range with the most worth per time.
@@ -372,12 +404,14 @@ impl Queue<'_> {
                     work += cell.rows * cell.credit;
                 }
                 let run = rows * longest;
-                let occupancy = run.max((fixed + run) * sharing);
+                let occupancy = larger(run, (fixed + run) * sharing);
                 if worth * best.occupancy > best_worth * occupancy {
                     best = Range { first, last, rows, work, occupancy };
                     best_worth = worth;
                 }
-                if full {
+                // A further row adds at most `densest` worth, and at least its run's share of time: where that is less
+                // than the best has per time, no longer range is better.
+                if full || cell.densest * best.occupancy <= best_worth * longest * sharing {
                     break;
                 }
             }
@@ -435,13 +469,14 @@ impl Queue<'_> {
         }
         let behind_best = best.occupancy / outlook.executors * margin;
         let everything: f64 =
-            cells.iter().map(|cell| cell.rows * cell.row + fixed * (cell.rows / cell.room).ceil()).sum();
-        if soonest > after(outlook.start, behind_best + everything * margin) {
+            cells.iter().map(|cell| cell.rows * cell.row + fixed * (cell.rows / cell.room + 1.0)).sum();
+        let horizon = after(outlook.start, behind_best + everything * margin);
+        if soonest > horizon {
             return None;
         }
         self.partition(outlook);
         let Packer { parts, cells, .. } = &mut *self.packer;
-        parts.retain(|(due, part)| (part.last < best.first || part.first > best.last) && *due != Moment::FAR);
+        parts.retain(|(due, part)| (part.last < best.first || part.first > best.last) && *due <= horizon);
         parts.sort_unstable_by_key(|(due, part)| (*due, part.first));
         let mut time = behind_best;
         // By how much the batch in front has to be shorter, and the first part that is in danger.
@@ -455,10 +490,9 @@ impl Queue<'_> {
                 missed.get_or_insert(at);
             }
         }
-        let missed = missed?;
-        let (due, urgent) = parts[0];
-        let danger = parts[missed].1;
-        if self.class_at_risk(&danger) == 0 && due != Moment::FAR {
+        let (due, urgent) = *parts.first()?;
+        let danger = parts[missed?].1;
+        if self.class_at_risk(&danger) == 0 {
             self.packer.strict_class = 0;
             self.packer.strict_until = outlook.now + due.since(outlook.now) / 2;
         }
@@ -507,17 +541,25 @@ impl Queue<'_> {
             let Cell { row, room, .. } = cells[last];
             let per_room = 1.0 / room;
             let (mut rows, mut best) = (0.0, (f64::INFINITY, last));
+            // A bucket half way down in cost, and the rows above it.
+            let (mut middle, mut above) = (last, 0.0);
             for first in (0..=last).rev() {
-                rows += cells[first].rows;
+                let cell = &cells[first];
+                rows += cell.rows;
                 let run = rows * row;
-                let time = run.max((fixed * (rows * per_room).ceil() + run) * sharing);
-                if time >= best.0 {
-                    // Longer ranges only take longer.
-                    break;
-                }
+                let time = larger(run, (fixed * whole(rows * per_room) + run) * sharing);
                 let total = cheapest[first].0 + time;
                 if total < best.0 {
                     best = (total, first);
+                }
+                while 2.0 * cells[middle].row > row + cell.row {
+                    above += cells[middle].rows;
+                    middle -= 1;
+                }
+                // Two ranges that part at the middle take one batch more at most. If the rows up to there are padded by
+                // more than that, this range is not the cheapest, and no longer one is.
+                if (rows - above) * (row - cells[middle].row) > fixed {
+                    break;
                 }
             }
             cheapest.push(best);
@@ -636,8 +678,9 @@ impl Queue<'_> {
                 } else if latest <= outlook.now {
                     seal(SealReason::Deadline)
                 } else {
-                    let until = after(self.packer.last_arrival, gain / (waiting + 1.0));
-                    Outcome::Hold(until.min(latest))
+                    // Rounded down, it could be a nanosecond before the inequality turns; then there is nothing to wait for.
+                    let until = after(self.packer.last_arrival, gain / (waiting + 1.0)).min(latest);
+                    if until > outlook.now { Outcome::Hold(until) } else { seal(SealReason::Economic) }
                 }
             }
         }
@@ -664,23 +707,23 @@ impl Queue<'_> {
                 }
                 continue;
             }
-            let mut passed_over = 0u64;
-            loop {
-                // Buckets beyond the 64th share a bit: one that is passed over takes its mates along for this batch.
-                let bucket = (plan.shortest..=plan.longest)
-                    .rev()
-                    .filter(|bucket| self.lanes.sums(*class, *bucket).tickets > 0)
-                    .filter(|bucket| passed_over & (1 << (bucket % 64)) == 0)
-                    .min_by_key(|bucket| self.lanes.head_due(*class, *bucket));
-                let Some(bucket) = bucket else { break };
-                match self.take_next(*class, bucket, room, len, tenants, members) {
-                    0 => passed_over |= 1 << (bucket % 64),
-                    rows => room -= rows,
-                }
-                if room == 0 {
-                    break;
+            let mut heads = std::mem::take(&mut self.packer.heads);
+            heads.clear();
+            let holding = (plan.shortest..=plan.longest).filter(|bucket| self.lanes.sums(*class, *bucket).tickets > 0);
+            heads.extend(holding.map(|bucket| (self.lanes.head_due(*class, bucket), bucket)));
+            while room > 0 {
+                let soonest = (0..heads.len()).reduce(|a, b| if heads[b].0 <= heads[a].0 { b } else { a });
+                let Some(at) = soonest else { break };
+                let bucket = heads[at].1;
+                let rows = self.take_next(*class, bucket, room, len, tenants, members);
+                room -= rows;
+                if rows == 0 || self.lanes.sums(*class, bucket).tickets == 0 {
+                    heads.swap_remove(at);
+                } else {
+                    heads[at].0 = self.lanes.head_due(*class, bucket);
                 }
             }
+            self.packer.heads = heads;
         }
         if members.is_empty() {
             // A head of more rows than the plan has: it fits a batch of its own, so it gets one.
@@ -737,6 +780,21 @@ impl Queue<'_> {
     }
 }
 
+/// The larger of two numbers that are not NaN; `f64::max` is a call where the processor's rules for NaN differ.
+fn larger(a: f64, b: f64) -> f64 {
+    if a > b { a } else { b }
+}
+
+/// The next whole number of a small positive one; `f64::ceil` is a call on processors of the baseline.
+fn whole(x: f64) -> f64 {
+    let below = x as u32 as f64;
+    if below < x { below + 1.0 } else { below }
+}
+
 fn after(moment: Moment, nanos: f64) -> Moment {
     Moment(moment.nanos().saturating_add(nanos.max(0.0) as u64))
 }
+
+#[cfg(test)]
+#[path = "packing_tests.rs"]
+mod tests;

@@ -95,6 +95,12 @@ impl Tenants {
         self.active
     }
 
+    /// Padded cells of a tenant that wait.
+    #[cfg(test)]
+    pub fn waiting(&self, tenant: TenantId) -> u64 {
+        self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting)
+    }
+
     /// Whether no other tenant has more waiting than this one has with `cells` more, and another waits at all.
     pub fn is_heaviest(&self, tenant: TenantId, cells: u64) -> bool {
         let mine = self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting) + cells;

@@ -1,0 +1,436 @@
+//! The promises of the policy `cost`, and its shortcuts against the plain way.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::scheduler::cost::Coefficients;
+use crate::scheduler::{
+    Arrival, Buckets, Expired, Group, PadTo, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
+};
+use crate::scheduler::{PolicyKind, seats::Running};
+use crate::vocab::{Code, ModelHandle, Stage};
+
+const MODEL: ModelHandle = ModelHandle(0);
+const MS: Duration = Duration::from_millis(1);
+const TIMES: Coefficients = Coefficients { batch: 1_000_000.0, cell: 10_000.0, square: 0.0 };
+
+fn policy() -> Policy {
+    Policy { pad_to: PadTo::Longest, slo: MS * 50, ..Policy::new(16, 2048, Buckets::geometric(256)) }
+}
+
+/// A scheduler that has learned [`TIMES`], and its executors in virtual time.
+struct Rig {
+    scheduler: Scheduler,
+    now: Moment,
+    members: Vec<TicketId>,
+}
+
+impl Rig {
+    fn new(policies: Vec<Policy>, executors: usize) -> Rig {
+        let models = policies.len();
+        let seats = SeatSpec::separate(Group::Executors, executors, 1);
+        let mut scheduler = Scheduler::new(QueueLimits::NONE, policies, &seats);
+        for model in 0..models {
+            for (rows, len) in [(1, 16), (1, 256), (16, 16), (8, 256), (4, 64)].into_iter().cycle().take(60) {
+                scheduler.prime(ModelHandle(model as u16), rows, len, time(rows, len));
+            }
+        }
+        Rig { scheduler, now: Moment(1_000_000), members: Vec::new() }
+    }
+
+    fn arrive(&mut self, len: u32, slack: Duration) -> TicketId {
+        self.arrive_as(Arrival { deadline: Some(self.now + slack), ..request(len) })
+    }
+
+    fn arrive_as(&mut self, arrival: Arrival) -> TicketId {
+        self.scheduler.handle_arrival(self.now, arrival).expect("it is admitted")
+    }
+
+    fn poll(&mut self) -> Option<SealedBatch> {
+        self.scheduler.poll_batch(self.now, &mut self.members)
+    }
+
+    fn finish(&mut self, batch: &SealedBatch) {
+        let took = time(batch.rows, batch.padded_len);
+        self.now = self.now + took;
+        self.scheduler.handle_finished(self.now, batch, took);
+    }
+
+    fn expired(&mut self) -> Vec<Expired> {
+        std::iter::from_fn(|| self.scheduler.poll_expired(self.now)).collect()
+    }
+}
+
+fn request(len: u32) -> Arrival {
+    Arrival {
+        model: MODEL,
+        rows: 1,
+        len,
+        bytes: 4,
+        deadline: None,
+        compose: None,
+        class: Class::default(),
+        tenant: TenantId::default(),
+    }
+}
+
+fn time(rows: u32, len: u32) -> Duration {
+    Duration::from_nanos(TIMES.batch_time(rows, len) as u64)
+}
+
+/// A batch of this model ran, as the scheduler is told of it.
+fn ran(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, service: Duration) {
+    let batch = SealedBatch {
+        id: u64::MAX,
+        model,
+        executor: 0,
+        rows,
+        rows_possible: rows,
+        padded_len: 16,
+        cells_real: 16,
+        reason: SealReason::Full,
+        sealed_at: now,
+    };
+    let running = Running { batch: batch.id, model, started: now, predicted: 0.0, until: now };
+    scheduler.seats.seats[0].running.push(running);
+    scheduler.handle_finished(now, &batch, service);
+}
+
+#[test]
+fn rows_of_one_length_share_a_batch_and_others_are_looked_past() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let long = rig.arrive(250, MS * 1000);
+    let short: Vec<_> = (0..10).map(|_| rig.arrive(16, MS * 1000)).collect();
+    let first = rig.poll().expect("rows wait");
+    let taken = rig.members.clone();
+    rig.finish(&first);
+    let second = rig.poll().expect("rows wait");
+    let mut batches = [(first.padded_len, taken), (second.padded_len, rig.members.clone())];
+    batches.sort();
+    assert_eq!(batches[0], (16, short));
+    assert_eq!(batches[1], (250, vec![long]));
+}
+
+#[test]
+fn an_explicit_window_holds_exactly_so_long_and_a_full_batch_not_at_all() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 3), ..policy() }], 1);
+    rig.arrive(16, MS * 1000);
+    rig.now = rig.now + MS;
+    rig.arrive(200, MS * 1000);
+    assert_eq!(rig.poll(), None);
+    let due = rig.scheduler.poll_timeout(rig.now).expect("the window ends");
+    assert_eq!(due, Moment(1_000_000) + MS * 3, "from the oldest row");
+    rig.now = due - Duration::from_nanos(1);
+    assert_eq!(rig.poll(), None);
+    rig.now = due;
+    assert_eq!(rig.poll().expect("its window is over").reason, SealReason::QueueDelay);
+
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 3), ..policy() }], 1);
+    for _ in 0..16 {
+        rig.arrive(16, MS * 1000);
+    }
+    assert_eq!(rig.poll().expect("sixteen rows").reason, SealReason::Full);
+}
+
+#[test]
+fn a_window_ends_early_for_a_deadline_even_behind_older_rows() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 100), ..policy() }], 1);
+    rig.arrive(16, MS * 1000);
+    let pressed = rig.arrive(16, MS * 20);
+    assert_eq!(rig.poll(), None);
+    let due = rig.scheduler.poll_timeout(rig.now).expect("a deadline");
+    assert!(due + time(2, 16) <= rig.now + MS * 20 && due > rig.now + MS * 10, "{due:?}");
+    rig.now = due;
+    rig.poll().expect("the deadline presses");
+    assert!(rig.members.contains(&pressed));
+}
+
+#[test]
+fn without_a_window_rows_are_held_only_while_more_are_expected_soon() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    // One every 100 µs: a batch's fixed millisecond pays for a few of them.
+    for _ in 0..3 {
+        rig.arrive(16, MS * 1000);
+        rig.now = rig.now + Duration::from_micros(100);
+    }
+    assert_eq!(rig.poll(), None);
+    let until = rig.scheduler.poll_timeout(rig.now).expect("it is held for a while");
+    assert!(until < rig.now + MS, "{until:?}");
+    rig.now = until;
+    assert_eq!(rig.poll().expect("nobody came").reason, SealReason::Economic);
+}
+
+#[test]
+fn what_cannot_be_done_in_time_is_said_at_the_door_and_later_given_up() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    rig.arrive(16, MS * 1000);
+    let refusal = rig
+        .scheduler
+        .handle_arrival(rig.now, Arrival { deadline: Some(rig.now + MS * 2), ..request(256) })
+        .expect_err("3.6 ms of work");
+    assert_eq!((refusal.code, refusal.stage), (Code::DeadlineExceeded, Stage::Arrival));
+    assert!(refusal.message.contains("2.0 ms are left") && refusal.message.contains("3.6 ms"), "{}", refusal.message);
+
+    let lost = rig.arrive(256, MS * 5);
+    rig.now = rig.now + MS * 2;
+    rig.poll().expect("the other one");
+    assert_eq!(rig.expired(), [Expired::Hopeless(lost)]);
+}
+
+#[test]
+fn a_prediction_that_is_wrong_cannot_starve_a_model() {
+    // Everything once took a hundred times as long.
+    let seats = SeatSpec::separate(Group::Executors, 1, 1);
+    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy()], &seats);
+    for _ in 0..100 {
+        scheduler.prime(MODEL, 1, 16, time(1, 16) * 100);
+    }
+    let mut rig = Rig { scheduler, now: Moment(1), members: Vec::new() };
+    let mut served = 0;
+    for _ in 0..300 {
+        let deadline = Some(rig.now + MS * 20);
+        let _ = rig.scheduler.handle_arrival(rig.now, Arrival { deadline, ..request(16) });
+        if let Some(batch) = rig.poll() {
+            rig.finish(&batch);
+            served += 1;
+        }
+        rig.expired();
+        rig.now = rig.now + MS * 5;
+    }
+    assert!(served > 200, "{served} of 300 were tried");
+}
+
+#[test]
+fn the_highest_class_goes_first_and_the_lowest_is_not_starved() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let low = rig.arrive_as(Arrival { class: Class::from_priority(9), ..request(16) });
+    let mut rounds = 0;
+    loop {
+        // More of the highest class than a batch holds, all the time.
+        for _ in 0..20 {
+            rig.arrive_as(request(16));
+        }
+        let batch = rig.poll().expect("rows wait");
+        if rig.members.contains(&low) {
+            break;
+        }
+        rig.finish(&batch);
+        rounds += 1;
+        assert!(rounds < 1000, "the lowest class waits for ever");
+    }
+    assert!(rounds >= 1, "twenty of the highest class were before it");
+    let waited = rig.now.since(Moment(1_000_000));
+    // Ten slacks, and then the next batch.
+    assert!(waited <= MS * 50 * 10 + MS * 20, "{waited:?}");
+}
+
+#[test]
+fn tenants_share_by_padded_cells_whatever_they_send() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let mut cells = [0u64; 2];
+    let mut tenant_of = std::collections::BTreeMap::new();
+    let mut batches = 0;
+    // The first sends ten times as much; both always have something waiting.
+    for _ in 0..300 {
+        for (tenant, rows) in [(0u16, 40), (1, 4)] {
+            for _ in 0..rows {
+                let waiting = rig.scheduler.models[0].tenants.waiting(TenantId(tenant));
+                if waiting < 16 * 200 {
+                    let id = rig.arrive_as(Arrival { tenant: TenantId(tenant), ..request(16) });
+                    tenant_of.insert(id, tenant);
+                }
+            }
+        }
+        while rig.scheduler.models[0].tenants.active() == 2
+            && let Some(batch) = rig.poll()
+        {
+            batches += 1;
+            for id in &rig.members {
+                cells[usize::from(tenant_of[id])] += u64::from(batch.padded_len);
+            }
+            rig.finish(&batch);
+            if batches % 2 == 0 {
+                break;
+            }
+        }
+    }
+    let share = cells[1] as f64 / (cells[0] + cells[1]) as f64;
+    // The second sends four rows for every two batches of sixteen: it gets all of them at once.
+    assert!(share > 0.12, "the small tenant got {share} of the cells");
+}
+
+#[test]
+fn the_tenant_that_fills_the_queue_is_refused_first() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    ran(&mut rig.scheduler, rig.now, MODEL, 16, time(16, 16));
+    for _ in 0..5000 {
+        let _ = rig.scheduler.handle_arrival(
+            rig.now,
+            Arrival { tenant: TenantId(7), deadline: Some(rig.now + MS * 100), ..request(16) },
+        );
+    }
+    let one = |tenant: u16| Arrival { tenant: TenantId(tenant), deadline: Some(rig.now + MS * 100), ..request(16) };
+    let (small, big) = (one(3), one(7));
+    assert!(rig.scheduler.handle_arrival(rig.now, small).is_ok());
+    let refusal = rig.scheduler.handle_arrival(rig.now, big).expect_err("it has all of the queue");
+    assert_eq!(refusal.code, Code::Overloaded);
+    assert!(refusal.retry_after_ms > 0);
+}
+
+#[test]
+fn a_slow_model_leaves_an_executor_to_a_fast_one() {
+    let policy = || Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let mut rig = Rig::new(vec![policy(), policy()], 2);
+    let (slow, fast) = (ModelHandle(0), ModelHandle(1));
+    ran(&mut rig.scheduler, rig.now, slow, 1, MS * 800);
+    ran(&mut rig.scheduler, rig.now, fast, 1, MS);
+    rig.arrive_as(Arrival { model: fast, ..request(16) });
+    let batch = rig.poll().expect("two executors are idle");
+    assert_eq!(batch.model, fast);
+    for _ in 0..4 {
+        rig.arrive_as(Arrival { model: slow, rows: 16, ..request(16) });
+    }
+    assert_eq!(rig.poll().expect("one executor is idle").model, slow);
+    rig.finish(&batch);
+    // The fast one has nothing waiting, but was here a moment ago.
+    assert_eq!(rig.poll(), None);
+    rig.arrive_as(Arrival { model: fast, ..request(16) });
+    let batch = rig.poll().expect("an executor was kept for it");
+    assert_eq!(batch.model, fast);
+    // Left alone, the slow one may have both.
+    rig.now = rig.now + Duration::from_secs(10);
+    rig.scheduler.handle_finished(rig.now, &batch, MS);
+    assert_eq!(rig.poll().expect("nobody else is here").model, slow);
+}
+
+#[test]
+fn policies_change_while_rows_wait_and_none_is_lost() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let mut waiting: Vec<TicketId> = (0..120).map(|n| rig.arrive(1 + n * 2, MS * 10_000)).collect();
+    for (turn, kind) in PolicyKind::ALL.into_iter().cycle().take(7).enumerate() {
+        let buckets = if turn % 2 == 0 { Buckets::new(&[64, 256]).expect("two") } else { Buckets::geometric(256) };
+        let window = Some(Duration::ZERO);
+        let changed = Policy { kind, buckets, queue_delay_max: window, ..policy() };
+        let generation = rig.scheduler.set_policy(MODEL, changed).expect("everybody still fits");
+        assert_eq!(generation, turn as u32 + 2);
+        let batch = rig.poll().expect("rows wait");
+        for id in rig.members.clone() {
+            let at = waiting.iter().position(|waits| *waits == id).expect("it waits, and once");
+            waiting.swap_remove(at);
+        }
+        rig.finish(&batch);
+        assert_eq!(rig.scheduler.waiting(MODEL).0, waiting.len() as u64);
+    }
+    assert!(waiting.len() < 100, "batches went out meanwhile");
+    let too_short = Policy { buckets: Buckets::geometric(8), ..policy() };
+    let refusal = rig.scheduler.set_policy(MODEL, too_short).expect_err("longer rows wait");
+    assert_eq!(refusal.code, Code::Overloaded);
+}
+
+/// Cells as random queues have them: ascending in cost.
+fn cells() -> impl Strategy<Value = Vec<Cell>> {
+    let one = (1..80u32, 0.01..1.0f64, 0.1..8.0f64, 1..40u32);
+    prop::collection::vec(one, 1..9).prop_map(|list| {
+        let (mut row, mut densest, mut room) = (0.0, 0.0f64, 1000.0f64);
+        let mut cells = Vec::new();
+        for (at, (rows, worth, step, shrink)) in list.into_iter().enumerate() {
+            row += step * 50_000.0;
+            room = (room / (1.0 + f64::from(shrink) / 20.0)).max(1.0).floor();
+            let worth = worth * f64::from(rows) * row;
+            densest = densest.max(worth / f64::from(rows));
+            let rows = f64::from(rows);
+            cells.push(Cell { bucket: at as u16, rows, row, credit: row, worth, densest, room, due: Moment::FAR });
+        }
+        cells
+    })
+}
+
+/// A queue whose cells are given: enough for the choices between ranges.
+fn with_cells<T>(cells: Vec<Cell>, sharing: f64, ask: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T {
+    let mut cost = CostModel::default();
+    for (rows, len) in [(1, 16), (1, 256), (16, 16), (8, 256), (4, 64)].into_iter().cycle().take(60) {
+        cost.observe(rows, len, time(rows, len), true);
+    }
+    let policy = policy();
+    let mut packer = Packer { cells, ..Packer::new(64) };
+    let (mut lanes, mut tickets) = (Lanes::new(policy.buckets.len(), true), Tickets::new(8));
+    let (due, mut shed) = (Due::default(), Vec::new());
+    let outlook = Outlook {
+        now: Moment(1),
+        start: Moment(1),
+        device_free: Moment::ZERO,
+        executors: 1.0,
+        sharing,
+        others_idle: false,
+        draining: false,
+    };
+    let mut queue = Queue {
+        packer: &mut packer,
+        lanes: &mut lanes,
+        tickets: &mut tickets,
+        due: &due,
+        policy: &policy,
+        cost: &cost,
+        shed: &mut shed,
+    };
+    ask(&mut queue, &outlook)
+}
+
+/// Time of all rows of a range.
+fn whole_range(cells: &[Cell], fixed: f64, sharing: f64) -> f64 {
+    let last = cells.last().expect("a range holds cells");
+    let rows: f64 = cells.iter().map(|cell| cell.rows).sum();
+    let run = rows * last.row;
+    run.max((fixed * (rows / last.room).ceil() + run) / sharing)
+}
+
+proptest! {
+    #[test]
+    fn the_partition_is_the_cheapest_of_all(cells in cells(), shared in any::<bool>()) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found: f64 = with_cells(cells.clone(), sharing, |queue, outlook| {
+            queue.partition(outlook);
+            queue.packer.parts.iter().map(|(_, part)| part.occupancy).sum()
+        });
+        // Every way to cut the list.
+        let best = (0..1u32 << (cells.len() - 1))
+            .map(|cuts| {
+                let (mut total, mut begin) = (0.0, 0);
+                for end in 1..=cells.len() {
+                    if end == cells.len() || cuts & (1 << (end - 1)) != 0 {
+                        total += whole_range(&cells[begin..end], fixed, sharing);
+                        begin = end;
+                    }
+                }
+                total
+            })
+            .fold(f64::INFINITY, f64::min);
+        prop_assert!((found / best - 1.0).abs() < 1e-9, "{found} instead of {best}");
+    }
+
+    #[test]
+    fn the_best_range_is_the_best_of_all(cells in cells(), shared in any::<bool>()) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found = with_cells(cells.clone(), sharing, |queue, outlook| queue.best(outlook));
+        let worth_per_time = |first: usize, last: usize| {
+            let (mut rows, mut worth) = (0.0, 0.0);
+            for cell in cells[first..=last].iter().rev() {
+                let take = cell.rows.min(cells[last].room - rows);
+                rows += take;
+                worth += cell.worth * take / cell.rows;
+            }
+            let run = rows * cells[last].row;
+            worth / run.max((fixed + run) / sharing)
+        };
+        let best = (0..cells.len())
+            .flat_map(|last| (0..=last).map(move |first| (first, last)))
+            .map(|(first, last)| worth_per_time(first, last))
+            .fold(0.0, f64::max);
+        let mine = worth_per_time(found.first, found.last);
+        prop_assert!((mine / best - 1.0).abs() < 1e-9, "{mine} instead of {best}");
+    }
+}
