@@ -13,12 +13,16 @@ FERRY = os.environ.get("FERRY_BIN", str(ROOT / "target" / "release" / "ferry"))
 
 
 class Server:
-    """A running server with the named models; `sets` are `--set` settings."""
+    """A running server with the named models; `sets` are `--set` settings, `edits` changes lines of manifests:
+    {"minilm": {"batching": {"policy": '"window"'}}}; the table "" is the head of the file; a value of None drops the key."""
 
-    def __init__(self, models, sets=()):
+    def __init__(self, models, sets=(), edits=None):
         self.folder = tempfile.TemporaryDirectory()
         for name in models:
             shutil.copytree(ROOT / "models" / name, pathlib.Path(self.folder.name) / name)
+        for name, tables in (edits or {}).items():
+            manifest = pathlib.Path(self.folder.name) / name / "model.toml"
+            manifest.write_text(edited(manifest.read_text(), tables))
         command = [FERRY, "serve", "--models", self.folder.name, "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0"]
         for setting in sets:
             command += ["--set", setting]
@@ -52,6 +56,27 @@ class Server:
         if self.process.poll() is None:
             self.terminate()
         self.folder.cleanup()
+
+
+def edited(text, tables):
+    """Manifest text with keys of some tables replaced."""
+    lines, table = [], ""
+    pending = {name: dict(keys) for name, keys in tables.items()}
+    for line in text.splitlines() + ["[end]"]:
+        head = line.strip()
+        if head.startswith("["):
+            lines += [f"{key} = {value}" for key, value in pending.pop(table, {}).items() if value is not None]
+            table = head.strip("[]")
+        key = head.split("=", 1)[0].strip()
+        if table in pending and "=" in head and key in pending[table]:
+            value = pending[table].pop(key)
+            if value is not None:
+                lines.append(f"{key} = {value}")
+            continue
+        lines.append(line)
+    if pending:
+        raise ValueError(f"no table {sorted(pending)} in the manifest")
+    return "\n".join(lines[:-1]) + "\n"
 
 
 def machine():
