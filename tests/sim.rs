@@ -12,6 +12,7 @@ mod outlet;
 mod world;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use world::{Defect, live};
 
@@ -51,25 +52,45 @@ const EXPECTED: &[&str] = &[
 fn every_promise_holds_in_every_simulated_life() {
     let seeds = match env("SIM_SEED") {
         Some(seed) => seed..seed + 1,
-        None => 0..env("SIM_SEEDS").unwrap_or(500),
+        None => 0..env("SIM_SEEDS").unwrap_or(10_000),
     };
     let all = seeds.end - seeds.start >= 500;
-    let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
-    for seed in seeds {
-        let life = std::panic::catch_unwind(|| live(seed, Defect::None));
-        match life {
-            Ok(life) => {
-                if let Some(promise) = life.broken_promise {
-                    panic!("{promise}\nrepeat with: SIM_SEED={seed}");
-                }
-                life.seen.iter().for_each(|(what, times)| *seen.entry(what).or_default() += times);
+    let next = AtomicU64::new(seeds.start);
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let run = || {
+        let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end {
+                return seen;
             }
-            Err(panic) => {
-                eprintln!("repeat with: SIM_SEED={seed}");
-                std::panic::resume_unwind(panic);
+            match std::panic::catch_unwind(|| live(seed, Defect::None)) {
+                Ok(life) => {
+                    if let Some(promise) = life.broken_promise {
+                        next.store(u64::MAX / 2, Ordering::Relaxed);
+                        panic!("{promise}\nrepeat with: SIM_SEED={seed}");
+                    }
+                    life.seen.iter().for_each(|(what, times)| *seen.entry(what).or_default() += times);
+                }
+                Err(panic) => {
+                    eprintln!("repeat with: SIM_SEED={seed}");
+                    std::panic::resume_unwind(panic);
+                }
             }
         }
-    }
+    };
+    let mut seen: BTreeMap<&str, u64> = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let runs: Vec<_> = (0..threads).map(|_| scope.spawn(run)).collect();
+        for run in runs {
+            match run.join() {
+                Ok(of_thread) => {
+                    of_thread.into_iter().for_each(|(what, times)| *seen.entry(what).or_default() += times)
+                }
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+    });
     println!("{seen:#?}");
     if all {
         let missed: Vec<_> = EXPECTED.iter().filter(|what| !seen.contains_key(**what)).collect();

@@ -55,7 +55,12 @@ pub struct Batcher<O> {
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
     telemetry: Arc<Telemetry>,
+    /// When the scheduler's books are recomputed next.
+    audit_at: Moment,
 }
+
+/// The scheduler's books are recomputed this often. With 65,536 requests waiting it takes a millisecond or two.
+const AUDIT_EVERY: Duration = Duration::from_secs(10);
 
 impl<O: Outlet> Batcher<O> {
     pub fn new(
@@ -82,6 +87,7 @@ impl<O: Outlet> Batcher<O> {
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             telemetry,
+            audit_at: Moment::ZERO,
         }
     }
 
@@ -104,6 +110,7 @@ impl<O: Outlet> Batcher<O> {
         self.expire(now);
         self.mail_ends();
         self.publish_depth();
+        self.audit(now);
         match (self.scheduler.poll_timeout(now), self.flights.next()) {
             (Some(a), Some(b)) => Some(a.min(b)),
             (a, b) => a.or(b),
@@ -233,6 +240,19 @@ impl<O: Outlet> Batcher<O> {
             self.held[id.index()] = None;
         }
         slot.fill(batch, clock::now())
+    }
+
+    /// A count that drifted would refuse requests for ever, or none any more; nobody would know why.
+    fn audit(&mut self, now: Moment) {
+        if now < self.audit_at {
+            return;
+        }
+        self.audit_at = now + AUDIT_EVERY;
+        let outcome = self.scheduler.audit();
+        self.telemetry.audited(outcome.is_ok());
+        if let Err(message) = outcome {
+            tracing::error!(message, "the scheduler's books do not add up");
+        }
     }
 
     /// Says what still waits, once for all that the turn changed.

@@ -140,6 +140,38 @@ impl Lanes {
         (next != NONE).then_some(TicketId(next))
     }
 
+    /// Walks every list, and says how many rows are in them all, or what is wrong.
+    pub fn counted(&self, tickets: &Tickets) -> Result<u64, String> {
+        let mut all = 0;
+        for class in Class::ALL {
+            for bucket in 0..self.buckets {
+                let (mut rows, mut count) = (0u64, 0u32);
+                for tenant in 0..self.tenants {
+                    let lane = self.lane(tenant, class, bucket);
+                    let (mut in_lane, mut next) = (0u64, lane.oldest());
+                    while let Some(id) = next {
+                        in_lane += u64::from(tickets[id].rows);
+                        count += 1;
+                        next = self.after(tickets, id);
+                    }
+                    if in_lane != u64::from(lane.rows) {
+                        return Err(format!("a lane says {} rows, counted {in_lane}", lane.rows));
+                    }
+                    rows += in_lane;
+                }
+                let sums = self.sums(class, bucket);
+                if (u64::from(sums.rows), sums.tickets) != (rows, count) {
+                    return Err(format!(
+                        "bucket {bucket} says {} rows in {} tickets, counted {rows} in {count}",
+                        sums.rows, sums.tickets
+                    ));
+                }
+                all += rows;
+            }
+        }
+        Ok(all)
+    }
+
     pub fn push_back(&mut self, tickets: &mut Tickets, due: &Due, id: TicketId) {
         let ticket = &tickets[id];
         let (tenant, class) = self.key(ticket);

@@ -755,6 +755,45 @@ impl Scheduler {
         &self.log
     }
 
+    /// Recomputes the books from the tickets, and says what does not add up. Walks everything that waits.
+    pub fn audit(&self) -> Result<(), String> {
+        let mut all = Totals::default();
+        for (index, queue) in self.models.iter().enumerate() {
+            let model = ModelHandle(index as u16);
+            let (mut totals, mut in_lanes, mut with_deadline) = (Totals::default(), 0u64, 0);
+            for id in self.tickets.of(model) {
+                let ticket = &self.tickets[id];
+                totals.add(&Totals {
+                    rows: u64::from(ticket.rows),
+                    cells: u64::from(ticket.rows) * u64::from(queue.policy.buckets.len_at(ticket.bucket)),
+                    bytes: u64::from(ticket.bytes),
+                });
+                in_lanes += u64::from(ticket.place == Place::Lane) * u64::from(ticket.rows);
+                with_deadline += usize::from(ticket.due_at != ticket::NONE);
+            }
+            let lanes = queue.lanes.counted(&self.tickets)?;
+            let deadlines = queue.due.len() + queue.due_composed.len();
+            let tenants = queue.tenants.waiting_in_all();
+            for (what, booked, counted) in [
+                ("rows", queue.totals.rows, totals.rows),
+                ("padded cells", queue.totals.cells, totals.cells),
+                ("payload bytes", queue.totals.bytes, totals.bytes),
+                ("rows in lanes", lanes, in_lanes),
+                ("deadlines", deadlines as u64, with_deadline as u64),
+                ("padded cells of tenants", tenants, totals.cells),
+            ] {
+                if booked != counted {
+                    return Err(format!("model {index}: the books say {booked} {what}, counted {counted}"));
+                }
+            }
+            all.add(&totals);
+        }
+        if all != self.totals {
+            return Err(format!("the books say {:?} for the server, counted {all:?}", self.totals));
+        }
+        Ok(())
+    }
+
     /// What a decision about a model has in any case.
     fn decision(&self, now: Moment, model: ModelHandle, batch: u64, rows: u32) -> Decision {
         let queue = &self.models[model.index()];

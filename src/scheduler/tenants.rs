@@ -95,6 +95,11 @@ impl Tenants {
         self.active
     }
 
+    /// Padded cells that wait, of all tenants.
+    pub fn waiting_in_all(&self) -> u64 {
+        self.entries.iter().map(|entry| entry.waiting).sum()
+    }
+
     /// Padded cells of a tenant that wait.
     #[cfg(test)]
     pub fn waiting(&self, tenant: TenantId) -> u64 {

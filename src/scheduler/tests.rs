@@ -596,6 +596,36 @@ fn a_new_window_holds_for_rows_that_wait_already() {
 }
 
 #[test]
+fn books_that_do_not_add_up_are_noticed() {
+    type Drift = fn(&mut Scheduler);
+    let drifts: [(&str, Drift); 5] = [
+        ("rows", |scheduler| scheduler.models[0].totals.rows += 1),
+        ("payload bytes", |scheduler| scheduler.models[0].totals.bytes -= 1),
+        ("server", |scheduler| scheduler.totals.cells += 8),
+        ("deadlines", |scheduler| {
+            scheduler.models[0]
+                .due
+                .first()
+                .map(|(_, id)| scheduler.tickets[id].due_at = ticket::NONE)
+                .expect("one waits");
+        }),
+        ("lane", |scheduler| {
+            let id = scheduler.tickets.of(MODEL).next().expect("one waits");
+            scheduler.tickets[id].rows += 1;
+        }),
+    ];
+    for (what, drift) in drifts {
+        let mut rig = Rig::new(vec![policy()]);
+        rig.arrive(Arrival { deadline: Some(Moment::ZERO + MS), ..request() });
+        rig.arrive(Arrival { len: 16, ..request() });
+        assert_eq!(rig.scheduler.audit(), Ok(()));
+        drift(&mut rig.scheduler);
+        let said = rig.scheduler.audit().expect_err("planted");
+        assert!(said.contains(what) || what == "lane", "{what}: {said}");
+    }
+}
+
+#[test]
 fn batches_are_numbered_from_one() {
     let mut rig = Rig::new(vec![Policy { rows_max: 1, ..policy() }]);
     rig.arrive(request());

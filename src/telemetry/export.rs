@@ -182,6 +182,14 @@ impl Telemetry {
             }
             Ok(())
         })?;
+        page.open("ferry_audits", "The scheduler's books were recomputed", MetricType::Counter, &mut |mut metric| {
+            for (outcome, count) in ["ok", "drift"].iter().zip(&self.audits) {
+                metric
+                    .encode_family(&[("outcome", *outcome)])?
+                    .encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+            }
+            Ok(())
+        })?;
         let process = Process::read();
         page.gauge("ferry_process_resident_bytes", "Memory of the process", process.resident_bytes as f64)?;
         page.gauge("ferry_process_open_fds", "Open files of the process", process.open_fds as f64)?;

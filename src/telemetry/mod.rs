@@ -32,6 +32,7 @@
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
+//! | `ferry_audits_total` | counter | outcome | times that the scheduler's books were recomputed: ok, or drift |
 //! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
 //! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
 //! | `ferry_process_threads` | gauge | | threads of the process, read at the scrape |
@@ -83,6 +84,8 @@ pub struct Telemetry {
     models: Vec<ModelMetrics>,
     executors: Vec<ExecutorMetrics>,
     limits: OnceLock<Vec<(String, u64)>>,
+    /// Without and with drift.
+    audits: [counters::Count; 2],
 }
 
 impl Telemetry {
@@ -95,6 +98,7 @@ impl Telemetry {
             models: (0..=labels.len()).map(|_| ModelMetrics::new()).collect(),
             executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
             limits: OnceLock::new(),
+            audits: Default::default(),
             labels,
         })
     }
@@ -109,6 +113,11 @@ impl Telemetry {
 
     pub fn executor(&self, executor: usize) -> &ExecutorMetrics {
         &self.executors[executor]
+    }
+
+    /// The scheduler's books were recomputed, and added up or not.
+    pub fn audited(&self, adds_up: bool) {
+        self.audits[usize::from(!adds_up)].add(1);
     }
 
     /// Exports the bounds that the server runs with. The first call counts.

@@ -225,10 +225,12 @@ impl World {
             refused: Vec::new(),
         };
         let limits = QueueLimits { rows_max: rng.random_range(10..200), cells_max: 2000, bytes_max: 20_000 };
+        let shared = rng.random_bool(0.2);
         let seat = |(at, group): (usize, &Group)| SeatSpec {
             group: *group,
             slots: if *group == Group::Inline { 1 } else { slots },
-            device: at as u16,
+            // Some believe that they share a device, and wait for each other.
+            device: if shared { 0 } else { at as u16 },
         };
         let seats: Vec<SeatSpec> = groups.iter().enumerate().map(seat).collect();
         let scheduler = Scheduler::new(limits, policies.clone(), &seats);
@@ -459,6 +461,7 @@ impl World {
             self.batcher.take(self.now, message);
         }
         let wake_at = self.batcher.turn(self.now);
+        self.check_scheduler(wake_at);
         if wake_at.is_some_and(|at| at <= self.now) {
             self.history.borrow_mut().violate(format!("at {:?} the batcher asks to be woken at {wake_at:?}", self.now));
         }
@@ -601,6 +604,25 @@ impl World {
         let shard = &mut self.shards[shard];
         let connection = shard.in_flight.get(key)?.connection;
         shard.in_flight.remove(key, &mut shard.connections[connection as usize])
+    }
+
+    /// Holds after every turn: the books add up, and nobody waits before an idle executor without a moment at which that
+    /// ends.
+    fn check_scheduler(&mut self, wake_at: Option<Moment>) {
+        if let Err(message) = self.batcher.scheduler().audit() {
+            self.history.borrow_mut().violate(format!("the books do not add up: {message}"));
+        }
+        let scheduler = self.batcher.scheduler();
+        for (at, policy) in self.policies.iter().enumerate() {
+            let waits = scheduler.waiting(ModelHandle(at as u16)).0 > 0;
+            let idle = scheduler.seats().iter().any(|seat| seat.group == policy.group && seat.is_idle());
+            let runs = scheduler.running() > 0;
+            if waits && idle && wake_at.is_none() && !runs {
+                self.history
+                    .borrow_mut()
+                    .violate(format!("model {at} waits before an idle executor and nothing ends it"));
+            }
+        }
     }
 
     /// Holds after every event.
