@@ -10,7 +10,12 @@ use ferry::scheduler::{Class, PolicyKind, TenantId};
 const EFFORT: Effort = Effort { calls: (40_000, 6_000), steps: 5, seed: 7, tune: false };
 
 fn row(hardware: Hardware, lengths: &str) -> Row {
-    Row { hardware, lengths_name: "", lengths: Lengths::parse(lengths).expect("well formed"), pattern: Pattern::Poisson }
+    Row {
+        hardware,
+        lengths_name: "",
+        lengths: Lengths::parse(lengths).expect("well formed"),
+        pattern: Pattern::Poisson,
+    }
 }
 
 #[test]
@@ -35,7 +40,10 @@ fn every_call_is_answered_given_up_or_refused() {
         let load = calls(&hardware, &lengths, Pattern::Bursty, 400.0, 5_000, 3);
         let outcome = simulate(&hardware.policy(kind, 512), &hardware, &load, 1, u64::MAX);
         assert_eq!(outcome.on_time + outcome.late + outcome.expired + outcome.refused, 5_000, "{kind}");
-        assert!(outcome.refused + outcome.expired > 0 && outcome.on_time > 0, "{kind} was offered more than it carries");
+        assert!(
+            outcome.refused + outcome.expired > 0 && outcome.on_time > 0,
+            "{kind} was offered more than it carries"
+        );
     }
 }
 

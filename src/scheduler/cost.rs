@@ -54,6 +54,8 @@ const OUTLIER_WEIGHT: f64 = 0.1;
 /// Observations before any is called an outlier.
 const SETTLED: u64 = 20;
 const OCTAVES: usize = 16;
+/// Mean relative error from which on predictions decide about no request and no slot.
+const TRUSTED: f64 = 0.25;
 
 /// The model of one model's batches on one kind of executor.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +104,12 @@ impl CostModel {
     /// Whether there is anything behind a prediction.
     pub fn is_known(&self) -> bool {
         self.observations > 0
+    }
+
+    /// Whether a request may be given up for a prediction. Where batches of one shape take very different times, as those
+    /// of a model that does what its input says, nobody knows what the next one takes.
+    pub fn is_trusted(&self) -> bool {
+        self.is_known() && self.error < TRUSTED
     }
 
     /// Mean relative error of the predictions so far, the recent ones first.

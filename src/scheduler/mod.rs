@@ -203,10 +203,10 @@ pub struct Scheduler {
 const ACTIVE: Duration = Duration::from_secs(2);
 /// A model whose batches take this many times longer than another's is slow beside it.
 const SLOW: f64 = 4.0;
+/// Slack of a request without a deadline, in units of what it takes alone, where that is longer than the model's objective.
+const PATIENCE: u32 = 8;
 /// Batches are bound to a busy executor at most so long before it is expected to be free.
 const LEAD_MAX: f64 = 500_000.0;
-/// No batch is bound to a busy executor while predictions are off by more than this share.
-const ERROR_MAX: f64 = 0.25;
 
 impl Scheduler {
     pub fn new(limits: QueueLimits, policies: Vec<Policy>, seats: &[SeatSpec]) -> Scheduler {
@@ -281,7 +281,11 @@ impl Scheduler {
             None => arrival.deadline,
         };
         let queue = &mut self.models[arrival.model.index()];
-        let slack = deadline.map_or(queue.policy.slo, |deadline| deadline.since(now));
+        let slack = match deadline {
+            Some(deadline) => deadline.since(now),
+            // Nobody who names no deadline wants small batches for it.
+            None => queue.policy.slo.max(PATIENCE * queue.cost.predicted(arrival.rows, arrival.len)),
+        };
         let urgency = 1.0 / (slack.as_nanos() as f64).max(1.0);
         let tenant = queue.tenants.arrive(arrival.tenant, asked.cells);
         let id = self.tickets.insert(&arrival, bucket, tenant, urgency as f32, now);
@@ -312,7 +316,7 @@ impl Scheduler {
         let slack = deadline.since(now).as_nanos() as f64;
         let alone = queue.cost.predict(arrival.rows, arrival.len);
         // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
-        if alone > slack && queue.totals.rows > 0 {
+        if alone > slack && queue.totals.rows > 0 && queue.cost.is_trusted() {
             let message = format!(
                 "the deadline cannot be met: {:.1} ms are left, and {} rows of length {} take {:.1} ms alone",
                 slack / 1e6,
@@ -570,7 +574,7 @@ impl Scheduler {
         // Behind a batch that takes longer than expected nobody knows how long it is: a row that is bound there can no
         // longer go elsewhere.
         let running = &self.models[at.running.last()?.model.index()].cost;
-        let is_foreseeable = running.is_known() && running.error() < ERROR_MAX && now <= at.free_at();
+        let is_foreseeable = running.is_trusted() && now <= at.free_at();
         is_foreseeable.then(|| at.free_at() - Duration::from_nanos(fixed.min(LEAD_MAX) as u64))
     }
 

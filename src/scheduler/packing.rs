@@ -306,9 +306,9 @@ impl Queue<'_> {
                 due = due.min(soonest);
             }
             if rows > 0.0 {
-                // Rows whose batch takes no longer than their mean slack.
+                // A batch that takes no longer than its rows' mean slack; where not even one row fits that, no batch does.
                 let by_slack = (rows * tuning.slack_share / larger(urgency, 1e-18) - fixed) / larger(row, 1e-9);
-                let room = if by_slack < budget { larger(by_slack as u32 as f64, 1.0) } else { budget };
+                let room = if (1.0..budget).contains(&by_slack) { by_slack as u32 as f64 } else { budget };
                 let credit = row + extra;
                 let worth = worth * credit;
                 densest = larger(densest, worth / rows);
@@ -328,7 +328,7 @@ impl Queue<'_> {
     /// Gives up the heads of a bucket's lanes that are due before `moment`. Returns the soonest deadline left.
     fn give_up_before(&mut self, class: Class, bucket: u16, moment: Moment) -> Moment {
         let soonest = self.lanes.head_due(class, bucket);
-        if soonest >= moment || !self.cost.is_known() {
+        if soonest >= moment || !self.cost.is_trusted() {
             return soonest;
         }
         for tenant in 0..self.lanes.tenants {

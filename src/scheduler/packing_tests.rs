@@ -180,6 +180,27 @@ fn what_cannot_be_done_in_time_is_said_at_the_door_and_later_given_up() {
 }
 
 #[test]
+fn nobody_is_given_up_for_predictions_that_are_mostly_wrong() {
+    let seats = SeatSpec::separate(Group::Executors, 1, 1);
+    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy()], &seats);
+    for took in [MS, MS * 800].into_iter().cycle().take(100) {
+        scheduler.prime(MODEL, 1, 16, took);
+    }
+    let mut rig = Rig { scheduler, now: Moment(1), members: Vec::new() };
+    let first = rig.arrive(16, MS * 20);
+    let second = rig.arrive(16, MS * 20);
+    let batch = rig.poll().expect("rows wait");
+    let mut taken = rig.members.clone();
+    if batch.rows == 1 {
+        rig.finish(&batch);
+        rig.poll().expect("the other");
+        taken.extend(&rig.members);
+    }
+    assert_eq!(rig.expired(), []);
+    assert!(taken.contains(&first) && taken.contains(&second));
+}
+
+#[test]
 fn a_prediction_that_is_wrong_cannot_starve_a_model() {
     // Everything once took a hundred times as long.
     let seats = SeatSpec::separate(Group::Executors, 1, 1);
@@ -277,6 +298,23 @@ fn the_tenant_that_fills_the_queue_is_refused_first() {
     let refusal = rig.scheduler.handle_arrival(rig.now, big).expect_err("it has all of the queue");
     assert_eq!(refusal.code, Code::Overloaded);
     assert!(refusal.retry_after_ms > 0);
+}
+
+#[test]
+fn a_batch_that_takes_longer_than_any_slack_is_not_made_small_for_it() {
+    for slack in [None, Some(MS * 900)] {
+        let slow = Policy { queue_delay_max: Some(Duration::ZERO), slo: MS * 100, ..policy() };
+        let seats = SeatSpec::separate(Group::Executors, 1, 1);
+        let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![slow], &seats);
+        for rows in (1..=16).cycle().take(64) {
+            scheduler.prime(MODEL, rows, 16, MS * 800 + MS / 100 * rows);
+        }
+        let mut rig = Rig { scheduler, now: Moment(1), members: Vec::new() };
+        for _ in 0..10 {
+            rig.arrive_as(Arrival { deadline: slack.map(|slack| rig.now + slack), ..request(16) });
+        }
+        assert_eq!(rig.poll().expect("rows wait").rows, 10, "{slack:?}");
+    }
 }
 
 #[test]
