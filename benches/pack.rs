@@ -43,6 +43,7 @@ fn pack_batch(c: &mut Criterion) {
                         model: ModelHandle(0),
                         rows: 1,
                         len,
+                        part: ferry::mail::Part::whole(1),
                         payload: vec![1; contract.inputs[0].row_bytes(len)].into(),
                         received_at: Moment(0),
                         deadline: None,

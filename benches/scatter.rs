@@ -40,6 +40,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
             first_row: row,
             rows: 1,
             len: 1,
+            part: ferry::mail::Part::whole(1),
             received_at: Moment(0),
             admitted_at: Moment(1),
             truncated: false,

@@ -22,7 +22,9 @@ pub struct Request {
     pub model: ModelHandle,
     pub rows: u32,
     pub len: u32,
-    /// Tensor bytes as received: a slice of the read buffer, or a tokenizer's ids.
+    /// Which of its caller's rows these are.
+    pub part: Part,
+    /// Tensor bytes as received: a slice of the read buffer, or a tokenizer's ids. Of all rows, also in a part.
     pub payload: Bytes,
     pub received_at: Moment,
     pub deadline: Option<Moment>,
@@ -31,6 +33,22 @@ pub struct Request {
     pub tenant: TenantId,
     /// Text was cut to the longest length, as the caller allowed.
     pub truncated: bool,
+}
+
+/// The place of some rows among those of one request. A request of more rows than fit a batch is run in parts, and
+/// answered as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its first row among the request's.
+    pub at_row: u32,
+    /// Rows of the request.
+    pub of_rows: u32,
+}
+
+impl Part {
+    pub fn whole(rows: u32) -> Part {
+        Part { at_row: 0, of_rows: rows }
+    }
 }
 
 /// All that one read of one connection brought, or one tokenizer finished.
@@ -83,9 +101,17 @@ pub struct Member {
     pub first_row: u32,
     pub rows: u32,
     pub len: u32,
+    pub part: Part,
     pub received_at: Moment,
     pub admitted_at: Moment,
     pub truncated: bool,
+}
+
+impl Member {
+    /// These are not all rows of the request.
+    pub fn is_part(&self) -> bool {
+        self.rows != self.part.of_rows
+    }
 }
 
 /// A batch that ran, with all that is needed to answer its members. Shared by the shards, reused when all let go.

@@ -2,10 +2,13 @@
 //!
 //! Always true
 //! - Each member is answered from its own rows, by the shard that asked; a shard gets one message per batch.
-//! - Row bytes are copied once: from the batch's output into the connection's.
+//! - Row bytes are copied once: from the batch's output into the connection's. Those of a request that was run in parts are
+//!   copied once more, where they wait for the others.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::contract::TensorSpec;
 use crate::mail::{FinishedBatch, Member, ToShard};
 use crate::mailbox::Sender;
 use crate::vocab::{ModelHandle, Moment, Refusal};
@@ -44,6 +47,28 @@ pub fn append_result(
     timings: bool,
     now: Moment,
 ) {
+    append_rows(
+        out,
+        finished,
+        member,
+        request_id,
+        timings.then(|| timings_of(finished, member, now)),
+        |out, index, spec| {
+            for row in member.first_row..member.first_row + member.rows {
+                out.extend_from_slice(finished.output.row_bytes(spec, index, row, member.len));
+            }
+        },
+    );
+}
+
+fn append_rows(
+    out: &mut Vec<u8>,
+    finished: &FinishedBatch,
+    member: &Member,
+    request_id: u64,
+    timings: Option<Timings>,
+    rows: impl Fn(&mut Vec<u8>, usize, &TensorSpec),
+) {
     let batch = &finished.batch;
     let contract = &finished.contract;
     let mut result = InferResult {
@@ -53,11 +78,11 @@ pub fn append_result(
         seal_reason: batch.reason as u8,
         flags: if member.truncated { RESULT_TRUNCATED } else { 0 },
         outputs: List::new(),
-        timings: timings.then(|| timings_of(finished, member, now)),
+        timings,
     };
     for (index, spec) in contract.outputs.iter().enumerate() {
         let mut dims = List::new();
-        dims.push(member.rows).expect("rank was checked with the contract");
+        dims.push(member.part.of_rows).expect("rank was checked with the contract");
         for dim in &spec.shape {
             let size = match dim {
                 crate::contract::Dim::Fixed(size) => *size,
@@ -73,12 +98,87 @@ pub fn append_result(
         let payload_at = out.len();
         for (index, spec) in contract.outputs.iter().enumerate() {
             pad_to_8(out, payload_at);
-            for row in member.first_row..member.first_row + member.rows {
-                out.extend_from_slice(finished.output.row_bytes(spec, index, row, member.len));
-            }
+            rows(out, index, spec);
         }
     })
     .expect("8 tensors of rank 8 are within the metadata limit");
+}
+
+/// Requests that are run in parts, and the rows of theirs that are done.
+///
+/// Always true: an entry lives from a request's first part to its last, or to [`Assemblies::drop_entry`], which whoever
+/// ends a request calls; each holds no more than its answer.
+#[derive(Debug, Default)]
+pub struct Assemblies {
+    /// By slot of the request's ticket.
+    entries: BTreeMap<u32, Assembly>,
+}
+
+#[derive(Debug)]
+struct Assembly {
+    generation: u32,
+    rows_left: u32,
+    /// Rows of each output, in the request's order.
+    outputs: Vec<Vec<u8>>,
+    /// Of the part that came last.
+    timings: Timings,
+}
+
+impl Assemblies {
+    /// Keeps a part's rows. True when the request is complete, and [`Assemblies::append_result`] can be called.
+    pub fn take_part(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
+        let outputs = || {
+            let bytes = |spec: &TensorSpec| vec![0; member.part.of_rows as usize * spec.row_bytes(member.len)];
+            finished.contract.outputs.iter().map(bytes).collect()
+        };
+        let fresh = || Assembly {
+            generation: member.key.generation,
+            rows_left: member.part.of_rows,
+            outputs: outputs(),
+            timings: Timings::default(),
+        };
+        let entry = self.entries.entry(member.key.slot).or_insert_with(fresh);
+        if entry.generation != member.key.generation {
+            *entry = fresh();
+        }
+        for (index, spec) in finished.contract.outputs.iter().enumerate() {
+            let row_bytes = spec.row_bytes(member.len);
+            for row in 0..member.rows {
+                let at = (member.part.at_row + row) as usize * row_bytes;
+                let bytes = finished.output.row_bytes(spec, index, member.first_row + row, member.len);
+                entry.outputs[index][at..at + row_bytes].copy_from_slice(bytes);
+            }
+        }
+        entry.timings = timings_of(finished, member, now);
+        entry.rows_left -= member.rows;
+        entry.rows_left == 0
+    }
+
+    /// Appends the result frame of a complete request. Batch, length and timeline are those of its last part.
+    pub fn append_result(
+        &mut self,
+        out: &mut Vec<u8>,
+        finished: &FinishedBatch,
+        member: &Member,
+        request_id: u64,
+        timings: bool,
+    ) {
+        let entry = self.entries.remove(&member.key.slot).expect("its last part was taken");
+        append_rows(out, finished, member, request_id, timings.then_some(entry.timings), |out, index, _| {
+            out.extend_from_slice(&entry.outputs[index]);
+        });
+    }
+
+    /// The request of this slot has ended.
+    pub fn drop_entry(&mut self, slot: u32) {
+        if !self.entries.is_empty() {
+            self.entries.remove(&slot);
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
 }
 
 fn timings_of(finished: &FinishedBatch, member: &Member, now: Moment) -> Timings {

@@ -97,6 +97,7 @@ fn requests(len: u32) -> Vec<Request> {
             model: MODEL,
             rows: 1,
             len,
+            part: ferry::mail::Part::whole(1),
             payload: vec![slot as u8; len as usize * 4].into(),
             received_at: Moment(1),
             deadline: Some(Moment::FAR),

@@ -46,6 +46,7 @@ const EXPECTED: &[&str] = &[
     "composed",
     "urgent",
     "economic",
+    "requests in parts",
 ];
 
 #[test]

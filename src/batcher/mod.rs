@@ -8,6 +8,7 @@
 
 mod flights;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,7 +17,7 @@ use crate::contract::Contract;
 use crate::executor::pack::{Pads, Row, pack};
 use crate::executor::slot::{FilledSlot, VacantSlot};
 use crate::executor::worker::Worker;
-use crate::mail::{Burst, Finished, Request, ToBatcher, ToShard};
+use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
@@ -39,6 +40,14 @@ struct Form {
     pads: Pads,
 }
 
+/// A request of more rows than fit a batch.
+#[derive(Debug, Default)]
+struct Parts {
+    waiting: Vec<TicketId>,
+    /// Parts in all.
+    count: usize,
+}
+
 /// What joins scheduler and executors. Generic over the way out, so that a simulation runs the same turns.
 pub struct Batcher<O> {
     scheduler: Scheduler,
@@ -50,6 +59,8 @@ pub struct Batcher<O> {
     held: Vec<Option<Request>>,
     /// Ticket by shard and slot; checked against the request's key, so a stale entry does no harm.
     tickets: Vec<Vec<TicketId>>,
+    /// Requests that are run in parts, as long as one of them waits.
+    parts: BTreeMap<TicketKey, Parts>,
     flights: Flights,
     /// Ends collected during a turn, by shard.
     ended: Vec<Vec<(TicketKey, Refusal)>>,
@@ -83,6 +94,7 @@ impl<O: Outlet> Batcher<O> {
             vacant,
             held: Vec::new(),
             tickets: vec![Vec::new(); shards],
+            parts: BTreeMap::new(),
             flights: Flights::default(),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
@@ -135,33 +147,55 @@ impl<O: Outlet> Batcher<O> {
             self.admit(now, request);
         }
         for key in burst.cancelled {
-            if let Some(id) = self.ticket_of(key)
-                && self.scheduler.handle_cancel(id)
-            {
-                self.held[id.index()] = None;
+            if let Some(id) = self.ticket_of(key) {
+                self.cancel(id);
             }
+            self.cancel_parts(key);
         }
     }
 
-    fn admit(&mut self, now: Moment, request: Request) {
-        let arrival = Arrival {
-            model: request.model,
-            rows: request.rows,
-            len: request.len,
-            bytes: request.payload.len() as u64,
-            deadline: request.deadline,
-            compose: request.compose,
-            class: request.class,
-            tenant: request.tenant,
-        };
-        let key = request.key;
-        match self.scheduler.handle_arrival(now, arrival) {
-            Ok(id) => {
-                if self.held.len() <= id.index() {
-                    self.held.resize_with(id.index() + 1, || None);
+    fn cancel(&mut self, id: TicketId) {
+        if self.scheduler.handle_cancel(id) {
+            self.held[id.index()] = None;
+        }
+    }
+
+    /// Takes what waits of a request that is run in parts. Says whether some part had left before.
+    fn cancel_parts(&mut self, key: TicketKey) -> bool {
+        let Some(parts) = self.parts.remove(&key) else { return false };
+        parts.waiting.iter().for_each(|id| self.cancel(*id));
+        parts.waiting.len() < parts.count
+    }
+
+    /// Admits a request of more rows than fit a batch as parts, all of them or none.
+    fn admit_parts(&mut self, now: Moment, request: &Request, rows_max: u32) {
+        let mut parts = Parts::default();
+        let mut at_row = 0;
+        while at_row < request.rows {
+            let rows = rows_max.min(request.rows - at_row);
+            let part = Part { at_row, of_rows: request.rows };
+            match self.admit_rows(now, Request { rows, part, ..request.clone() }) {
+                Ok(id) => parts.waiting.push(id),
+                Err(refusal) => {
+                    parts.waiting.iter().for_each(|id| self.cancel(*id));
+                    self.ended[usize::from(request.key.shard)].push((request.key, refusal));
+                    return;
                 }
-                assert!(self.held[id.index()].is_none(), "a ticket's request leaves with it");
-                self.held[id.index()] = Some(request);
+            }
+            at_row += rows;
+        }
+        parts.count = parts.waiting.len();
+        self.parts.insert(request.key, parts);
+    }
+
+    fn admit(&mut self, now: Moment, request: Request) {
+        let rows_max = self.scheduler.rows_of_batch(request.model, request.len);
+        if request.compose.is_none() && rows_max.is_some_and(|rows_max| request.rows > rows_max) {
+            return self.admit_parts(now, &request, rows_max.expect("just compared"));
+        }
+        let key = request.key;
+        match self.admit_rows(now, request) {
+            Ok(id) => {
                 let slots = &mut self.tickets[usize::from(key.shard)];
                 if slots.len() <= key.slot as usize {
                     slots.resize(key.slot as usize + 1, TicketId(u32::MAX));
@@ -170,6 +204,28 @@ impl<O: Outlet> Batcher<O> {
             }
             Err(refusal) => self.ended[usize::from(key.shard)].push((key, refusal)),
         }
+    }
+
+    fn admit_rows(&mut self, now: Moment, request: Request) -> Result<TicketId, Refusal> {
+        // A part holds its share of the payload.
+        let bytes = request.payload.len() as u64 * u64::from(request.rows) / u64::from(request.part.of_rows.max(1));
+        let arrival = Arrival {
+            model: request.model,
+            rows: request.rows,
+            len: request.len,
+            bytes,
+            deadline: request.deadline,
+            compose: request.compose,
+            class: request.class,
+            tenant: request.tenant,
+        };
+        let id = self.scheduler.handle_arrival(now, arrival)?;
+        if self.held.len() <= id.index() {
+            self.held.resize_with(id.index() + 1, || None);
+        }
+        assert!(self.held[id.index()].is_none(), "a ticket's request leaves with it");
+        self.held[id.index()] = Some(request);
+        Ok(id)
     }
 
     /// The waiting ticket of a request, if it still waits.
@@ -193,7 +249,9 @@ impl<O: Outlet> Batcher<O> {
                 Expired::Due(_) => "the deadline came while waiting",
                 Expired::Hopeless(_) => "the deadline could no longer be met: a batch takes longer than what is left",
             };
-            let refusal = Refusal::at_stage(Code::DeadlineExceeded, Stage::Queue, message);
+            // Of a request in parts, the first that expires ends it; another may have run.
+            let stage = if self.cancel_parts(request.key) { Stage::Executing } else { Stage::Queue };
+            let refusal = Refusal::at_stage(Code::DeadlineExceeded, stage, message);
             self.ended[usize::from(request.key.shard)].push((request.key, refusal));
         }
         while let Some(key) = self.flights.poll_expired(now) {
@@ -237,7 +295,15 @@ impl<O: Outlet> Batcher<O> {
             self.flights.start(batch.id, deadlines);
         }
         for id in members {
-            self.held[id.index()] = None;
+            let request = self.held[id.index()].take().expect("packed above");
+            if request.rows != request.part.of_rows
+                && let Some(parts) = self.parts.get_mut(&request.key)
+            {
+                parts.waiting.retain(|part| part != id);
+                if parts.waiting.is_empty() {
+                    self.parts.remove(&request.key);
+                }
+            }
         }
         slot.fill(batch, clock::now())
     }

@@ -46,6 +46,7 @@ pub fn pack<'a>(
             first_row,
             rows: request.rows,
             len: request.len,
+            part: request.part,
             received_at: request.received_at,
             admitted_at,
             truncated: request.truncated,
@@ -65,8 +66,9 @@ pub fn pack<'a>(
         for Row { request, .. } in rows.clone() {
             let (mine, rest) = places.split_at_mut(request.rows as usize * stride);
             places = rest;
-            let offset = contract.input_offset(index, request.rows, request.len);
             let row_bytes = spec.row_bytes(request.len);
+            let start = contract.input_offset(index, request.part.of_rows, request.len);
+            let offset = start + request.part.at_row as usize * row_bytes;
             let bytes = &request.payload[offset..offset + request.rows as usize * row_bytes];
             pack_rows(bytes, row_bytes, stride, &pads.0[index], mine);
         }

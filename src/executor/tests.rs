@@ -151,6 +151,7 @@ fn request(contract: &Contract, model: ModelHandle, slot: u32, rows: u32, len: u
         model,
         rows,
         len,
+        part: crate::mail::Part::whole(rows),
         payload: Bytes::from(payload),
         received_at: Moment(0),
         deadline: None,

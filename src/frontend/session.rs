@@ -12,7 +12,7 @@ use bytes::Bytes;
 use super::connection::{Connection, Phase};
 use super::inflight::Waiting;
 use super::state::{Burst, State};
-use crate::mail::Request;
+use crate::mail::{Part, Request};
 use crate::scatter::append_error;
 use crate::scheduler::{Class, Compose};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
@@ -235,6 +235,7 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         model: header.model,
         rows: checked.rows,
         len: checked.len,
+        part: Part::whole(checked.rows),
         payload: data.slice(frame.payload_range()),
         received_at: now,
         deadline,

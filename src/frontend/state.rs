@@ -19,7 +19,7 @@ use super::session::{Fatal, append_goaway, handle_frame};
 use super::{Catalog, Options};
 use crate::mail::{self, FinishedBatch, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
-use crate::scatter::{append_error, append_result, failure_of};
+use crate::scatter::{Assemblies, append_error, append_result, failure_of};
 use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
 use crate::wire::decoder::Step;
@@ -57,6 +57,8 @@ pub struct State {
     pub telemetry: Arc<Telemetry>,
     pub connections: Slab<Connection>,
     pub in_flight: InFlight,
+    /// Answers of requests that are run in parts.
+    assemblies: Assemblies,
     pub mode: Mode,
     /// Test hook: the shard's main task is to panic.
     pub broken: bool,
@@ -89,6 +91,7 @@ impl State {
             telemetry,
             connections: Slab::new(),
             in_flight,
+            assemblies: Assemblies::default(),
             mode: Mode::Serving,
             broken: false,
             batcher,
@@ -335,7 +338,25 @@ impl State {
                 continue;
             }
             match failure_of(finished, member) {
-                Some(refusal) => self.end(member.key, &refusal),
+                Some(refusal) => {
+                    if member.is_part() {
+                        // Its other parts are for nobody now; the batcher is told with the next burst.
+                        self.cancels_left.push(member.key);
+                    }
+                    self.end(member.key, &refusal);
+                }
+                None if member.is_part() => {
+                    if self.in_flight.get(member.key).is_none() {
+                        self.metrics().late_answer();
+                    } else if self.assemblies.take_part(finished, member, now) {
+                        ok += 1;
+                        let mut assemblies = std::mem::take(&mut self.assemblies);
+                        let waiting = self.release(member.key).expect("found above");
+                        let out = &mut self.output(waiting.connection).out;
+                        assemblies.append_result(out, finished, member, waiting.request_id, waiting.timings);
+                        self.assemblies = assemblies;
+                    }
+                }
                 None => match self.release(member.key) {
                     None => self.metrics().late_answer(),
                     Some(waiting) => {
@@ -365,6 +386,7 @@ impl State {
         let at = self.in_flight.get(key)?.connection;
         let connection = &mut self.connections[at as usize];
         let waiting = self.in_flight.remove(key, &mut connection.owned)?;
+        self.assemblies.drop_entry(key.slot);
         connection.requests_in_flight -= 1;
         connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
         Some(waiting)

@@ -258,6 +258,8 @@ impl<'de> Deserialize<'de> for WrittenSize {
 struct WrittenBatching {
     rows_max: u32,
     #[serde(default)]
+    request_rows_max: Option<u32>,
+    #[serde(default)]
     padded_cells_max: Option<u64>,
     #[serde(default)]
     policy: Option<String>,
@@ -387,7 +389,7 @@ fn check(name: &str, written: Written) -> Result<Manifest, String> {
             into: 0,
             bytes_max: text.bytes_max,
         }),
-        rows_max: written.batching.rows_max,
+        rows_max: written.batching.request_rows_max.unwrap_or(written.batching.rows_max),
     }
     .checked()?;
     for input in &contract.inputs {

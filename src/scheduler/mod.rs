@@ -342,6 +342,12 @@ impl Scheduler {
         Ok(())
     }
 
+    /// Most rows of this length in one batch of a model; `None` when no batch takes such a row.
+    pub fn rows_of_batch(&self, model: ModelHandle, len: u32) -> Option<u32> {
+        let policy = &self.models.get(model.index())?.policy;
+        Some(policy.rows_at(policy.buckets.len_at(policy.buckets.of(len)?)))
+    }
+
     /// Takes a waiting ticket out. False when it already left: sealed, expired or cancelled before.
     pub fn handle_cancel(&mut self, id: TicketId) -> bool {
         if !self.tickets.is_waiting(id) {

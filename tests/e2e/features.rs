@@ -409,3 +409,32 @@ fn a_silent_connection_is_closed_and_one_that_waits_for_its_answer_is_not() {
     assert_eq!(event.ends(), Some(id), "it was silent for longer than is allowed, but it waited");
     event.expect_result();
 }
+
+#[test]
+fn a_request_of_more_rows_than_fit_a_batch_is_run_in_parts_and_answered_whole() {
+    let server = Server::start(&[]);
+    let mut raw = server.connect();
+    let queued = raw.handle("queued");
+    // 16 rows of 1,000 fit a batch; these need four, and share them with others.
+    let values = |seed: u32, count: u32| -> Vec<u8> {
+        (0..count).flat_map(|at| (seed * 1_000_000 + at).to_le_bytes()).collect()
+    };
+    let mut sent = Vec::new();
+    for seed in 0..20 {
+        let (rows, len) = if seed % 4 == 0 { (60, 1000) } else { (1 + seed % 5, 700 + seed) };
+        let payload = values(seed, rows * len);
+        let id = raw.ask(&Ask::new(queued, DType::F32, &[rows, len], &payload));
+        sent.push((id, [rows, len], payload));
+    }
+    for _ in 0..sent.len() {
+        let event = raw.recv();
+        let id = event.ends().expect("an end");
+        let (_, dims, payload) = sent.iter().find(|(sent, ..)| *sent == id).expect("it was asked");
+        let (result, answer) = event.expect_result();
+        assert_eq!(result.outputs[0].dims[..], dims[..]);
+        assert!(answer == *payload, "request {id} got other rows than it sent");
+    }
+    server.wait_until_at_rest();
+    assert_eq!(server.metric("ferry_late_answers_total", &[]), 0.0);
+    assert!(server.metric("ferry_batches_total", &["model=\"queued\""]) >= 5.0 * 4.0);
+}

@@ -23,8 +23,10 @@ pub struct Entry {
     pub compose: Option<Compose>,
     /// Its result holds a NaN.
     pub poisoned: bool,
+    rows: u32,
     end: Option<(Code, Executed)>,
-    submitted: bool,
+    /// Rows that were given to executors.
+    submitted: u32,
     started: bool,
     /// The batcher was told of its cancel while it had not been submitted.
     cancel_taken: bool,
@@ -74,6 +76,7 @@ impl History {
         deadline: Option<Moment>,
         compose: Option<Compose>,
         poisoned: bool,
+        rows: u32,
     ) {
         let id = self.entries.len();
         self.entries.push(Entry {
@@ -81,8 +84,9 @@ impl History {
             deadline,
             compose,
             poisoned,
+            rows,
             end: None,
-            submitted: false,
+            submitted: 0,
             started: false,
             cancel_taken: false,
         });
@@ -179,7 +183,7 @@ impl History {
     pub fn cancel_taken(&mut self, key: TicketKey) {
         let id = self.id_of(key);
         let entry = &mut self.entries[id];
-        entry.cancel_taken = !entry.submitted;
+        entry.cancel_taken = entry.submitted == 0;
     }
 
     /// A batch leaves the batcher.
@@ -199,12 +203,17 @@ impl History {
             let id = self.id_of(member.key);
             let entry = &mut self.entries[id];
             composed.push(entry.compose);
-            let twice = std::mem::replace(&mut entry.submitted, true);
+            entry.submitted += member.rows;
+            let twice = entry.submitted > entry.rows;
+            let in_parts = member.is_part();
             let late = entry.deadline.is_some_and(|deadline| deadline <= batch.sealed_at);
             let cancelled = entry.cancel_taken;
             self.trace(&[4, id as u64]);
+            if in_parts {
+                self.note("requests in parts");
+            }
             if twice {
-                self.violate(format!("request {id} is in two batches"));
+                self.violate(format!("rows of request {id} are in two batches"));
             } else if late {
                 self.violate(format!("request {id} had expired when its batch was sealed"));
             } else if cancelled {

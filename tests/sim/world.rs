@@ -16,9 +16,9 @@ use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::worker::Worker;
 use ferry::frontend::inflight::{InFlight, Owned, Waiting};
-use ferry::mail::{Burst, FinishedBatch, Member, Request, ToBatcher, ToShard};
+use ferry::mail::{Burst, FinishedBatch, Member, Part, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
-use ferry::scatter::{append_error, append_result, failure_of};
+use ferry::scatter::{Assemblies, append_error, append_result, failure_of};
 use ferry::scheduler::{
     Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
 };
@@ -64,6 +64,7 @@ enum Event {
 
 struct Shard {
     in_flight: InFlight,
+    assemblies: Assemblies,
     connections: Vec<Owned>,
     inbox: Receiver<ToShard>,
     mail_scheduled: bool,
@@ -239,6 +240,7 @@ impl World {
         let shards = (0..)
             .zip(inboxes)
             .map(|(index, inbox)| Shard {
+                assemblies: Assemblies::default(),
                 in_flight: InFlight::new(index, rng.random_range(20..200)),
                 connections: (0..connections).map(|_| Owned::default()).collect(),
                 inbox,
@@ -395,12 +397,13 @@ impl World {
         };
         let shard = &mut self.shards[shard];
         let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;
-        self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, poisoned);
+        self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, poisoned, rows);
         Some(Request {
             key,
             model,
             rows,
             len,
+            part: Part::whole(rows),
             payload,
             received_at: self.now,
             deadline,
@@ -434,6 +437,7 @@ impl World {
         let owner = &mut mine.connections[connection];
         let mut cancelled = Vec::new();
         while let Some(key) = mine.in_flight.first(owner) {
+            mine.assemblies.drop_entry(key.slot);
             mine.in_flight.remove(key, owner).expect("it was on the list");
             self.history.borrow_mut().gone(self.now, key);
             cancelled.push(key);
@@ -559,15 +563,33 @@ impl World {
             }
             if let Some(refusal) = failure_of(finished, member) {
                 self.end(shard, member.key, &refusal);
+                if member.is_part() {
+                    self.mail(ToBatcher::Burst(Burst { arrivals: Vec::new(), cancelled: vec![member.key] }));
+                }
                 continue;
             }
+            let part = member.is_part();
+            if part && self.shards[shard].in_flight.get(member.key).is_some() {
+                let planted = self.maybe_another(finished, member);
+                if !self.shards[shard].assemblies.take_part(finished, &planted, finished.finished_at) {
+                    continue;
+                }
+            }
+            // Whoever ends a request drops what was assembled of it.
+            let mut assemblies = std::mem::take(&mut self.shards[shard].assemblies);
             let Some(waiting) = self.release(shard, member.key) else {
+                self.shards[shard].assemblies = assemblies;
                 self.history.borrow_mut().note("late answers");
                 continue;
             };
             let mut out = Vec::new();
             let member = self.maybe_another(finished, member);
-            append_result(&mut out, finished, &member, waiting.request_id, waiting.timings, finished.finished_at);
+            if part {
+                assemblies.append_result(&mut out, finished, &member, waiting.request_id, waiting.timings);
+            } else {
+                append_result(&mut out, finished, &member, waiting.request_id, waiting.timings, finished.finished_at);
+            }
+            self.shards[shard].assemblies = assemblies;
             self.answers += 1;
             let planted = self.answers.is_multiple_of(20);
             if !(planted && self.defect == Defect::DropAnswer) {
@@ -584,7 +606,7 @@ impl World {
         let swapped = finished.members.iter().find(|other| {
             self.defect == Defect::SwapRows
                 && other.first_row != member.first_row
-                && (other.rows, other.len) == (member.rows, member.len)
+                && (other.rows, other.len, other.part) == (member.rows, member.len, member.part)
         });
         swapped.map_or(*member, |other| Member { first_row: other.first_row, ..*member })
     }
@@ -603,6 +625,7 @@ impl World {
     fn release(&mut self, shard: usize, key: TicketKey) -> Option<Waiting> {
         let shard = &mut self.shards[shard];
         let connection = shard.in_flight.get(key)?.connection;
+        shard.assemblies.drop_entry(key.slot);
         shard.in_flight.remove(key, &mut shard.connections[connection as usize])
     }
 
@@ -646,7 +669,9 @@ impl World {
         if !self.draining || !self.batcher.is_idle() || waiting.is_some() || !self.to_batcher.is_empty() {
             history.violate(format!("the drain left something behind: {waiting:?}"));
         }
-        if self.shards.iter().any(|shard| !shard.inbox.is_empty() || !shard.in_flight.is_empty()) {
+        let left =
+            |shard: &Shard| !shard.inbox.is_empty() || !shard.in_flight.is_empty() || !shard.assemblies.is_empty();
+        if self.shards.iter().any(left) {
             history.violate("a shard has mail or requests left".into());
         }
     }
