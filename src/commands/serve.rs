@@ -59,7 +59,6 @@ pub fn run(args: Args) -> ExitCode {
             return ExitCode::from(EXIT_FAILED);
         }
     };
-    eprint!("{}", thread_plan(&config));
     let server = match server::start(&config) {
         Ok(server) => server,
         Err(error) => {
@@ -67,6 +66,7 @@ pub fn run(args: Args) -> ExitCode {
             return ExitCode::from(status_of(&error));
         }
     };
+    eprint!("{}", thread_plan(&config));
     for skipped in &server.skipped {
         eprintln!("{}", skipped.reason);
     }

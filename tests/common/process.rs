@@ -2,13 +2,16 @@
 
 #![allow(dead_code)] // each test file uses its own part
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 
 use super::{Raw, get, metric, models_directory, settings, wait_until};
 
@@ -27,6 +30,26 @@ pub fn run_under(limit: &str, models: &Path, sets: &[&str]) -> Output {
         .args(arguments(models, sets))
         .output()
         .expect("a shell runs")
+}
+
+/// Runs a server that is expected not to start, under a seccomp profile in which one system call fails with `error`.
+///
+/// The filter is put on a thread of this process, for good, and what that thread starts inherits it.
+pub fn run_denied(call: i64, error: Errno, models: &Path, sets: &[&str]) -> Output {
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(call, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(error as u32),
+        std::env::consts::ARCH.try_into().expect("seccomp knows this processor"),
+    );
+    let program: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one call");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
+    command.args(arguments(models, sets));
+    let start = move || {
+        seccompiler::apply_filter(&program).expect("a filter for this thread alone needs no privilege");
+        command.output().expect("the binary runs")
+    };
+    std::thread::spawn(start).join().expect("it does not panic")
 }
 
 /// A running server. Dropping it kills it.

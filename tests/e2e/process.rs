@@ -2,14 +2,17 @@
 
 use std::collections::HashMap;
 use std::io::Write;
+use std::process::Output;
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::libc;
 use nix::sys::signal::Signal;
 
 use ferry::vocab::{Code, DType};
 use ferry::wire::Kind;
 
-use crate::common::process::{Child, run_under};
+use crate::common::process::{Child, run_denied, run_under};
 use crate::common::{Ask, Event, Numbers, Raw, bare_frame, hello_frame, metric, models_directory, wait_until};
 
 #[test]
@@ -147,9 +150,17 @@ fn a_server_that_was_stopped_answers_what_expired_meanwhile_as_expired() {
     assert_eq!(child.status(), Some(0));
 }
 
+/// What was said on standard error, which must be one line.
+#[track_caller]
+fn only_line(output: &Output) -> &str {
+    let text = str::from_utf8(&output.stderr).expect("text");
+    let lines: Vec<&str> = text.lines().collect();
+    let [line] = lines[..] else { panic!("expected one line, got {lines:?}") };
+    line
+}
+
 #[test]
 fn a_machine_that_does_not_allow_it_is_told_apart_with_status_78_and_one_line() {
-    // io_uring itself cannot be denied here without a seccomp filter: frontend/preflight.rs tests that with readings.
     let models = models_directory();
     for (limit, sets, what) in [
         ("ulimit -l 64", &[][..], "locked memory (RLIMIT_MEMLOCK)"),
@@ -157,10 +168,25 @@ fn a_machine_that_does_not_allow_it_is_told_apart_with_status_78_and_one_line() 
     ] {
         let output = run_under(limit, models.path(), sets);
         assert_eq!(output.status.code(), Some(78), "{limit}: {output:?}");
-        let text = String::from_utf8(output.stderr).expect("text");
-        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with("threads:")).collect();
-        let [line] = lines[..] else { panic!("{limit}: expected one line, got {lines:?}") };
+        let line = only_line(&output);
         assert!(line.starts_with(what) && line.contains("needed") && line.contains(';'), "{line}");
+        assert!(output.stdout.is_empty(), "it was never ready");
+    }
+}
+
+#[test]
+fn a_security_profile_without_io_uring_is_told_with_status_78_and_one_true_line() {
+    let models = models_directory();
+    for (call, error, found) in [
+        (libc::SYS_io_uring_setup, Errno::EPERM, "refused by a security profile (EPERM"),
+        (libc::SYS_io_uring_setup, Errno::ENOSYS, "or a security profile hides it (ENOSYS)"),
+        (libc::SYS_io_uring_enter, Errno::EPERM, "refused by a security profile (EPERM"),
+        (libc::SYS_io_uring_register, Errno::EPERM, "refused by a security profile (EPERM"),
+    ] {
+        let output = run_denied(call, error, models.path(), &[]);
+        let line = only_line(&output);
+        assert_eq!(output.status.code(), Some(78), "call {call}, {error}: {output:?}");
+        assert!(line.starts_with("io_uring: ") && line.contains(found), "call {call}, {error}: {line}");
         assert!(output.stdout.is_empty(), "it was never ready");
     }
 }
