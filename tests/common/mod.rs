@@ -25,7 +25,7 @@ use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, Infer, InferResult, List,
     TensorMeta, decode_exact,
 };
-use ferry::wire::{Decoder, Kind, Limits};
+use ferry::wire::{Decoder, Header, Kind, Limits};
 
 /// How long a test waits for what must happen. Only a broken server needs it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -379,6 +379,21 @@ pub fn hello_frame() -> Vec<u8> {
     let mut out = Vec::new();
     append_frame(&mut out, Head::control(Kind::Hello), &hello(), &[]).expect("small metadata");
     out
+}
+
+/// A header that asks for these lengths, sealed as if it had no metadata.
+pub fn header(kind: u8, flags: u8, metadata_len: u32, payload_len: u32) -> Vec<u8> {
+    let header = Header {
+        kind,
+        flags,
+        model: ModelHandle(0),
+        request_id: 1,
+        metadata_len,
+        payload_len,
+        payload_crc: 0,
+        head_crc: 0,
+    };
+    header.encode(&[]).to_vec()
 }
 
 pub fn bare_frame(kind: Kind, id: u64) -> Vec<u8> {

@@ -135,6 +135,21 @@ impl Child {
         self.status_line("VmRSS:") as i64 * 1024
     }
 
+    /// The most memory that is resident at once is counted anew from here.
+    pub fn forget_resident_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.pid()), "5").expect("the process is ours");
+    }
+
+    /// The most memory that was resident at once.
+    pub fn resident_peak_bytes(&self) -> i64 {
+        self.status_line("VmHWM:") as i64 * 1024
+    }
+
+    /// The most addresses that were mapped at once, touched or not.
+    pub fn address_space_peak_bytes(&self) -> i64 {
+        self.status_line("VmPeak:") as i64 * 1024
+    }
+
     /// Open descriptors.
     pub fn files(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.pid())).expect("the process lives").count()

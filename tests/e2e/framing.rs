@@ -6,7 +6,7 @@ use ferry::wire::message::{Infer, encode_into};
 use ferry::wire::{HEADER_LEN, Header, Kind, PROTOCOL_MAJOR};
 
 use crate::common::{
-    Ask, Event, Numbers, Raw, Server, bare_frame, describe_frame, floats_of, hello, hello_frame, wait_until,
+    Ask, Event, Numbers, Raw, Server, bare_frame, describe_frame, floats_of, header, hello, hello_frame, wait_until,
 };
 
 /// Rewrites a frame's head checksum after a test changed a header field.
@@ -16,21 +16,6 @@ fn reseal(frame: &mut [u8]) {
     let metadata_len = metadata_len.min(frame.len() - HEADER_LEN);
     let crc = Header::expected_head_crc(head, &frame[HEADER_LEN..HEADER_LEN + metadata_len]);
     frame[28..32].copy_from_slice(&crc.to_le_bytes());
-}
-
-/// A header that asks for these lengths, sealed as if it had no metadata.
-fn header(kind: u8, flags: u8, metadata_len: u32, payload_len: u32) -> Vec<u8> {
-    let header = Header {
-        kind,
-        flags,
-        model: ModelHandle(0),
-        request_id: 1,
-        metadata_len,
-        payload_len,
-        payload_crc: 0,
-        head_crc: 0,
-    };
-    header.encode(&[]).to_vec()
 }
 
 #[test]

@@ -13,7 +13,7 @@ use ferry::vocab::{Code, DType};
 use ferry::wire::Kind;
 
 use crate::common::process::{Child, run_denied, run_under};
-use crate::common::{Ask, Event, Numbers, Raw, bare_frame, hello_frame, metric, models_directory, wait_until};
+use crate::common::{Ask, Event, Numbers, Raw, bare_frame, header, hello_frame, metric, models_directory, wait_until};
 
 #[test]
 fn a_sigterm_under_load_loses_nothing_and_ends_with_status_0() {
@@ -288,6 +288,47 @@ fn cancelled_requests_and_closed_connections_leave_no_memory_and_no_descriptor()
     wait_until("the descriptors are back", || child.files() <= files);
     let cancelled = child.metric("ferry_requests_finished_total", &["code=\"cancelled\""]);
     assert!(cancelled > CANCELS as f64 / 2.0, "{cancelled} were cancelled before they were served");
+}
+
+#[test]
+fn ten_thousand_lengths_that_are_too_large_take_no_memory_and_the_largest_is_served() {
+    const MAX: u32 = 64 << 10;
+    let child = Child::start(&["frontend.payload_bytes_max=65536"]);
+    let mut bystander = child.connect();
+    let echo = bystander.handle("echo");
+    let largest = Ask::new(echo, DType::F32, &[16, 1024], &[7; MAX as usize]);
+    assert!(bystander.round(&largest).expect_result().1 == largest.payload);
+    // Each with a hello before it and the beginning of what it announces after it, all in one write.
+    let stream = |kind: Kind, metadata_len: u32, payload_len: u32| {
+        [hello_frame(), header(kind as u8, 0, metadata_len, payload_len), vec![0; 1024]].concat()
+    };
+    let round = |count: usize, code: Code, streams: &[Vec<u8>]| {
+        for stream in streams.iter().cycle().take(count) {
+            let mut raw = Raw::connect(child.data);
+            raw.send(stream);
+            assert!(matches!(raw.recv(), Event::HelloAck(_)));
+            raw.recv().expect_goaway(code);
+            assert!(matches!(raw.recv(), Event::End));
+        }
+        wait_until("they are closed", || {
+            child.metric("ferry_connections_opened_total", &[]) - child.metric("ferry_connections_closed_total", &[])
+                == 1.0
+        });
+    };
+    // The same way to the end without such a length, so that no buffer made for one counts as there before.
+    round(1_000, Code::ProtocolError, &[stream(Kind::Result, 0, 0)]);
+    child.forget_resident_peak();
+    let (resident, address_space) = (child.resident_bytes(), child.address_space_peak_bytes());
+    let too_large = [(0, MAX + 1), (0, u32::MAX), (4097, 0), (u32::MAX, u32::MAX)];
+    round(10_000, Code::TooLarge, &too_large.map(|(metadata, payload)| stream(Kind::Infer, metadata, payload)));
+    let resident = child.resident_peak_bytes() - resident;
+    // Also what was never touched: a buffer of 4 GiB that is only announced would be seen here.
+    let address_space = child.address_space_peak_bytes() - address_space;
+    println!("peaks grew by {resident} bytes resident and {address_space} bytes of addresses");
+    assert!(resident < 1 << 20, "the peak of resident memory grew by {resident} bytes");
+    assert!(address_space < 1 << 30, "the peak of addresses grew by {address_space} bytes");
+    assert_eq!(child.metric("ferry_requests_accepted_total", &[]), 1.0, "the largest and nothing else");
+    bystander.round(&largest).expect_result();
 }
 
 #[test]
