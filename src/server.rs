@@ -113,11 +113,24 @@ impl Stopper {
 pub struct ExitNotice {
     thread: String,
     events: flume::Sender<Event>,
+    /// Known already: a shard's thread is told so when its panic is over.
+    panicked: bool,
+}
+
+impl ExitNotice {
+    fn new(thread: String, events: &flume::Sender<Event>) -> ExitNotice {
+        ExitNotice { thread, events: events.clone(), panicked: false }
+    }
+
+    fn end(mut self, in_turn: bool) {
+        self.panicked = !in_turn;
+    }
 }
 
 impl Drop for ExitNotice {
     fn drop(&mut self) {
-        let _ = self.events.send(Event::Exit { thread: self.thread.clone(), panicked: std::thread::panicking() });
+        let panicked = self.panicked || std::thread::panicking();
+        let _ = self.events.send(Event::Exit { thread: self.thread.clone(), panicked });
     }
 }
 
@@ -473,8 +486,8 @@ fn start_shards(
             ready: ready_sender,
             turns: Arc::clone(&turns),
         };
-        let notice = ExitNotice { thread: format!("ferry-shard-{index}"), events: plan.events.clone() };
-        let thread = shard::start(setup, notice).map_err(StartError::Thread)?;
+        let notice = ExitNotice::new(format!("ferry-shard-{index}"), &plan.events);
+        let thread = shard::start(setup, |in_turn| notice.end(in_turn)).map_err(StartError::Thread)?;
         let pthread = match ready.recv_timeout(SHARD_START_MAX) {
             Ok(Ok(pthread)) => pthread,
             Ok(Err(message)) => return Err(StartError::Thread(message)),
@@ -539,7 +552,7 @@ fn spawn_thread(
     events: &flume::Sender<Event>,
     body: impl FnOnce() + Send + 'static,
 ) -> Result<JoinHandle<()>, StartError> {
-    let notice = ExitNotice { thread: name.clone(), events: events.clone() };
+    let notice = ExitNotice::new(name.clone(), events);
     std::thread::Builder::new()
         .name(name.clone())
         .spawn(move || {

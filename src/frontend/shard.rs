@@ -4,13 +4,15 @@
 //! - A connection's task handles at most [`BURSTS_MAX`] full reads in a row, then waits on a timer: a wait that only the
 //!   next poll of the ring can end. Otherwise it waits for a read that is not ready.
 //! - After each burst the task that had it drains the shard's mailbox, so a busy shard never depends on being woken.
+//! - However the thread ends, the server is told and no connection is left open: glommio forgets its tasks when it ends,
+//!   with all that they hold.
 //! - A timer ends every park after [`TICK_BUSY`] while requests are in flight, [`TICK_IDLE`] otherwise: glommio can park
 //!   with runnable tasks when its thread was stopped at the wrong instant, and then only a completion wakes it.
 
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -21,6 +23,7 @@ use glommio::net::{TcpListener, TcpStream};
 use glommio::timer::sleep;
 use glommio::{ExecutorJoinHandle, LocalExecutorBuilder, Placement};
 use nix::sys::pthread::{Pthread, pthread_self};
+use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::AsRawFd;
 
 use super::connection::{Connection, Phase};
@@ -64,19 +67,51 @@ pub struct Setup {
     pub turns: Arc<AtomicU64>,
 }
 
-/// Starts the thread. `notice` is dropped when it ends, in whatever way.
-pub fn start(setup: Setup, notice: impl Send + 'static) -> Result<ExecutorJoinHandle<()>, String> {
+/// Starts the thread. `at_end` is called when it ends, in whatever way, with whether that was its turn; or it is dropped,
+/// if the thread did not come as far as being started.
+pub fn start(setup: Setup, at_end: impl FnOnce(bool) + Send + 'static) -> Result<ExecutorJoinHandle<()>, String> {
     let placement = setup.cpu.map_or(Placement::Unbound, Placement::Fixed);
     LocalExecutorBuilder::new(placement)
         .name(&format!("ferry-shard-{}", setup.index))
         // Registered buffers are for files; a shard has none.
         .io_memory(64 << 10)
         .spin_before_park(setup.options.spin)
-        .spawn(move || async move {
-            let _notice = notice;
-            run(setup).await;
+        .spawn(move || {
+            AT_END.set(Some(AtEnd { shard: Weak::new(), in_turn: false, tell: Some(Box::new(at_end)) }));
+            run(setup)
         })
         .map_err(|error| format!("cannot start shard: {error}"))
+}
+
+thread_local! {
+    /// Dropped with the thread, not with a task: a panic that is not the main task's leaves that one behind for ever.
+    static AT_END: RefCell<Option<AtEnd>> = const { RefCell::new(None) };
+}
+
+/// What is left to do when a shard's thread has ended.
+struct AtEnd {
+    // Whoever still holds the shard then is a task that will never run again. Letting go of the last such hold would end
+    // tasks without an executor, so this is none.
+    shard: Weak<Shard>,
+    in_turn: bool,
+    tell: Option<Box<dyn FnOnce(bool)>>,
+}
+
+impl Drop for AtEnd {
+    fn drop(&mut self) {
+        if !self.in_turn
+            && let Some(shard) = self.shard.upgrade()
+        {
+            shard.hang_up();
+        }
+        if let Some(tell) = self.tell.take() {
+            tell(self.in_turn);
+        }
+    }
+}
+
+fn edit_end(edit: impl FnOnce(&mut AtEnd)) {
+    AT_END.with_borrow_mut(|end| edit(end.as_mut().expect("set before the shard began")));
 }
 
 /// What the tasks of a shard share.
@@ -107,6 +142,16 @@ impl Shard {
         state.metrics().table_entries(state.in_flight.len() as u64);
     }
 
+    /// Ends every connection, so that no peer waits for a shard that is dead. The listener cannot be reached: who
+    /// connects from now on waits for the end of the process, which the drain that has begun bounds.
+    fn hang_up(&self) {
+        // A panic here would end the process, and the other shards with what they owe.
+        let Ok(state) = self.state.try_borrow() else { return };
+        for (_, connection) in &state.connections {
+            let _ = shutdown(connection.fd, Shutdown::Both);
+        }
+    }
+
     fn is_draining(&self) -> bool {
         self.state.borrow().mode == Mode::Draining
     }
@@ -128,6 +173,7 @@ async fn run(setup: Setup) {
         accept_waker: Cell::new(None),
         done: Cell::new(false),
     });
+    edit_end(|end| end.shard = Rc::downgrade(&shard));
     spawn("accept", accept(Rc::clone(&shard), listener));
     spawn("housekeeping", housekeep(Rc::clone(&shard)));
     let _ = setup.ready.send(Ok(pthread_self()));
@@ -147,6 +193,7 @@ async fn run(setup: Setup) {
         if shard.state.borrow().is_done() {
             shard.done.set(true);
             shard.state.borrow_mut().close();
+            edit_end(|end| end.in_turn = true);
             return;
         }
     }

@@ -7,11 +7,14 @@ use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::thread::JoinHandle;
 
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+};
 
 use super::{Raw, get, metric, models_directory, settings, wait_until};
 
@@ -32,24 +35,44 @@ pub fn run_under(limit: &str, models: &Path, sets: &[&str]) -> Output {
         .expect("a shell runs")
 }
 
-/// Runs a server that is expected not to start, under a seccomp profile in which one system call fails with `error`.
-///
-/// The filter is put on a thread of this process, for good, and what that thread starts inherits it.
-pub fn run_denied(call: i64, error: Errno, models: &Path, sets: &[&str]) -> Output {
-    let filter = SeccompFilter::new(
-        BTreeMap::from([(call, Vec::new())]),
-        SeccompAction::Allow,
-        SeccompAction::Errno(error as u32),
-        std::env::consts::ARCH.try_into().expect("seccomp knows this processor"),
-    );
-    let program: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one call");
+/// A seccomp profile in which a system call fails: always, or where its argument `at` is `min` or more.
+pub struct Denied {
+    pub call: i64,
+    pub from: Option<(u8, u64)>,
+    pub error: Errno,
+}
+
+impl Denied {
+    pub fn always(call: i64, error: Errno) -> Denied {
+        Denied { call, from: None, error }
+    }
+
+    /// Does `work` on a thread under the profile, which stays on it for good; what it starts inherits it.
+    fn around<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let rules = self.from.map(|(at, min)| {
+            let condition = SeccompCondition::new(at, SeccompCmpArgLen::Dword, SeccompCmpOp::Ge, min);
+            SeccompRule::new(vec![condition.expect("an argument")]).expect("one condition")
+        });
+        let filter = SeccompFilter::new(
+            BTreeMap::from([(self.call, rules.into_iter().collect())]),
+            SeccompAction::Allow,
+            SeccompAction::Errno(self.error as u32),
+            std::env::consts::ARCH.try_into().expect("seccomp knows this processor"),
+        );
+        let program: BpfProgram = filter.and_then(TryInto::try_into).expect("a filter of one call");
+        let under = move || {
+            seccompiler::apply_filter(&program).expect("a filter for this thread alone needs no privilege");
+            work()
+        };
+        std::thread::spawn(under).join().expect("it does not panic")
+    }
+}
+
+/// Runs a server that is expected not to start, under a seccomp profile.
+pub fn run_denied(denied: &Denied, models: &Path, sets: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
     command.args(arguments(models, sets));
-    let start = move || {
-        seccompiler::apply_filter(&program).expect("a filter for this thread alone needs no privilege");
-        command.output().expect("the binary runs")
-    };
-    std::thread::spawn(start).join().expect("it does not panic")
+    denied.around(move || command.output().expect("the binary runs"))
 }
 
 /// A running server. Dropping it kills it.
@@ -57,19 +80,26 @@ pub struct Child {
     pub data: SocketAddr,
     pub control: SocketAddr,
     process: std::process::Child,
+    log: Option<JoinHandle<String>>,
     _models: tempfile::TempDir,
 }
 
 impl Child {
     /// Returns when the server says that it is ready.
     pub fn start(sets: &[&str]) -> Child {
+        Child::start_by(sets, |mut command| command.spawn().expect("the binary runs"))
+    }
+
+    /// The same under a seccomp profile.
+    pub fn start_denied(denied: &Denied, sets: &[&str]) -> Child {
+        Child::start_by(sets, |mut command| denied.around(move || command.spawn().expect("the binary runs")))
+    }
+
+    fn start_by(sets: &[&str], spawn: impl FnOnce(Command) -> std::process::Child) -> Child {
         let models = models_directory();
-        let mut process = Command::new(env!("CARGO_BIN_EXE_ferry"))
-            .args(arguments(models.path(), sets))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the binary runs");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
+        command.args(arguments(models.path(), sets)).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = spawn(command);
         let mut line = String::new();
         BufReader::new(process.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
         let mut log = process.stderr.take().expect("piped");
@@ -79,12 +109,16 @@ impl Child {
             panic!("the server did not become ready: {text}");
         }
         // Read on, so that a full pipe never holds the server up.
-        std::thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
+        let log = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let _ = log.read_to_end(&mut bytes);
+            String::from_utf8_lossy(&bytes).into_owned()
+        });
         let field = |name: &str| {
             let value = line.split_whitespace().find_map(|field| field.strip_prefix(name)).expect("the field is there");
             value.parse().expect("an address")
         };
-        Child { data: field("data="), control: field("control="), process, _models: models }
+        Child { data: field("data="), control: field("control="), process, log: Some(log), _models: models }
     }
 
     pub fn connect(&self) -> Raw {
@@ -107,6 +141,11 @@ impl Child {
             status.is_some()
         });
         status.expect("it ended").code()
+    }
+
+    /// What it said on standard error. It must have ended.
+    pub fn log(&mut self) -> String {
+        self.log.take().expect("asked for once").join().expect("reading does not panic")
     }
 
     pub fn metrics(&self) -> String {

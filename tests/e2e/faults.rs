@@ -192,6 +192,9 @@ fn a_shard_that_dies_is_a_fault_and_the_other_shard_drains() {
     wait_until("all are accepted", || server.telemetry.accepted_total() == 3 * living.len() as u64);
     let echo = dying[0].handle("echo");
     dying[0].send(&Ask::floats(echo, &[1.0]).frame(TRIGGER));
+    for raw in &mut dying {
+        assert!(matches!(raw.recv(), Event::End), "a dead shard's connections are closed");
+    }
     for (raw, ids) in living.iter_mut().zip(expected) {
         let events = raw.recv_all();
         let mut ended: Vec<u64> = events.iter().filter_map(Event::ends).collect();

@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use ferry::vocab::{Code, DType};
 use ferry::wire::Kind;
 
-use crate::common::process::{Child, run_denied, run_under};
+use crate::common::process::{Child, Denied, run_denied, run_under};
 use crate::common::{Ask, Event, Numbers, Raw, bare_frame, header, hello_frame, metric, models_directory, wait_until};
 
 #[test]
@@ -183,12 +183,45 @@ fn a_security_profile_without_io_uring_is_told_with_status_78_and_one_true_line(
         (libc::SYS_io_uring_enter, Errno::EPERM, "refused by a security profile (EPERM"),
         (libc::SYS_io_uring_register, Errno::EPERM, "refused by a security profile (EPERM"),
     ] {
-        let output = run_denied(call, error, models.path(), &[]);
+        let output = run_denied(&Denied::always(call, error), models.path(), &[]);
         let line = only_line(&output);
         assert_eq!(output.status.code(), Some(78), "call {call}, {error}: {output:?}");
         assert!(line.starts_with("io_uring: ") && line.contains(found), "call {call}, {error}: {line}");
         assert!(output.stdout.is_empty(), "it was never ready");
     }
+}
+
+#[test]
+fn a_ring_that_fails_ends_the_shard_its_connections_and_the_server_with_status_1() {
+    // Goal: not a panic of ours, which tests/e2e/faults.rs has, but one of glommio: the kernel refuses a shard its ring.
+    // Method: the profile refuses submissions of 8 entries or more at once. A server that was stopped while 64 of its
+    // connections sent something makes such a submission when it goes on, and no other.
+    const SUBMITTED: u8 = 1;
+    let denied = Denied { call: libc::SYS_io_uring_enter, from: Some((SUBMITTED, 8)), error: Errno::EPERM };
+    let mut child = Child::start_denied(&denied, &[]);
+    let mut all: Vec<Raw> = (0..64).map(|_| child.connect()).collect();
+    let faulty = all[0].handle("faulty");
+    let unanswered = all[0].ask(&Ask::word(faulty, 500));
+    wait_until("it is accepted", || child.metric("ferry_requests_accepted_total", &[]) == 1.0);
+    let mut is_dead = false;
+    while !is_dead {
+        child.signal(Signal::SIGSTOP);
+        all.iter_mut().for_each(|raw| raw.send(&bare_frame(Kind::Ping, 9)));
+        child.signal(Signal::SIGCONT);
+        for raw in &mut all {
+            while !is_dead {
+                match raw.recv() {
+                    Event::Pong(_) => break,
+                    Event::End => is_dead = true,
+                    other => assert_eq!(other.ends(), Some(unanswered), "{other:?}"),
+                }
+            }
+        }
+    }
+    all.iter_mut().for_each(|raw| drop(raw.recv_all()));
+    assert_eq!(child.status(), Some(1));
+    let log = child.log();
+    assert!(log.contains("thread ferry-shard-0 ended before its turn"), "{log}");
 }
 
 #[test]
