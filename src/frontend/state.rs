@@ -267,6 +267,10 @@ impl State {
             // A copy, so that the start of a slow frame does not keep a whole chunk alive.
             let mut partial = std::mem::take(&mut connection.partial);
             partial.clear();
+            if needed > OWN_BUFFER_MIN {
+                // What the next read makes room for: it finds it here and need not move what has come.
+                partial.reserve(needed.min(data.len() + READ_MAX));
+            }
             partial.extend_from_slice(&data);
             self.keep_partial(at, partial);
         }
