@@ -515,6 +515,7 @@ fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> fron
         credit_bytes: limits.credit_bytes,
         payload_bytes_max: limits.payload_bytes_max,
         output_bytes_max: limits.output_bytes_max,
+        output_bytes_total_max: limits.output_bytes_total_max / config.threads.shards as u64,
         receiving_bytes_max: (config.queue.bytes_max / config.threads.shards as u64)
             .max(limits.payload_bytes_max.into()),
         in_flight_max,

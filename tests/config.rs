@@ -41,6 +41,7 @@ fn without_a_file_every_default_is_the_documented_one() {
     assert_eq!(config.frontend.connections_max, 10_000);
     assert_eq!((config.frontend.credit_requests, config.frontend.credit_bytes), (256, 64 << 20));
     assert_eq!((config.frontend.payload_bytes_max, config.frontend.output_bytes_max), (16 << 20, 4 << 20));
+    assert_eq!(config.frontend.output_bytes_total_max, 1 << 30);
     assert_eq!(config.frontend.hello_timeout, Duration::from_secs(3));
     assert_eq!(config.frontend.frame_timeout, Duration::from_secs(5));
     assert_eq!(config.frontend.stall_timeout, Duration::from_secs(10));
@@ -198,6 +199,10 @@ fn knobs_that_contradict_each_other_are_refused_with_both_numbers() {
         (&["queue.bytes_max=4096"], "queue.bytes_max must be at least frontend.payload_bytes_max (16777216)"),
         (&["queue.cells_max=1"], "queue.cells_max must be at least queue.rows_max (65536)"),
         (&["frontend.connections_max=1"], "frontend.connections_max must be at least threads.shards (2)"),
+        (
+            &["frontend.output_bytes_total_max=4096"],
+            "frontend.output_bytes_total_max must be at least frontend.output_bytes_max times threads.shards (8388608)",
+        ),
         (&["frontend.idle_timeout_ms=1"], "frontend.idle_timeout_ms must be at least frontend.hello_timeout_ms (3000)"),
         (&["control=127.0.0.1:7600"], "listen and control must differ, both are 127.0.0.1:7600"),
     ];
@@ -237,6 +242,8 @@ fn memory_adds_up_and_grows_with_each_of_its_limits() {
         let more = of_sets(&["frontend.connections_max=10", set]).expect("each of these is allowed");
         assert!(memory_total(&memory(&more, 7, 11)) > expected, "{set} must cost memory");
     }
+    let less = of_sets(&["frontend.connections_max=10", "frontend.output_bytes_total_max=16777216"]).expect("allowed");
+    assert_eq!(memory_total(&memory(&less, 7, 11)), expected - (24 << 20), "it bounds what all hold together");
 }
 
 #[test]

@@ -122,8 +122,7 @@ fn warnings(config: &Config, manifests: &[Manifest], cores: usize, memory_bytes:
         && memory_bytes > physical
     {
         found.push(format!(
-            "the limits add up to {} and the machine has {}: lower frontend.connections_max, payload_bytes_max or \
-             output_bytes_max",
+            "the limits add up to {} and the machine has {}: lower queue.bytes_max or frontend.output_bytes_total_max",
             size_text(memory_bytes),
             size_text(physical)
         ));

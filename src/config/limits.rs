@@ -122,6 +122,13 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 4096, max: 1 << 30, at: |c| &mut c.frontend.output_bytes_max },
     },
     Setting {
+        key: "frontend.output_bytes_total_max",
+        about: "Unsent answers of all connections, an equal share for each shard. Above its share a shard closes the
+                connection with the most unsent bytes. Lower it to bound what readers that stall can hold together,
+                raise it where many callers take large answers over slow links.",
+        access: Access::U64 { min: 4096, max: 1 << 44, at: |c| &mut c.frontend.output_bytes_total_max },
+    },
+    Setting {
         key: "frontend.hello_timeout_ms",
         about: "From connecting to a complete hello; then the connection is closed.",
         access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.frontend.hello_timeout },
@@ -337,6 +344,14 @@ pub(super) fn contradictions(config: &Config) -> Vec<String> {
             config.threads.shards, frontend.connections_max
         ));
     }
+    let outputs = u64::from(frontend.output_bytes_max).saturating_mul(config.threads.shards as u64);
+    if frontend.output_bytes_total_max < outputs {
+        found.push(format!(
+            "frontend.output_bytes_total_max must be at least frontend.output_bytes_max times threads.shards \
+             ({outputs}), or one connection alone could be too much for its shard; got {}",
+            frontend.output_bytes_total_max
+        ));
+    }
     if frontend.idle_timeout < frontend.hello_timeout {
         found.push(format!(
             "frontend.idle_timeout_ms must be at least frontend.hello_timeout_ms ({}), got {}",
@@ -377,8 +392,10 @@ pub fn memory(config: &Config, staging_bytes: u64, weight_bytes: u64) -> Vec<Mem
             connections.saturating_mul(config.frontend.payload_bytes_max.into()).min(config.queue.bytes_max),
         ),
         part(
-            "unsent answers (connections_max × output_bytes_max)",
-            connections.saturating_mul(config.frontend.output_bytes_max.into()),
+            "unsent answers (connections_max × output_bytes_max, at most output_bytes_total_max)",
+            connections
+                .saturating_mul(config.frontend.output_bytes_max.into())
+                .min(config.frontend.output_bytes_total_max),
         ),
         part("batch staging (threads.executors × executor.slots × largest batch)", staging_bytes),
         part("model weights", weight_bytes),

@@ -57,6 +57,8 @@ pub struct Connection {
     sent: usize,
     /// The socket took not all of `out`: the task waits until it takes more.
     pub blocked: bool,
+    /// Unsent bytes that the shard's sum has of this connection.
+    pub counted: usize,
     /// The task's waker, to be used when something changed for it.
     pub waker: Option<Waker>,
     /// The stream can no longer be read as frames: what comes is thrown away while answers go out.
@@ -87,6 +89,7 @@ impl Connection {
             out: Vec::new(),
             sent: 0,
             blocked: false,
+            counted: 0,
             waker: None,
             deaf: false,
             dirty: false,
@@ -142,6 +145,14 @@ impl Connection {
             }
         }
         Flushed::All
+    }
+
+    /// Ends here: what waits is thrown away, and nothing more is written.
+    pub fn close(&mut self) {
+        self.phase = Phase::Closed;
+        self.out = Vec::new();
+        self.sent = 0;
+        self.wake();
     }
 
     /// Wakes the connection's task, which looks at what changed.

@@ -34,6 +34,8 @@ pub struct Options {
     pub credit_bytes: u64,
     pub payload_bytes_max: u32,
     pub output_bytes_max: u32,
+    /// Of all connections of this shard together.
+    pub output_bytes_total_max: u64,
     /// Bytes of unfinished frames that all connections together may hold.
     pub receiving_bytes_max: u64,
     /// Requests in flight on this shard.

@@ -317,6 +317,7 @@ fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) ->
             Poll::Ready(Err(_)) => return Poll::Ready(Turn::Closed),
             Poll::Pending => {}
         }
+        state.recount(at);
     }
     if state.is_choked(at) {
         return Poll::Pending;

@@ -4,7 +4,9 @@
 //! Always true
 //! - Every live slot of the in-flight table belongs to a connection that exists.
 //! - Output that could not be written yet is bounded: beyond `output_bytes_max` the connection is not read any more, and
-//!   without progress for `stall_timeout` it is closed.
+//!   without progress for `stall_timeout` it is closed. Of all connections together no more than `output_bytes_total_max`
+//!   is left at the end of a step: those with the most are closed.
+//! - `unsent` is the sum of all connections' `counted`; a step that changes an output counts it again before it ends.
 
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -67,6 +69,8 @@ pub struct State {
     chunk: BytesMut,
     /// Bytes of frames that have begun and not ended, of all connections.
     receiving: u64,
+    /// Bytes that could not be written yet, of all connections.
+    unsent: u64,
     dirty: Vec<u32>,
     burst: Burst,
     /// Cancels that found the batcher's mailbox full; they travel with the next message.
@@ -98,6 +102,7 @@ impl State {
             tokenizer,
             chunk: BytesMut::new(),
             receiving: 0,
+            unsent: 0,
             dirty: Vec::new(),
             burst: Burst::default(),
             cancels_left: Vec::new(),
@@ -401,6 +406,12 @@ impl State {
         while let Some(at) = self.dirty.pop() {
             let Some(connection) = self.connections.get_mut(at as usize) else { continue };
             connection.dirty = false;
+            if connection.phase == Phase::Closed {
+                // An answer that came after it was closed.
+                connection.close();
+                self.recount(at);
+                continue;
+            }
             let before = connection.unsent();
             let flushed = if connection.blocked { Flushed::Blocked } else { connection.try_flush(now) };
             let written = before.saturating_sub(connection.unsent());
@@ -408,13 +419,33 @@ impl State {
                 Flushed::All => self.after_flush(at, now),
                 // Its task waits for room; wake it so that it starts to.
                 Flushed::Blocked => connection.wake(),
-                Flushed::Broken => {
-                    connection.phase = Phase::Closed;
-                    connection.wake();
-                }
+                Flushed::Broken => connection.close(),
             }
+            self.recount(at);
             self.metrics().bytes_written(written as u64);
         }
+        while self.unsent > self.options.output_bytes_total_max {
+            let slowest = self.connections.iter().max_by_key(|(_, connection)| connection.unsent());
+            let (at, _) = slowest.expect("the sum is of connections");
+            self.close_slow_reader(at as u32);
+        }
+    }
+
+    /// Counts what a connection has to send, after it changed.
+    pub fn recount(&mut self, at: u32) {
+        let connection = &mut self.connections[at as usize];
+        let now = connection.unsent();
+        let before = std::mem::replace(&mut connection.counted, now);
+        self.unsent = self.unsent + now as u64 - before as u64;
+    }
+
+    /// Closes a connection whose peer does not read. What was accepted of it ends as cancelled, with its task.
+    fn close_slow_reader(&mut self, at: u32) {
+        let connection = &mut self.connections[at as usize];
+        tracing::debug!(unsent = connection.unsent(), "closing a reader that does not read");
+        connection.close();
+        self.recount(at);
+        self.metrics().slow_reader();
     }
 
     /// A leaving connection whose answers have all gone shuts its sending side.
@@ -500,6 +531,7 @@ impl State {
         }
         let connection = self.connections.remove(at as usize);
         self.receiving -= connection.partial.len() as u64;
+        self.unsent -= connection.counted as u64;
         self.metrics().connection_closed();
         self.cancels_left = cancelled;
         let mut burst = std::mem::take(&mut self.burst);
@@ -515,6 +547,7 @@ impl State {
         let options = &self.options;
         let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
+        let mut stalled: Vec<u32> = Vec::new();
         for (at, connection) in &mut self.connections {
             let mut fail = |message: &str| failed.push((at as u32, Fatal::protocol(message)));
             if connection.unsent() > options.output_bytes_max as usize {
@@ -543,13 +576,14 @@ impl State {
                 _ => {}
             }
             if connection.unsent() > 0 && late(connection.wrote_at, options.stall_timeout) {
-                tracing::debug!(unsent = connection.unsent(), "closing a reader that does not read");
-                connection.phase = Phase::Closed;
-                connection.wake();
+                stalled.push(at as u32);
             }
             if late(connection.read_at, Duration::from_secs(1)) {
                 connection.trim();
             }
+        }
+        for at in stalled {
+            self.close_slow_reader(at);
         }
         for (at, fatal) in failed {
             self.fail(at, &fatal, now);
@@ -582,5 +616,91 @@ pub enum ReadEnd {
 impl ReadEnd {
     fn of(_end: std::io::Result<usize>) -> ReadEnd {
         ReadEnd::Gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::mailbox::mailbox;
+
+    const MIB: usize = 1 << 20;
+
+    fn state(output_bytes_total_max: u64) -> State {
+        let long = Duration::from_secs(3600);
+        let options = Options {
+            connections_max: 10,
+            credit_requests: 1,
+            credit_bytes: 1,
+            payload_bytes_max: 1,
+            output_bytes_max: 1 << 30,
+            output_bytes_total_max,
+            receiving_bytes_max: 1,
+            in_flight_max: 1,
+            hello_timeout: long,
+            frame_timeout: long,
+            stall_timeout: long,
+            idle_timeout: long,
+            spin: Duration::ZERO,
+            panic_on_request_id: None,
+            panic_shard_on_request_id: None,
+        };
+        State::new(0, options, Arc::new(Catalog::new(&[])), Telemetry::new(&[], 1, 1), mailbox(1).0, None)
+    }
+
+    /// A connection whose peer does not read, with something to say to it.
+    fn lazy(state: &mut State, bytes: usize) -> (u32, [UnixStream; 2]) {
+        let (ours, peer) = UnixStream::pair().expect("sockets");
+        ours.set_nonblocking(true).expect("a socket option");
+        let at = state.connections.insert(Connection::new(ours.as_raw_fd(), Moment(1))) as u32;
+        state.output(at).out.resize(bytes, 7);
+        state.flush(Moment(1));
+        (at, [ours, peer])
+    }
+
+    fn slow_readers(state: &State) -> bool {
+        state.telemetry.encode().contains("ferry_slow_readers_total{shard=\"0\"} 1\n")
+    }
+
+    #[test]
+    fn when_unsent_answers_are_too_many_the_connection_with_the_most_is_closed() {
+        let mut state = state(8 * MIB as u64);
+        let (small, _small) = lazy(&mut state, 2 * MIB);
+        let (large, _large) = lazy(&mut state, 5 * MIB);
+        let (medium, _medium) = lazy(&mut state, 3 * MIB);
+        let (prompt, _prompt) = lazy(&mut state, 100);
+        let phase = |state: &State, at: u32| state.connections[at as usize].phase;
+        assert_eq!(phase(&state, large), Phase::Closed);
+        assert!(slow_readers(&state), "it is counted");
+        assert!([small, medium, prompt].iter().all(|at| phase(&state, *at) != Phase::Closed));
+        let left: usize = state.connections.iter().map(|(_, connection)| connection.unsent()).sum();
+        assert_eq!(state.unsent, left as u64);
+        assert!(left > 4 * MIB && left <= 5 * MIB, "what two of them have, less what their sockets took: {left}");
+        // What is still answered to the one that is closed is written nowhere: its stream ends in the middle of a frame.
+        state.output(large).out.resize(100, 7);
+        state.flush(Moment(2));
+        assert_eq!((state.connections[large as usize].unsent(), state.unsent), (0, left as u64));
+        for at in [large, small, medium, prompt] {
+            state.remove(at);
+        }
+        assert_eq!(state.unsent, 0);
+    }
+
+    #[test]
+    fn a_reader_that_reads_on_makes_room_for_others() {
+        let mut state = state(4 * MIB as u64);
+        let (first, [_ours, mut peer]) = lazy(&mut state, 3 * MIB);
+        peer.set_nonblocking(true).expect("a socket option");
+        while state.connections[first as usize].unsent() > 0 {
+            let _ = std::io::copy(&mut peer, &mut std::io::sink());
+            assert_ne!(state.connections[first as usize].try_flush(Moment(2)), Flushed::Broken);
+            state.recount(first);
+        }
+        let (second, _second) = lazy(&mut state, 3 * MIB);
+        assert!([first, second].iter().all(|at| state.connections[*at as usize].phase != Phase::Closed));
+        assert!(!slow_readers(&state));
     }
 }

@@ -66,6 +66,7 @@ pub struct ShardMetrics {
     pub(super) bytes_written: Count,
     pub(super) goaways: ByCode,
     pub(super) late_answers: Count,
+    pub(super) slow_readers: Count,
     pub(super) stalls: Count,
     pub(super) accept_errors: Count,
     /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
@@ -82,6 +83,7 @@ impl ShardMetrics {
             bytes_written: Count::default(),
             goaways: ByCode::default(),
             late_answers: Count::default(),
+            slow_readers: Count::default(),
             stalls: Count::default(),
             accept_errors: Count::default(),
             table_entries: Count::default(),
@@ -131,6 +133,11 @@ impl ShardMetrics {
     /// A result was dropped because its request had already ended.
     pub fn late_answer(&self) {
         self.late_answers.add(1);
+    }
+
+    /// A connection was closed because its answers were not read.
+    pub fn slow_reader(&self) {
+        self.slow_readers.add(1);
     }
 
     /// The shard had work and did not turn until it was nudged.

@@ -202,6 +202,9 @@ impl Telemetry {
         page.by_shard(self, "ferry_read_bytes", "Bytes received on the data port", |s| &s.bytes_read)?;
         page.by_shard(self, "ferry_written_bytes", "Bytes sent on the data port", |s| &s.bytes_written)?;
         page.by_shard(self, "ferry_accept_errors", "Connections that could not be taken", |s| &s.accept_errors)?;
+        page.by_shard(self, "ferry_slow_readers", "Connections closed because answers were not read", |s| {
+            &s.slow_readers
+        })?;
         page.by_shard(self, "ferry_shard_stalls", "A shard with work did not turn until nudged", |s| &s.stalls)?;
         page.by_shard(self, "ferry_late_answers", "Results whose request had already ended", |s| &s.late_answers)?;
         page.open("ferry_goaways", "Goodbyes sent, by reason", MetricType::Counter, &mut |mut metric| {

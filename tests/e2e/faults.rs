@@ -71,6 +71,49 @@ fn a_reader_that_never_reads_is_bounded_then_closed_and_nobody_else_notices() {
 }
 
 #[test]
+fn readers_that_stall_together_are_bounded_together_and_nobody_else_notices() {
+    const LAZY: usize = 5;
+    // A stall alone closes nobody here: only the sum does. One of them may hold 256 KiB and its credit, which is 512 KiB.
+    let server = Server::start(&[
+        "frontend.stall_timeout_ms=3600000",
+        "frontend.frame_timeout_ms=3600000",
+        "frontend.output_bytes_max=262144",
+        "frontend.output_bytes_total_max=1048576",
+        "frontend.credit_requests=8",
+    ]);
+    let mut bystander = server.connect();
+    let echo = bystander.handle("echo");
+    let ask = Ask::new(echo, DType::F32, &[16, 1024], &vec![7; 16 * 4096]);
+    let mut lazy: Vec<_> = (0..LAZY).map(|_| (server.connect(), 0)).collect();
+    for (raw, asked) in &mut lazy {
+        raw.stream.set_write_timeout(Some(Duration::from_millis(500))).expect("a socket option");
+        // Until the server stops reading it, or closes it.
+        while raw.stream.write_all(&ask.frame(*asked + 1)).is_ok() {
+            *asked += 1;
+            assert!(*asked < 10_000, "the server stopped reading");
+        }
+        assert!(bystander.round(&ask).expect_result().1 == ask.payload);
+    }
+    let closed = server.metric("ferry_slow_readers_total", &[]) as usize;
+    assert!((1..LAZY).contains(&closed), "{closed} of {LAZY} were closed, one alone is within the bound");
+    // Those that were left go on as if nothing had been: each request that was read whole has its end.
+    let mut whole = 0;
+    for (raw, asked) in &mut lazy {
+        whole += usize::from((0..*asked).all(|_| match raw.recv() {
+            Event::Result { payload, .. } => payload == ask.payload,
+            Event::End => false,
+            other => other.expect_error(Code::Overloaded).code == Code::Overloaded,
+        }));
+    }
+    assert_eq!(whole, LAZY - closed);
+    wait_until("those that were closed are gone", || {
+        server.metric("ferry_connections_closed_total", &[]) as usize == closed
+    });
+    server.wait_until_at_rest();
+    bystander.round(&ask).expect_result();
+}
+
+#[test]
 fn a_slow_reader_that_reads_is_never_closed_and_gets_every_answer() {
     let server = Server::start(&["frontend.stall_timeout_ms=2000", "frontend.output_bytes_max=65536"]);
     let mut slow = server.connect();
