@@ -21,6 +21,7 @@ pub mod cost;
 pub mod decision;
 mod due;
 mod fifo;
+pub mod knobs;
 mod lane;
 mod lengths;
 mod packing;
