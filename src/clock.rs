@@ -2,13 +2,13 @@
 //!
 //! Always true
 //! - Moments of one process share an origin, so they can be compared across threads.
-//! - Wall-clock steps and time zones never reach a decision.
+//! - Wall-clock steps and time zones never reach a decision: wall time is for showing only.
 
 #![allow(clippy::disallowed_methods)] // here is where they are allowed
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::vocab::Moment;
 
@@ -26,6 +26,12 @@ pub fn instant_of(moment: Moment) -> Instant {
     origin
         .checked_add(Duration::from_nanos(moment.nanos()))
         .unwrap_or_else(|| origin + Duration::from_secs(u32::MAX.into()))
+}
+
+/// When a moment of the past was, in time since 1970, to be shown to people. As right as the wall clock is now.
+pub fn unix_time(moment: Moment) -> Duration {
+    let now_unix = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now_unix.saturating_sub(now().since(moment))
 }
 
 /// A clock that moves when told to, for tests and replay.

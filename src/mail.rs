@@ -12,7 +12,11 @@ use bytes::Bytes;
 use crate::contract::Contract;
 use crate::executor::batch::BatchOutput;
 use crate::executor::slot::VacantSlot;
-use crate::scheduler::{Class, Compose, SealedBatch, TenantId};
+use crate::mailbox::Reply;
+use crate::scheduler::cost::CostModel;
+use crate::scheduler::decision::Decision;
+use crate::scheduler::edges::LengthHistogram;
+use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -65,12 +69,86 @@ pub enum ToBatcher {
     Finished(Finished),
     /// Hold nothing back any more.
     Drain,
-    SetQueueDelay {
-        model: ModelHandle,
-        delay: Duration,
-    },
+    SetPolicy(SetPolicy),
+    Ask(Question),
     /// End the thread. Sent when every shard has ended.
     Stop,
+}
+
+/// Changes knobs of a model's policy while it serves: all of them or none.
+#[derive(Debug)]
+pub struct SetPolicy {
+    pub model: ModelHandle,
+    /// Names and values, as [`Policy::with`] takes them.
+    pub set: Vec<(String, String)>,
+    pub reply: Reply<Result<PolicyChange, SetPolicyError>>,
+}
+
+/// Why a policy stays as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SetPolicyError {
+    /// A knob or its value is wrong: what was expected, and what came.
+    Invalid(String),
+    /// Something that waits would fit no batch any more.
+    Stranded(Refusal),
+}
+
+/// Who changed a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangedBy {
+    /// Somebody, through the control port.
+    Operator,
+    /// The scheduler: automatic buckets.
+    Auto,
+}
+
+/// One knob's part in a change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KnobChange {
+    pub knob: &'static str,
+    pub from: String,
+    pub to: String,
+}
+
+/// A change that was made, or one that changed nothing: then no knob is named, and the generation is the old one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyChange {
+    pub at: Moment,
+    pub by: ChangedBy,
+    pub knobs: Vec<KnobChange>,
+    pub generation: u32,
+}
+
+/// What the batcher knows and others may ask for. It answers with copies of bounded size.
+#[derive(Debug)]
+pub enum Question {
+    /// A policy and its generation.
+    Policy {
+        model: ModelHandle,
+        reply: Reply<(Policy, u32)>,
+    },
+    /// The last changes of a policy, oldest first.
+    History {
+        model: ModelHandle,
+        reply: Reply<Vec<PolicyChange>>,
+    },
+    Lengths {
+        model: ModelHandle,
+        reply: Reply<LengthHistogram>,
+    },
+    Cost {
+        model: ModelHandle,
+        reply: Reply<CostModel>,
+    },
+    /// The last decisions about all models, oldest first; at most [`Question::DECISIONS_MAX`].
+    Decisions {
+        last: usize,
+        reply: Reply<Vec<Decision>>,
+    },
+}
+
+impl Question {
+    pub const DECISIONS_MAX: usize = 1000;
 }
 
 /// An executor's word to the batcher: this slot is vacant again.

@@ -179,6 +179,38 @@ impl<T> Receiver<T> {
     }
 }
 
+/// A place for one answer. Giving it never blocks, and an asker that went away is no fault.
+#[derive(Debug)]
+pub struct Reply<T>(flume::Sender<T>);
+
+/// Where the answer will be.
+#[derive(Debug)]
+pub struct Awaited<T>(flume::Receiver<T>);
+
+pub fn reply<T>() -> (Reply<T>, Awaited<T>) {
+    let (sender, receiver) = flume::bounded(1);
+    (Reply(sender), Awaited(receiver))
+}
+
+impl<T> Reply<T> {
+    pub fn give(self, answer: T) {
+        // There is room: it is given once.
+        let _ = self.0.try_send(answer);
+    }
+}
+
+impl<T> Awaited<T> {
+    /// `None` when nobody is left who could answer.
+    pub async fn answer(self) -> Option<T> {
+        self.0.recv_async().await.ok()
+    }
+
+    /// For a thread. `None` when there is no answer within `patience`, or nobody is left who could give one.
+    pub fn wait(self, patience: Duration) -> Option<T> {
+        self.0.recv_timeout(patience).ok()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -235,6 +267,19 @@ mod tests {
         assert_eq!(receiver.recv_until(Some(clock::now()), Duration::ZERO), Received::TimedOut);
         drop(sender);
         assert_eq!(receiver.recv_until(None, Duration::ZERO), Received::Closed);
+    }
+
+    #[test]
+    fn an_answer_is_given_without_waiting_for_whoever_asked() {
+        let (given, awaited) = reply();
+        given.give(7);
+        assert_eq!(awaited.wait(Duration::ZERO), Some(7));
+        let (given, awaited) = reply();
+        drop(awaited);
+        given.give(8);
+        let (given, awaited) = reply::<u32>();
+        drop(given);
+        assert_eq!(awaited.wait(Duration::from_secs(3600)), None, "at once: nobody is left");
     }
 
     #[test]

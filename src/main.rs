@@ -26,6 +26,8 @@ enum Command {
     Infer(commands::infer::Args),
     /// List a server's models and their contracts.
     Models(commands::models::Args),
+    /// Show a model's knobs, or change some while the server runs.
+    Set(commands::set::Args),
     /// Run the executors alone on all requests at once: the bound.
     Offline(commands::offline::Args),
     /// Run the scheduler in virtual time.
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         Command::Load(args) => commands::load::run(args),
         Command::Infer(args) => commands::infer::run(args),
         Command::Models(args) => commands::models::run(args),
+        Command::Set(args) => commands::set::run(&args),
         Command::Offline(args) => commands::offline::run(&args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),

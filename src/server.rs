@@ -281,6 +281,7 @@ fn start_control(
         models: catalog.entries.iter().map(contract_json).collect(),
         config_toml: plan.config.to_toml(),
         on_drain: Arc::new(move || drain.drain()),
+        batcher: plan.batcher.clone(),
     })
     .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use ferry::control::admin::{self, CONNECTIONS_MAX, ControlHandle, ControlOptions, RATE, REQUEST_BYTES_MAX};
 use ferry::control::lifecycle::Lifecycle;
+use ferry::mail::{Question, SetPolicyError, ToBatcher};
+use ferry::mailbox::{Received, Receiver, mailbox};
 use ferry::telemetry::{ModelLabels, Telemetry};
 use ferry::vocab::{Code, ModelHandle, SealReason};
 
@@ -17,6 +19,8 @@ struct Control {
     telemetry: Arc<Telemetry>,
     lifecycle: Arc<Lifecycle>,
     drains: Arc<AtomicUsize>,
+    /// What the batcher would get.
+    mailbox: Receiver<ToBatcher>,
 }
 
 const ECHO: ModelHandle = ModelHandle(0);
@@ -31,6 +35,7 @@ fn start_on(ip: [u8; 4]) -> Control {
     let lifecycle = Arc::new(Lifecycle::new());
     let drains = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&drains);
+    let (batcher, mailbox) = mailbox(16);
     let handle = admin::spawn(ControlOptions {
         addr: SocketAddr::from((ip, 0)),
         telemetry: Arc::clone(&telemetry),
@@ -43,9 +48,10 @@ fn start_on(ip: [u8; 4]) -> Control {
         on_drain: Arc::new(move || {
             counted.fetch_add(1, Ordering::SeqCst);
         }),
+        batcher,
     })
     .expect("a free port");
-    Control { handle, telemetry, lifecycle, drains }
+    Control { handle, telemetry, lifecycle, drains, mailbox }
 }
 
 struct Answer {
@@ -217,9 +223,60 @@ fn a_port_that_is_taken_is_an_error_and_not_a_panic() {
         models: Vec::new(),
         config_toml: String::new(),
         on_drain: Arc::new(|| {}),
+        batcher: mailbox(1).0,
     })
     .expect_err("the port is taken");
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);
+}
+
+/// Goal: a caller is told why the batcher cannot be asked, and never waits for it without end.
+/// Method: ask before the server serves, while nobody reads the mailbox, when it is full, and when its reader is gone.
+#[test]
+fn questions_that_nobody_answers_end_with_the_reason() {
+    let mut control = start();
+    let path = "/v1/models/echo/policy";
+    let ask = |control: &Control| {
+        let answer = control.get(path);
+        (answer.status, answer.body)
+    };
+    assert_eq!(ask(&control).0, 503);
+    assert!(ask(&control).1.contains("starting"));
+    assert!(control.mailbox.is_empty(), "nothing is asked of a batcher that does not run yet");
+    control.lifecycle.set_serving();
+    let (status, body) = ask(&control);
+    assert!(status == 503 && body.contains("did not answer in time"), "{body}");
+    assert_eq!(control.get("/v1/models/nobody/policy").status, 404);
+    assert_eq!(control.get("/healthz").status, 200);
+    assert!(matches!(control.mailbox.try_recv(), Some(ToBatcher::Ask(Question::Policy { model: ECHO, .. }))));
+    let (sender, mailbox) = mailbox(1);
+    drop(sender);
+    drop(std::mem::replace(&mut control.mailbox, mailbox));
+    let (status, body) = ask(&control);
+    assert!(status == 503 && body.contains("nobody to ask any more"), "{body}");
+}
+
+#[test]
+fn a_change_reaches_the_batcher_as_it_was_written_and_its_answer_the_caller() {
+    let control = start();
+    control.lifecycle.set_serving();
+    let Control { handle, mailbox, .. } = &control;
+    std::thread::scope(|scope| {
+        let caller = scope.spawn(|| {
+            let body = r#"{"set": {"rows_max": 8}}"#;
+            let request = format!(
+                "PUT /v1/models/digits/policy HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{body}",
+                body.len()
+            );
+            exchange(handle.addr, request.as_bytes()).expect("the control port answers")
+        });
+        let Received::Message(ToBatcher::SetPolicy(wish)) = mailbox.recv_until(None, Duration::ZERO) else {
+            panic!("a change was sent")
+        };
+        assert_eq!((wish.model, &wish.set), (ModelHandle(1), &vec![("rows_max".to_owned(), "8".to_owned())]));
+        wish.reply.give(Err(SetPolicyError::Invalid("rows_max: no".into())));
+        let answer = caller.join().expect("the caller does not panic");
+        assert!(answer.starts_with("HTTP/1.1 400") && answer.ends_with(r#"{"error":"rows_max: no"}"#), "{answer}");
+    });
 }
 
 /// One sample line of OpenMetrics text: name, labels, value.

@@ -12,6 +12,8 @@ mod faults;
 mod features;
 #[path = "e2e/framing.rs"]
 mod framing;
+#[path = "e2e/live.rs"]
+mod live;
 #[path = "e2e/meaning.rs"]
 mod meaning;
 #[path = "e2e/order.rs"]

@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("scheduler", &["vocab"]),
     ("telemetry", &["clock", "vocab"]),
     ("config", &["vocab", "wire"]),
-    ("mail", &["contract", "executor", "scheduler", "vocab"]),
+    ("mail", &["contract", "executor", "mailbox", "scheduler", "vocab"]),
     ("scatter", &["contract", "mail", "mailbox", "vocab", "wire"]),
     ("executor", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab"]),
     ("batcher", &["clock", "contract", "executor", "mail", "mailbox", "scheduler", "telemetry", "vocab"]),
@@ -21,7 +21,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("tokenize", &["models", "vocab"]),
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
     ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
-    ("control", &["telemetry", "clock", "vocab"]),
+    // It asks the batcher, and shows what the scheduler answers.
+    ("control", &["clock", "mail", "mailbox", "scheduler", "telemetry", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["load", "scheduler", "vocab"]),
     ("load", &["client", "clock", "contract", "executor", "vocab", "wire"]),

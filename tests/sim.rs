@@ -47,6 +47,9 @@ const EXPECTED: &[&str] = &[
     "urgent",
     "economic",
     "requests in parts",
+    "policies changed",
+    "policies refused",
+    "policies that would strand somebody",
 ];
 
 #[test]

@@ -7,6 +7,7 @@
 //! Elsewhere: what to do (scheduler), who answers (scatter.rs, frontend).
 
 mod flights;
+mod live;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,6 +24,8 @@ use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
+pub use live::HISTORY;
+use live::Live;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
 pub trait Outlet {
@@ -65,6 +68,7 @@ pub struct Batcher<O> {
     /// Ends collected during a turn, by shard.
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
+    live: Live,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -81,13 +85,14 @@ impl<O: Outlet> Batcher<O> {
         shards: usize,
         telemetry: Arc<Telemetry>,
     ) -> Batcher<O> {
-        let forms = contracts
+        let forms: Vec<Form> = contracts
             .iter()
             .map(|contract| Form { contract: Arc::clone(contract), pads: Pads::of(contract) })
             .collect();
         let slots = |slots: u32| (0..slots).map(|_| VacantSlot::default()).collect();
         let vacant = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
-        Batcher {
+        let batcher = Batcher {
+            live: Live::new(&scheduler, forms.len()),
             scheduler,
             outlet,
             forms,
@@ -100,7 +105,9 @@ impl<O: Outlet> Batcher<O> {
             members: Vec::new(),
             telemetry,
             audit_at: Moment::ZERO,
-        }
+        };
+        batcher.publish();
+        batcher
     }
 
     /// Takes one message in. Decides nothing yet: [`Batcher::turn`] does, once for all that arrived together.
@@ -109,19 +116,21 @@ impl<O: Outlet> Batcher<O> {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
             ToBatcher::Finished(finished) => self.take_finished(now, finished),
             ToBatcher::Drain => self.scheduler.drain(),
-            ToBatcher::SetQueueDelay { model, delay } => self.scheduler.set_queue_delay_max(model, delay),
+            ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
+            ToBatcher::Ask(question) => self.answer(question),
             ToBatcher::Stop => {}
         }
     }
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
+        self.choose_edges(now);
         self.expire(now);
         let now = self.fill(now);
         // Also who was given up meanwhile.
         self.expire(now);
         self.mail_ends();
-        self.publish_depth();
+        self.publish();
         self.audit(now);
         match (self.scheduler.poll_timeout(now), self.flights.next()) {
             (Some(a), Some(b)) => Some(a.min(b)),
@@ -321,12 +330,17 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
-    /// Says what still waits, once for all that the turn changed.
-    fn publish_depth(&self) {
+    /// Says how things stand, once for all that the turn changed.
+    fn publish(&self) {
         for index in 0..self.forms.len() {
             let model = ModelHandle(index as u16);
             let (rows, cells, bytes) = self.scheduler.waiting(model);
-            self.telemetry.model(model).queue_depth(rows, cells, bytes);
+            let metrics = self.telemetry.model(model);
+            metrics.queue_depth(rows, cells, bytes);
+            let counts = self.scheduler.verdicts(model);
+            metrics.verdicts(counts.held, counts.shed, counts.refused);
+            metrics.policy_generation(self.scheduler.generation(model));
+            metrics.cost_error(self.scheduler.cost(model).error());
         }
     }
 

@@ -5,12 +5,14 @@
 //! - What is for people while work goes on (progress, plans, mistakes) is printed on standard error.
 
 pub mod check;
+mod http;
 pub mod infer;
 pub mod load;
 pub mod models;
 pub mod offline;
 pub mod replay;
 pub mod serve;
+pub mod set;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

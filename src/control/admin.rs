@@ -9,6 +9,8 @@
 //! | `GET /stats` | cumulative counts as JSON |
 //! | `GET /config` | the effective configuration as TOML |
 //! | `POST /drain` | 202; the server begins to drain |
+//! | `/v1/models/{model}/policy` … | policy.rs |
+//! | `/v1/models/{model}/lengths`, `/cost`, `/v1/decisions` | insight.rs |
 //!
 //! Always true
 //! - Connections, bytes of a request, time of a request and requests per second are bounded: a caller that hammers,
@@ -37,10 +39,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Sleep;
 
-use super::lifecycle::Lifecycle;
+use super::lifecycle::{self, Lifecycle};
+use super::{insight, policy};
 use crate::clock;
+use crate::mail::{Question, ToBatcher};
+use crate::mailbox::{Awaited, Reply, SendError, Sender, reply};
 use crate::telemetry::Telemetry;
-use crate::vocab::Moment;
+use crate::vocab::{ModelHandle, Moment};
 
 /// Connections at once; the next wait in the kernel's queue until one ends.
 pub const CONNECTIONS_MAX: usize = 64;
@@ -52,6 +57,11 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 /// Requests per second in the long run, and at once after a pause.
 pub const RATE: u32 = 100;
 
+/// Questions to the batcher per second in the long run, and at once after a pause.
+pub const ASK_RATE: u32 = 20;
+/// How long the batcher may take to answer. It answers between two batches, and an inline batch is short.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+
 /// What the control port serves.
 pub struct ControlOptions {
     pub addr: SocketAddr,
@@ -62,6 +72,8 @@ pub struct ControlOptions {
     pub config_toml: String,
     /// Begins the drain. Called once for each `POST /drain`, on the control thread: it must not wait.
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
+    /// Asked about policies and decisions, once the server serves.
+    pub batcher: Sender<ToBatcher>,
 }
 
 /// The running control port. Dropping it ends the thread.
@@ -119,18 +131,93 @@ pub fn spawn(options: ControlOptions) -> io::Result<ControlHandle> {
     Ok(ControlHandle { addr, end: Some(end), thread: Some(thread) })
 }
 
-struct Shared {
+/// What the handlers share.
+pub(super) struct Shared {
     options: ControlOptions,
     rate: Mutex<Rate>,
+    asks: Mutex<Rate>,
+}
+
+/// A request that is answered with an error: `{"error": "…"}`.
+#[derive(Debug)]
+pub(super) struct Unanswered {
+    status: StatusCode,
+    message: String,
+}
+
+impl Unanswered {
+    pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Unanswered {
+        Unanswered { status, message: message.into() }
+    }
+}
+
+impl IntoResponse for Unanswered {
+    fn into_response(self) -> Response {
+        (self.status, Json(serde_json::json!({ "error": self.message }))).into_response()
+    }
+}
+
+impl Shared {
+    /// The handle of a model.
+    pub(super) fn model(&self, name: &str) -> Result<ModelHandle, Unanswered> {
+        let names = || self.options.models.iter().map(|contract| contract["name"].as_str().unwrap_or_default());
+        names().position(|known| known == name).map(|at| ModelHandle(at as u16)).ok_or_else(|| {
+            let known: Vec<&str> = names().take(32).collect();
+            let name: String = name.chars().take(128).collect();
+            Unanswered::new(StatusCode::NOT_FOUND, format!("unknown model {name:?}; known are {}", known.join(", ")))
+        })
+    }
+
+    pub(super) fn name(&self, model: ModelHandle) -> &str {
+        self.options.models.get(model.index()).and_then(|contract| contract["name"].as_str()).unwrap_or_default()
+    }
+
+    /// Asks the batcher.
+    pub(super) async fn ask<T>(&self, question: impl FnOnce(Reply<T>) -> Question) -> Result<T, Unanswered> {
+        if !self.asks.lock().expect("nobody panics while holding the rate").take(clock::now()) {
+            let message = format!("the batcher is asked at most {ASK_RATE} questions per second");
+            return Err(Unanswered::new(StatusCode::TOO_MANY_REQUESTS, message));
+        }
+        let (reply, awaited) = reply();
+        self.mail(ToBatcher::Ask(question(reply)))?;
+        self.patiently(awaited).await
+    }
+
+    /// Puts a message into the batcher's mailbox, if somebody will read it.
+    pub(super) fn mail(&self, message: ToBatcher) -> Result<(), Unanswered> {
+        let unavailable = |why: &str| Unanswered::new(StatusCode::SERVICE_UNAVAILABLE, why);
+        if self.options.lifecycle.state() == lifecycle::State::Starting {
+            return Err(unavailable("starting: there is nobody to ask yet"));
+        }
+        self.options.batcher.send(message).map_err(|error| match error {
+            SendError::Full(_) => unavailable("the batcher's mailbox is full; try again"),
+            SendError::Closed(_) => unavailable("stopped: there is nobody to ask any more"),
+        })
+    }
+
+    pub(super) async fn patiently<T>(&self, awaited: Awaited<T>) -> Result<T, Unanswered> {
+        let unavailable = |why: &str| Unanswered::new(StatusCode::SERVICE_UNAVAILABLE, why);
+        match tokio::time::timeout(ANSWER_TIMEOUT, awaited.answer()).await {
+            Ok(Some(answer)) => Ok(answer),
+            Ok(None) => Err(unavailable("stopped: there is nobody to ask any more")),
+            Err(_) => Err(unavailable("the batcher did not answer in time; a change may still be made")),
+        }
+    }
 }
 
 fn router(options: ControlOptions) -> Router {
-    let shared = Arc::new(Shared { options, rate: Mutex::new(Rate::new(RATE, clock::now())) });
+    let shared = Arc::new(Shared {
+        options,
+        rate: Mutex::new(Rate::new(RATE, clock::now())),
+        asks: Mutex::new(Rate::new(ASK_RATE, clock::now())),
+    });
     let paced = Router::new()
         .route("/v1/models", get(models))
         .route("/metrics", get(metrics))
         .route("/stats", get(stats))
         .route("/config", get(config))
+        .merge(policy::routes())
+        .merge(insight::routes())
         .fallback(unknown)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
     Router::new()
@@ -196,7 +283,9 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 }
 
 async fn unknown() -> Response {
-    let known = "known are /healthz /readyz /v1/models /metrics /stats /config, and POST /drain\n";
+    let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
+                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/decisions, /metrics /stats /config, and \
+                 POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()
 }
 

@@ -2,7 +2,10 @@
 //!
 //! Always true
 //! - Nothing here is on the way of a request. A caller of the control port costs the control thread's time, in
-//!   bounded amounts, and reads atomics; no lock is shared with the data path.
+//!   bounded amounts, and reads atomics; no lock is shared with the data path. Only what policies and decisions are is
+//!   asked of the batcher: bounded copies, a bounded number of times per second, through its mailbox.
 
 pub mod admin;
+mod insight;
 pub mod lifecycle;
+mod policy;

@@ -86,6 +86,12 @@ impl Compositions {
         }
     }
 
+    /// Rows of the largest composition of a model.
+    pub fn rows_max(&self, model: ModelHandle) -> u32 {
+        let of_model = self.groups.range((model, 0)..=(model, u64::MAX));
+        of_model.map(|(_, group)| group.rows_wanted).max().unwrap_or(0)
+    }
+
     /// Whether a complete composition that runs here waits.
     pub fn has_complete(&self, runs_here: impl Fn(ModelHandle) -> bool) -> bool {
         self.complete.iter().any(|(model, _)| runs_here(*model))

@@ -73,6 +73,20 @@ pub struct CostModel {
     error: f64,
 }
 
+/// All that a cost model has learned, as plain numbers: to be kept while the process does not run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Learned {
+    /// ns of a batch, a cell, a squared cell.
+    pub fit: [f64; TERMS],
+    pub normal: [[f64; TERMS]; TERMS],
+    pub moment: [f64; TERMS],
+    pub weight: f64,
+    pub observations: u64,
+    pub error: f64,
+    /// Octave of rows, octave of length, factor, how often it was observed. Only those that were.
+    pub corrections: Vec<(u8, u8, f32, u16)>,
+}
+
 impl Default for CostModel {
     fn default() -> CostModel {
         CostModel::new(Coefficients::PRIOR)
@@ -91,6 +105,48 @@ impl CostModel {
             observations: 0,
             error: 0.0,
         }
+    }
+
+    /// What it has learned.
+    pub fn learned(&self) -> Learned {
+        let seen = self.corrections.iter().enumerate().filter(|(_, (_, count))| *count > 0);
+        let place = |at: usize| ((at / OCTAVES) as u8, (at % OCTAVES) as u8);
+        Learned {
+            fit: [self.fit.batch, self.fit.cell, self.fit.square],
+            normal: self.normal,
+            moment: self.moment,
+            weight: self.weight,
+            observations: self.observations,
+            error: self.error,
+            corrections: seen.map(|(at, (factor, count))| (place(at).0, place(at).1, *factor, *count)).collect(),
+        }
+    }
+
+    /// A model that goes on from there. `None`: no model could have learned this.
+    pub fn resume(learned: &Learned) -> Option<CostModel> {
+        let Learned { fit, normal, moment, weight, observations, error, corrections } = learned;
+        let sums = normal.iter().flatten().chain(moment).chain(fit).chain([weight, error]);
+        let good = sums.into_iter().all(|number| number.is_finite() && *number >= 0.0);
+        if !good || *observations == 0 || fit.iter().sum::<f64>() <= 0.0 || *weight <= 0.0 || *error > 1.0 {
+            return None;
+        }
+        let mut model = CostModel {
+            fit: Coefficients { batch: fit[0], cell: fit[1], square: fit[2] },
+            normal: *normal,
+            moment: *moment,
+            weight: *weight,
+            observations: *observations,
+            error: *error,
+            ..CostModel::default()
+        };
+        for (rows, len, factor, count) in corrections {
+            let (rows, len) = (usize::from(*rows), usize::from(*len));
+            if rows >= OCTAVES || len >= OCTAVES || !(0.25..=4.0).contains(factor) {
+                return None;
+            }
+            model.corrections[rows * OCTAVES + len] = (*factor, *count);
+        }
+        Some(model)
     }
 
     pub fn coefficients(&self) -> Coefficients {
@@ -289,6 +345,33 @@ mod tests {
         let model = CostModel::default();
         assert!(!model.is_known());
         assert_eq!(model.predicted(8, 64), Duration::ZERO);
+    }
+
+    #[test]
+    fn what_was_learned_goes_on_where_it_was() {
+        let mut model = learned(5, 300, 0.05, Coefficients::PRIOR, TRUTH);
+        let mut again = CostModel::resume(&model.learned()).expect("it was learned");
+        assert_eq!(again, model);
+        model.observe(7, 90, Duration::from_millis(3), true);
+        again.observe(7, 90, Duration::from_millis(3), true);
+        assert_eq!(again, model);
+    }
+
+    #[test]
+    fn what_no_model_can_have_learned_is_not_taken() {
+        let good = learned(6, 100, 0.05, Coefficients::PRIOR, TRUTH).learned();
+        assert_eq!(CostModel::resume(&CostModel::default().learned()), None, "nothing was observed");
+        for bad in [
+            Learned { fit: [f64::NAN, 1.0, 1.0], ..good.clone() },
+            Learned { fit: [0.0; TERMS], ..good.clone() },
+            Learned { moment: [-1.0, 0.0, 0.0], ..good.clone() },
+            Learned { weight: f64::INFINITY, ..good.clone() },
+            Learned { error: 1.5, ..good.clone() },
+            Learned { corrections: vec![(16, 0, 1.0, 1)], ..good.clone() },
+            Learned { corrections: vec![(0, 0, f32::NAN, 1)], ..good.clone() },
+        ] {
+            assert_eq!(CostModel::resume(&bad), None, "{bad:?}");
+        }
     }
 
     #[test]

@@ -38,6 +38,25 @@ impl Verdict {
     }
 }
 
+/// How often what was decided other than to seal; batches are counted by their reasons.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VerdictCounts {
+    pub held: u64,
+    pub shed: u64,
+    pub refused: u64,
+}
+
+impl VerdictCounts {
+    pub fn count(&mut self, verdict: Verdict) {
+        match verdict {
+            Verdict::Sealed(_) => {}
+            Verdict::Held => self.held += 1,
+            Verdict::Shed => self.shed += 1,
+            Verdict::Refused => self.refused += 1,
+        }
+    }
+}
+
 /// One decision. Times in ns; lengths in cells.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Decision {

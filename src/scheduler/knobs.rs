@@ -10,7 +10,8 @@
 
 use std::time::Duration;
 
-use super::policy::{Class, PadTo, Policy, PolicyKind};
+use super::edges::SHAPES_MAX;
+use super::policy::{Class, Edges, PadTo, Policy, PolicyKind};
 use super::{Buckets, QueueLimits};
 
 /// A knob, as help text shows it.
@@ -42,9 +43,10 @@ pub const KNOBS: &[Knob] = &[
     knob(
         "buckets",
         "cells",
-        "ascending lengths such as 16,32,128 that end with the present longest, or geometric",
-        "padded lengths, and the queues of the policy buckets",
+        "ascending lengths such as 16,32,128 that end with the present longest, or geometric, or auto",
+        "padded lengths, and the queues of the policy buckets; auto: those that pad least what comes",
     ),
+    knob("shapes_max", "buckets", "1 to 64", "most buckets where they are chosen automatically"),
     knob("pad_to", "", "bucket or longest", "what a batch is padded to: its longest row's bucket, or that row"),
     knob("slo_ms", "ms", "0.01 to 600000", "slack of a request without a deadline, and the unit of ageing"),
     knob("weight", "", "0.001 to 1000", "share of the executors, beside other models'"),
@@ -106,8 +108,10 @@ impl Policy {
             "queue_delay_max_us" => {
                 self.queue_delay_max.map_or("auto".into(), |delay| (delay.as_nanos() as f64 / 1e3).to_string())
             }
+            "buckets" if self.edges == Edges::Auto => "auto".into(),
             "buckets" if self.buckets == Buckets::geometric(self.buckets.longest()) => "geometric".into(),
             "buckets" => list(self.buckets.lens()),
+            "shapes_max" => self.shapes_max.to_string(),
             "pad_to" => match self.pad_to {
                 PadTo::Bucket => "bucket".into(),
                 PadTo::Longest => "longest".into(),
@@ -150,7 +154,13 @@ impl Policy {
             "queue_delay_max_us" => {
                 self.queue_delay_max = Some(Duration::from_nanos((number(0.0, DELAY_MAX_US)? * 1e3).round() as u64));
             }
-            "buckets" => self.buckets = buckets(value, before.buckets.longest()).ok_or_else(wrong)?,
+            // Which they are is for the scheduler to say, when it takes the policy.
+            "buckets" if value == "auto" => self.edges = Edges::Auto,
+            "buckets" => {
+                self.buckets = buckets(value, before.buckets.longest()).ok_or_else(wrong)?;
+                self.edges = Edges::Given;
+            }
+            "shapes_max" => self.shapes_max = count(1, SHAPES_MAX.into())? as u16,
             "pad_to" => {
                 self.pad_to = match value {
                     "bucket" => PadTo::Bucket,
@@ -234,7 +244,8 @@ mod tests {
         ("rows_max", &["1", "7", "65536"], &["0", "65537", "-1", "1.5", ""]),
         ("cells_max", &["128", "1000", "1099511627776"], &["0", "127", "1099511627777", "many"]),
         ("queue_delay_max_us", &["0", "1500", "0.5", "60000000", "auto"], &["-1", "60000001", "NaN", "inf", ""]),
-        ("buckets", &["128", "1,2,128", "geometric"], &["", "128,64", "16,64", "16,256", "0,128", "16,,128"]),
+        ("buckets", &["128", "1,2,128", "geometric", "auto"], &["", "128,64", "16,64", "16,256", "0,128", "16,,128"]),
+        ("shapes_max", &["1", "16", "64"], &["0", "65", "-1", "auto"]),
         ("pad_to", &["bucket", "longest"], &["", "none"]),
         ("slo_ms", &["0.01", "50", "12.5", "600000"], &["0", "0.009", "600001", "NaN"]),
         ("weight", &["0.001", "1", "2.5", "1000"], &["0", "1001", "-1", "NaN"]),

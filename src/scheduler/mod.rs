@@ -20,6 +20,7 @@ mod compose;
 pub mod cost;
 pub mod decision;
 mod due;
+pub mod edges;
 mod fifo;
 pub mod knobs;
 mod lane;
@@ -34,15 +35,16 @@ use std::time::Duration;
 
 pub use admission::QueueLimits;
 pub use bucket::Buckets;
-pub use policy::{Class, Group, PadTo, Policy, PolicyKind, Tuning};
+pub use policy::{Class, Edges, Group, PadTo, Policy, PolicyKind, Tuning};
 pub use seats::{Running, Seat, SeatSpec};
 
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, SealReason, Stage};
 use admission::Totals;
 use compose::Compositions;
 use cost::CostModel;
-use decision::{Decision, DecisionLog, Verdict};
+use decision::{Decision, DecisionLog, Verdict, VerdictCounts};
 use due::Due;
+use edges::LengthHistogram;
 use lane::Lanes;
 use packing::{Outcome, Outlook, Packer, Plan};
 use seats::Seats;
@@ -126,6 +128,15 @@ impl Expired {
     }
 }
 
+/// Buckets that the scheduler chose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EdgesChange {
+    pub model: ModelHandle,
+    pub from: Buckets,
+    pub to: Buckets,
+    pub generation: u32,
+}
+
 /// Everything about one model.
 #[derive(Debug)]
 struct ModelQueue {
@@ -148,6 +159,11 @@ struct ModelQueue {
     hold: Option<Moment>,
     /// It has been holding rows back since its last batch.
     holding: bool,
+    verdicts: VerdictCounts,
+    /// How long the admitted rows were.
+    seen: LengthHistogram,
+    /// When automatic buckets were last looked at.
+    edges_seen_at: Moment,
 }
 
 impl ModelQueue {
@@ -198,6 +214,8 @@ pub struct Scheduler {
     /// Executor time by weight at which the last batch of each group was given.
     used: [f64; 2],
     log: DecisionLog,
+    /// When automatic buckets are to be looked at.
+    edges_at: Moment,
 }
 
 /// A model counts as active for this long after its last request, so that a slow one leaves it an executor.
@@ -229,6 +247,9 @@ impl Scheduler {
                 hold: None,
                 holding: false,
                 generation: 1,
+                verdicts: VerdictCounts::default(),
+                seen: LengthHistogram::new(policy.buckets.longest()),
+                edges_seen_at: Moment::ZERO,
                 policy,
             })
             .collect();
@@ -245,6 +266,7 @@ impl Scheduler {
             drain_rate: admission::DrainRate::default(),
             used: [0.0; 2],
             log: DecisionLog::default(),
+            edges_at: Moment::ZERO,
         }
     }
 
@@ -268,7 +290,7 @@ impl Scheduler {
         } else if queue.policy.kind == PolicyKind::Cost
             && let Err((refusal, predicted)) = self.admit_by_forecast(now, &arrival, &asked)
         {
-            self.log.push(Decision {
+            self.note(Decision {
                 verdict: Verdict::Refused,
                 predicted,
                 ..self.decision(now, arrival.model, u64::from(arrival.len), arrival.rows)
@@ -297,6 +319,7 @@ impl Scheduler {
             due.insert(&mut self.tickets, id, deadline);
         }
         queue.packer.arrived(now);
+        queue.seen.observe(now, arrival.len, arrival.rows);
         queue.last_arrival = Some(now);
         if queue.totals.rows == asked.rows {
             // It comes back from rest: rest earns nothing.
@@ -368,7 +391,7 @@ impl Scheduler {
                 predicted: self.models[model.index()].cost.predict(rows, len) as u64,
                 ..self.decision(now, model, u64::from(len), rows)
             };
-            self.log.push(decision);
+            self.note(decision);
             self.forget(id);
             return Some(Expired::Hopeless(id));
         }
@@ -557,7 +580,7 @@ impl Scheduler {
                 if !std::mem::replace(&mut queue.holding, true) {
                     let predicted = until.since(now).as_nanos() as u64;
                     let decision = Decision { predicted, ..self.decision(now, ModelHandle(index as u16), 0, 0) };
-                    self.log.push(decision);
+                    self.note(decision);
                 }
                 None
             }
@@ -656,6 +679,11 @@ impl Scheduler {
         self.seats.expect_free(usize::from(batch.executor), now);
     }
 
+    /// What an earlier run learned about a model's batch times. Before any batch.
+    pub fn resume_cost(&mut self, model: ModelHandle, cost: CostModel) {
+        self.models[model.index()].cost = cost;
+    }
+
     /// A batch of this shape was run for warming up, and took so long.
     pub fn prime(&mut self, model: ModelHandle, rows: u32, padded_len: u32, took: Duration) {
         self.models[model.index()].cost.observe(rows, padded_len, took, true);
@@ -670,28 +698,22 @@ impl Scheduler {
         &self.models[model.index()].policy
     }
 
-    /// Replaces a model's policy while it serves. Returns its generation. Nothing that waits is lost: rows that no longer
-    /// fit a batch stay under the budgets that they were admitted with.
-    pub fn set_policy(&mut self, model: ModelHandle, policy: Policy) -> Result<u32, Refusal> {
+    /// Replaces a model's policy while it serves. Returns its generation. Nothing that waits is lost: a policy under which
+    /// some of it would fit no batch is refused. Where the policy leaves the buckets to the scheduler and did not before,
+    /// they are chosen now.
+    pub fn set_policy(&mut self, model: ModelHandle, mut policy: Policy) -> Result<u32, Refusal> {
         let queue = &mut self.models[model.index()];
-        let relane = policy.buckets != queue.policy.buckets || policy.kind.is_fair() != queue.policy.kind.is_fair();
-        let shrinks = policy.rows_max < queue.policy.rows_max
-            || policy.cells_max < queue.policy.cells_max
-            || policy.buckets.longest() < queue.policy.buckets.longest();
-        let fits = |ticket: &Ticket| {
-            let bucket = policy.buckets.of(ticket.len);
-            bucket.is_some_and(|bucket| ticket.rows <= policy.rows_at(policy.buckets.len_at(bucket)))
-        };
-        if shrinks && let Some(id) = self.tickets.of(model).find(|id| !fits(&self.tickets[*id])) {
-            let ticket = &self.tickets[id];
-            return Err(Refusal::overloaded(
-                format!(
-                    "a waiting request of {} rows of length {} would fit no batch; try again when it is gone",
-                    ticket.rows, ticket.len
-                ),
-                Duration::from_millis(10),
-            ));
+        let before = &queue.policy;
+        let choice = |policy: &Policy| (policy.edges, policy.shapes_max);
+        if policy.edges == Edges::Auto && choice(&policy) != choice(before) {
+            policy.buckets = edges::first_edges(&queue.seen, policy.shapes_max);
         }
+        let relane = policy.buckets != before.buckets || policy.kind.is_fair() != before.kind.is_fair();
+        let budgets = |policy: &Policy| (policy.rows_max, policy.cells_max);
+        if policy.buckets != before.buckets || budgets(&policy) != budgets(before) {
+            self.check_what_waits(model, &policy)?;
+        }
+        let queue = &mut self.models[model.index()];
         if relane {
             let mut ids: Vec<TicketId> = self.tickets.of(model).collect();
             ids.sort_by(|a, b| match self.tickets[*a].came_before(&self.tickets[*b]) {
@@ -717,16 +739,76 @@ impl Scheduler {
         } else {
             queue.packer.resize(policy.buckets.len());
         }
+        if policy.buckets.longest() != queue.seen.longest() {
+            queue.seen = LengthHistogram::new(policy.buckets.longest());
+        }
         queue.policy = policy;
         queue.generation += 1;
+        self.edges_at = Moment::ZERO;
         Ok(queue.generation)
     }
 
-    /// Replaces a model's window while it serves.
-    pub fn set_queue_delay_max(&mut self, model: ModelHandle, delay: Duration) {
-        let queue = &mut self.models[model.index()];
-        queue.policy.queue_delay_max = Some(delay);
-        queue.generation += 1;
+    /// Refuses a policy under which something that waits would fit no batch.
+    fn check_what_waits(&self, model: ModelHandle, policy: &Policy) -> Result<(), Refusal> {
+        let fits = |ticket: &Ticket| {
+            let bucket = policy.buckets.of(ticket.len);
+            bucket.is_some_and(|bucket| ticket.rows <= policy.rows_at(policy.buckets.len_at(bucket)))
+        };
+        let misfit = self.tickets.of(model).map(|id| &self.tickets[id]).find(|ticket| !fits(ticket));
+        let what = match misfit {
+            Some(ticket) => format!("a waiting request of {} rows of length {}", ticket.rows, ticket.len),
+            None if self.compositions.rows_max(model) > policy.rows_at(policy.buckets.longest()) => {
+                format!("a waiting composition of {} rows", self.compositions.rows_max(model))
+            }
+            None => return Ok(()),
+        };
+        let message = format!("{what} would fit no batch; try again when it is gone");
+        Err(Refusal::overloaded(message, Duration::from_millis(10)))
+    }
+
+    /// Chooses the buckets of models that leave it to the scheduler, where others than the present ones pay. Call until
+    /// `None`. One comparison while nothing is due.
+    pub fn poll_edges(&mut self, now: Moment) -> Option<EdgesChange> {
+        if now < self.edges_at {
+            return None;
+        }
+        let mut next = Moment::FAR;
+        for index in 0..self.models.len() {
+            let queue = &mut self.models[index];
+            if queue.policy.edges != Edges::Auto {
+                continue;
+            }
+            let due = edges::next_look(queue.edges_seen_at);
+            if now < due {
+                next = next.min(due);
+                continue;
+            }
+            let since = now.since(std::mem::replace(&mut queue.edges_seen_at, now));
+            next = next.min(edges::next_look(now));
+            let (to, waste) = edges::chosen_edges(&queue.seen, queue.policy.shapes_max);
+            if !edges::pays(queue.seen.rows(), since, queue.seen.waste(&queue.policy.buckets), waste) {
+                continue;
+            }
+            let model = ModelHandle(index as u16);
+            let from = queue.policy.buckets.clone();
+            let policy = Policy { buckets: to.clone(), ..queue.policy.clone() };
+            // Refused while something waits that would not fit: there is a next look.
+            if let Ok(generation) = self.set_policy(model, policy) {
+                return Some(EdgesChange { model, from, to, generation });
+            }
+        }
+        self.edges_at = next;
+        None
+    }
+
+    /// How long the rows of a model were that were admitted.
+    pub fn lengths(&self, model: ModelHandle) -> &LengthHistogram {
+        &self.models[model.index()].seen
+    }
+
+    /// Decisions about a model other than its batches.
+    pub fn verdicts(&self, model: ModelHandle) -> VerdictCounts {
+        self.models[model.index()].verdicts
     }
 
     pub fn generation(&self, model: ModelHandle) -> u32 {
@@ -805,6 +887,11 @@ impl Scheduler {
         Ok(())
     }
 
+    fn note(&mut self, decision: Decision) {
+        self.models[decision.model.index()].verdicts.count(decision.verdict);
+        self.log.push(decision);
+    }
+
     /// What a decision about a model has in any case.
     fn decision(&self, now: Moment, model: ModelHandle, batch: u64, rows: u32) -> Decision {
         let queue = &self.models[model.index()];
@@ -859,7 +946,7 @@ impl Scheduler {
             sealed_at: now,
         };
         let plan_of = |value: fn(&Plan) -> f64| plan.as_ref().map_or(0.0, value) as f32;
-        self.log.push(Decision {
+        self.note(Decision {
             verdict: Verdict::Sealed(reason),
             executor: batch.executor,
             padded_len,

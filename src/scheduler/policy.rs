@@ -69,6 +69,16 @@ pub enum PadTo {
     Longest,
 }
 
+/// Who chooses the buckets.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Edges {
+    /// Whoever wrote the policy.
+    #[default]
+    Given,
+    /// The scheduler, from the lengths that come; the longest bucket stays.
+    Auto,
+}
+
 /// How one model is batched.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
@@ -81,6 +91,9 @@ pub struct Policy {
     /// pays (`cost`), never (the others).
     pub queue_delay_max: Option<Duration>,
     pub buckets: Buckets,
+    pub edges: Edges,
+    /// Most buckets where the scheduler chooses them.
+    pub shapes_max: u16,
     pub pad_to: PadTo,
     /// `buckets`: a shorter lane joins a batch when at most this share of its rows would be padding.
     pub fill_waste_max: f64,
@@ -145,6 +158,8 @@ impl Policy {
             cells_max,
             queue_delay_max: None,
             buckets,
+            edges: Edges::default(),
+            shapes_max: super::edges::SHAPES,
             pad_to: PadTo::default(),
             fill_waste_max: 0.25,
             group: Group::Executors,

@@ -591,7 +591,8 @@ fn a_new_window_holds_for_rows_that_wait_already() {
     rig.arrive(request());
     rig.wait(MS);
     assert_eq!(rig.poll_idle(), None);
-    rig.scheduler.set_queue_delay_max(MODEL, MS);
+    let shorter = Policy { queue_delay_max: Some(MS), ..policy() };
+    assert_eq!(rig.scheduler.set_policy(MODEL, shorter), Ok(2));
     assert_eq!(rig.expect_batch().0.reason, SealReason::QueueDelay);
 }
 
@@ -623,6 +624,113 @@ fn books_that_do_not_add_up_are_noticed() {
         let said = rig.scheduler.audit().expect_err("planted");
         assert!(said.contains(what) || what == "lane", "{what}: {said}");
     }
+}
+
+#[test]
+fn a_policy_that_would_strand_a_waiting_request_is_refused_and_changes_nothing() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(Arrival { rows: 4, ..request() });
+    let coarser = Policy { cells_max: 16, buckets: Buckets::new(&[16]).expect("ascending"), ..policy() };
+    let smaller = Policy { rows_max: 3, ..policy() };
+    for bad in [coarser, smaller] {
+        let refusal = rig.scheduler.set_policy(MODEL, bad).expect_err("4 rows of 8 fit no batch of it");
+        assert!(refusal.message.contains("4 rows of length 8"), "{refusal}");
+    }
+    assert_eq!((rig.scheduler.policy(MODEL), rig.scheduler.generation(MODEL)), (&policy(), 1));
+    rig.expect_batch();
+}
+
+#[test]
+fn coarser_buckets_alone_can_strand_a_request_too() {
+    let fine = Policy { rows_max: 8, ..policy() };
+    let mut rig = Rig::new(vec![fine.clone()]);
+    rig.arrive(Arrival { rows: 8, ..request() });
+    let coarse = Policy { buckets: Buckets::new(&[16]).expect("ascending"), ..fine };
+    assert!(rig.scheduler.set_policy(MODEL, coarse).is_err(), "64 cells hold 4 rows of 16");
+    rig.expect_batch();
+}
+
+#[test]
+fn a_policy_that_would_strand_a_composition_is_refused() {
+    let mut rig = Rig::new(vec![policy()]);
+    rig.arrive(composed(7, 3));
+    let smaller = Policy { rows_max: 2, ..policy() };
+    assert!(rig.scheduler.set_policy(MODEL, smaller).is_err());
+    rig.arrive(composed(7, 3));
+    rig.arrive(composed(7, 3));
+    assert_eq!(rig.expect_batch().0.rows, 3);
+}
+
+/// A model of lengths up to 512 whose buckets the scheduler chooses, three at most.
+fn automatic() -> Policy {
+    let buckets = Buckets::new(&[512]).expect("ascending");
+    Policy { edges: Edges::Auto, shapes_max: 3, ..Policy::new(32, 32 * 512, buckets) }
+}
+
+#[test]
+fn automatic_buckets_follow_the_lengths_that_come_and_are_left_alone_while_little_is_gained() {
+    let mut rig = Rig::new(vec![automatic()]);
+    rig.wait(MS * 60_000);
+    assert_eq!(rig.scheduler.poll_edges(rig.now()), None, "nothing was seen");
+    for _ in 0..40 {
+        for len in [10, 20, 20, 30] {
+            rig.arrive(Arrival { rows: 32, len, ..request() });
+        }
+        while rig.poll_idle().is_some() {}
+    }
+    rig.wait(MS * 29_000);
+    assert_eq!(rig.scheduler.poll_edges(rig.now()), None, "too early");
+    rig.wait(MS * 1000);
+    rig.arrive(Arrival { len: 20, ..request() });
+    let change = rig.scheduler.poll_edges(rig.now()).expect("one bucket of 512 pads nearly all");
+    // Two for what came; the longest stays.
+    assert_eq!((change.from.lens(), change.to.lens(), change.generation), (&[512][..], &[20, 30, 512][..], 2));
+    assert_eq!(rig.scheduler.policy(MODEL).buckets, change.to);
+    assert_eq!(rig.expect_batch().0.padded_len, 20, "also what waited is padded to the new buckets");
+    assert_eq!(rig.scheduler.poll_edges(rig.now()), None);
+    rig.wait(MS * 31_000);
+    assert_eq!(rig.scheduler.poll_edges(rig.now()), None, "they are the best already");
+    assert_eq!(rig.scheduler.generation(MODEL), 2);
+}
+
+#[test]
+fn buckets_given_by_hand_are_never_touched() {
+    let mut rig = Rig::new(vec![Policy { edges: Edges::Given, ..automatic() }]);
+    for _ in 0..100 {
+        rig.arrive(Arrival { rows: 32, len: 10, ..request() });
+        while rig.poll_idle().is_some() {}
+    }
+    rig.wait(MS * 100_000);
+    assert_eq!(rig.scheduler.poll_edges(rig.now()), None);
+    assert_eq!(rig.scheduler.generation(MODEL), 1);
+}
+
+#[test]
+fn a_policy_that_becomes_automatic_has_its_buckets_at_once() {
+    let given = Policy { edges: Edges::Given, buckets: Buckets::geometric(512), ..automatic() };
+    let mut rig = Rig::new(vec![given.clone()]);
+    let auto = given.with([("buckets", "auto"), ("shapes_max", "5")]).expect("knobs");
+    assert_eq!(rig.scheduler.set_policy(MODEL, auto), Ok(2));
+    let chosen = rig.scheduler.policy(MODEL).buckets.clone();
+    assert_eq!((chosen.len(), chosen.longest()), (5, 512));
+    let fewer = rig.scheduler.policy(MODEL).with([("shapes_max", "2")]).expect("a knob");
+    assert_eq!(rig.scheduler.set_policy(MODEL, fewer), Ok(3));
+    assert_eq!(rig.scheduler.policy(MODEL).buckets.len(), 2);
+}
+
+#[test]
+fn what_was_held_shed_and_refused_is_counted() {
+    let mut rig = Rig::new(vec![Policy { kind: PolicyKind::Cost, queue_delay_max: None, ..policy() }]);
+    let batch = rig.scheduler.verdicts(MODEL);
+    assert_eq!(batch, VerdictCounts::default());
+    for _ in 0..50 {
+        rig.scheduler.prime(MODEL, 4, 16, MS * 10);
+    }
+    rig.arrive(request());
+    let hopeless = Arrival { deadline: Some(rig.now() + MS), ..request() };
+    rig.refused(hopeless);
+    assert_eq!(rig.scheduler.verdicts(MODEL).refused, 1);
+    assert_eq!(rig.scheduler.log().last(1).next().map(|decision| decision.verdict), Some(Verdict::Refused));
 }
 
 #[test]
@@ -849,8 +957,9 @@ mod against_a_plain_model {
                 Step::SetDelay { model, delay_us } => {
                     let model = self.model(*model);
                     let delay = US * *delay_us as u32;
-                    self.scheduler.set_queue_delay_max(model, delay);
                     self.policies[model.index()].queue_delay_max = Some(delay);
+                    let policy = self.policies[model.index()].clone();
+                    self.scheduler.set_policy(model, policy).expect("a window strands nobody");
                 }
                 Step::Drain => {
                     self.scheduler.drain();

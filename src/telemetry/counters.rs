@@ -188,6 +188,12 @@ pub struct ModelMetrics {
     pub(super) queue_rows: Count,
     pub(super) queue_cells: Count,
     pub(super) queue_bytes: Count,
+    pub(super) held: Count,
+    pub(super) shed: Count,
+    pub(super) refused: Count,
+    pub(super) policy_generation: Count,
+    /// Bits of an f64.
+    pub(super) cost_error: Count,
 }
 
 impl ModelMetrics {
@@ -206,6 +212,11 @@ impl ModelMetrics {
             queue_rows: Count::default(),
             queue_cells: Count::default(),
             queue_bytes: Count::default(),
+            held: Count::default(),
+            shed: Count::default(),
+            refused: Count::default(),
+            policy_generation: Count::default(),
+            cost_error: Count::default(),
         }
     }
 
@@ -244,6 +255,22 @@ impl ModelMetrics {
         self.queue_rows.set(rows);
         self.queue_cells.set(cells);
         self.queue_bytes.set(bytes);
+    }
+
+    /// How often the scheduler held rows back, gave requests up, and refused some for their deadline or their tenant.
+    pub fn verdicts(&self, held: u64, shed: u64, refused: u64) {
+        self.held.set(held);
+        self.shed.set(shed);
+        self.refused.set(refused);
+    }
+
+    pub fn policy_generation(&self, generation: u32) {
+        self.policy_generation.set(generation.into());
+    }
+
+    /// Mean relative error of predicted batch times.
+    pub fn cost_error(&self, ratio: f64) {
+        self.cost_error.set(ratio.to_bits());
     }
 
     pub(super) fn batches_total(&self) -> u64 {

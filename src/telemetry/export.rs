@@ -155,6 +155,7 @@ impl Collector for Telemetry {
         self.encode_shards(&mut page)?;
         self.encode_requests(&mut page)?;
         self.encode_batches(&mut page)?;
+        self.encode_decisions(&mut page)?;
         self.encode_executors(&mut page)
     }
 }
@@ -262,6 +263,35 @@ impl Telemetry {
         page.by_model(self, "ferry_queue_rows", "Rows waiting", gauge(), |_, m| m.queue_rows.get())?;
         page.by_model(self, "ferry_queue_cells", "Cells waiting", gauge(), |_, m| m.queue_cells.get())?;
         page.by_model(self, "ferry_queue_bytes", "Payload bytes waiting", gauge(), |_, m| m.queue_bytes.get())
+    }
+
+    fn encode_decisions(&self, page: &mut Page<'_>) -> fmt::Result {
+        let help = "Rows held, requests given up or refused";
+        page.open("ferry_decisions", help, MetricType::Counter, &mut |mut metric| {
+            for (place, model) in self.models.iter().enumerate() {
+                for (verdict, count) in [("held", &model.held), ("shed", &model.shed), ("refused", &model.refused)] {
+                    if count.get() > 0 {
+                        let labels = [("model", self.model_name(place)), ("verdict", verdict)];
+                        metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        let help = "Mean relative error of predicted batch times";
+        page.open("ferry_cost_model_error_ratio", help, MetricType::Gauge, &mut |mut metric| {
+            // Models without a label of their own have no error in common.
+            for (place, model) in self.models.iter().enumerate().take(self.labels.len()) {
+                let labels = [("model", self.model_name(place))];
+                metric.encode_family(&labels)?.encode_gauge(&f64::from_bits(model.cost_error.get()))?;
+            }
+            Ok(())
+        })?;
+        let (name, help) = ("ferry_policy_generation", "Raised with each change of the policy");
+        page.by_model(self, name, help, MetricType::Gauge, |place, m| match place < self.labels.len() {
+            true => m.policy_generation.get(),
+            false => 0,
+        })
     }
 
     fn encode_executors(&self, page: &mut Page<'_>) -> fmt::Result {

@@ -30,6 +30,9 @@
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
 //! | `ferry_queue_cells` | gauge | model | cells waiting for a batch |
 //! | `ferry_queue_bytes` | gauge | model | payload bytes waiting for a batch |
+//! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
+//! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
+//! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |

@@ -238,6 +238,22 @@ pub fn get(control: SocketAddr, path: &str) -> String {
     text
 }
 
+/// A request on the control port: status and JSON.
+pub fn control(addr: SocketAddr, method: &str, path: &str, headers: &str, body: &str) -> (u16, serde_json::Value) {
+    let mut stream = TcpStream::connect(addr).expect("the control port listens");
+    stream.set_read_timeout(Some(PATIENCE)).expect("a socket option");
+    let request = format!(
+        "{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{headers}Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).expect("sends");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer");
+    let (head, body) = text.split_once("\r\n\r\n").expect("an answer has a head");
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    (status, serde_json::from_str(body).unwrap_or(serde_json::Value::String(body.into())))
+}
+
 /// What a server says.
 #[derive(Debug)]
 pub enum Event {

@@ -16,8 +16,10 @@ use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::worker::Worker;
 use ferry::frontend::inflight::{InFlight, Owned, Waiting};
-use ferry::mail::{Burst, FinishedBatch, Member, Part, Request, ToBatcher, ToShard};
-use ferry::mailbox::{Receiver, mailbox};
+use ferry::mail::{
+    Burst, FinishedBatch, Member, Part, PolicyChange, Request, SetPolicy, SetPolicyError, ToBatcher, ToShard,
+};
+use ferry::mailbox::{Awaited, Receiver, mailbox, reply};
 use ferry::scatter::{Assemblies, append_error, append_result, failure_of};
 use ferry::scheduler::{
     Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
@@ -58,7 +60,7 @@ enum Event {
     Start { executor: usize },
     Done { executor: usize },
     ShardMail { shard: usize },
-    SetDelay,
+    SetPolicy,
     Drain,
 }
 
@@ -79,6 +81,8 @@ struct World {
     policies: Vec<Policy>,
     batcher: Batcher<SimOutlet>,
     to_batcher: VecDeque<ToBatcher>,
+    /// Changes of policies that were asked for.
+    changes: Vec<Awaited<Result<PolicyChange, SetPolicyError>>>,
     /// The batcher's next turn. Events that say otherwise are old: a wake-up that it forgot must not be hidden by them.
     turn_at: Option<Moment>,
     shards: Vec<Shard>,
@@ -256,6 +260,7 @@ impl World {
             policies,
             batcher,
             to_batcher: VecDeque::new(),
+            changes: Vec::new(),
             turn_at: None,
             shards,
             history,
@@ -282,8 +287,8 @@ impl World {
                 self.after(self.gap * 20, Event::Disconnect { shard });
             }
         }
-        if self.rng.random_bool(0.2) {
-            self.after(self.gap * 30, Event::SetDelay);
+        if self.rng.random_bool(0.3) {
+            self.after(self.gap * 10, Event::SetPolicy);
         }
         for _ in 0..200_000 {
             let Some(Reverse((at, _, event))) = self.events.pop() else {
@@ -317,15 +322,36 @@ impl World {
             Event::Start { executor } => self.start(executor),
             Event::Done { executor } => self.done(executor),
             Event::ShardMail { shard } => self.take_mail(shard),
-            Event::SetDelay => {
-                let model = ModelHandle(self.rng.random_range(0..self.contracts.len() as u16));
-                let delay = self.jitter(3000);
-                self.mail(ToBatcher::SetQueueDelay { model, delay });
-            }
+            Event::SetPolicy => self.set_policy(),
             Event::Drain => {
                 self.draining = true;
                 self.mail(ToBatcher::Drain);
             }
+        }
+    }
+
+    /// One or two knobs of a model get other values. What would strand somebody, or is out of bounds, is refused.
+    fn set_policy(&mut self) {
+        let model = ModelHandle(self.rng.random_range(0..self.contracts.len() as u16));
+        let mut knob = || {
+            let rng = &mut self.rng;
+            let (knob, value) = match rng.random_range(0..7) {
+                0 => ("policy", PolicyKind::ALL[rng.random_range(0..4)].name().to_owned()),
+                1 => ("rows_max", rng.random_range(1..10).to_string()),
+                2 => ("cells_max", rng.random_range(16..120).to_string()),
+                3 => ("buckets", ["16", "4,8,16", "1,2,3,5,16", "auto", "1"][rng.random_range(0..5)].to_owned()),
+                4 => ("pad_to", ["bucket", "longest"][rng.random_range(0..2)].to_owned()),
+                5 => ("shapes_max", rng.random_range(1..5).to_string()),
+                _ => ("queue_delay_max_us", rng.random_range(0..3000).to_string()),
+            };
+            (knob.to_owned(), value)
+        };
+        let set = vec![knob(), knob()];
+        let (reply, awaited) = reply();
+        self.changes.push(awaited);
+        self.mail(ToBatcher::SetPolicy(SetPolicy { model, set, reply }));
+        if self.rng.random_bool(0.8) {
+            self.after(self.gap * 10, Event::SetPolicy);
         }
     }
 
@@ -661,6 +687,15 @@ impl World {
 
     /// Holds when nothing can happen any more: all is answered, nothing is left anywhere.
     fn check_rest(&mut self) {
+        for awaited in std::mem::take(&mut self.changes) {
+            let answer = awaited.wait(Duration::ZERO);
+            self.history.borrow_mut().note(match answer {
+                Some(Ok(_)) => "policies changed",
+                Some(Err(SetPolicyError::Invalid(_))) => "policies refused",
+                Some(Err(SetPolicyError::Stranded(_))) => "policies that would strand somebody",
+                None => "policies unanswered",
+            });
+        }
         let mut history = self.history.borrow_mut();
         history.check_complete();
         let waiting = (0..self.policies.len())
