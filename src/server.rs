@@ -310,6 +310,8 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
     };
     Policy {
         kind: batching.policy,
+        edges: batching.edges,
+        shapes_max: batching.shapes_max,
         queue_delay_max: batching.queue_delay_max,
         pad_to: batching.pad_to,
         fill_waste_max: batching.fill_waste_max.unwrap_or(FILL_WASTE_MAX),

@@ -11,6 +11,7 @@ use ferry::config::limits::{MemoryPart, SETTINGS, memory, memory_total};
 use ferry::config::{Config, Machine};
 use ferry::models::manifest::Manifest;
 use ferry::models::repository;
+use ferry::scheduler::Edges;
 
 use super::{ConfigArgs, EXIT_FAILED};
 
@@ -218,12 +219,13 @@ impl Report {
             text += "models\n";
             for manifest in &self.manifests {
                 text += &format!(
-                    "  {} {}: policy {}, batches up to {} rows and {} cells, buckets {:?}, queue delay {}, largest batch {}\n",
+                    "  {} {}: policy {}, batches up to {} rows and {} cells, buckets {}{:?}, queue delay {}, largest batch {}\n",
                     manifest.contract.name,
                     manifest.contract.version,
                     manifest.batching.policy,
                     manifest.batching.rows_max,
                     manifest.batching.padded_cells_max,
+                    if manifest.batching.edges == Edges::Auto { "automatic, at first " } else { "" },
                     manifest.batching.buckets,
                     manifest
                         .batching

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Visitor};
+use serde::de::{Deserializer, SeqAccess, Visitor};
 
 use super::weights::WeightNames;
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec, TextSpec};
-use crate::scheduler::{Buckets, PadTo, Policy, PolicyKind};
+use crate::scheduler::edges::{self, SHAPES, SHAPES_MAX};
+use crate::scheduler::{Buckets, Edges, PadTo, Policy, PolicyKind};
 use crate::vocab::DType;
 
 /// A manifest that was not taken: where, and why.
@@ -68,8 +69,13 @@ pub struct Batching {
     /// Slack of requests without a deadline, and the unit in which waiting is weighed.
     pub slo: Duration,
     pub pad_to: PadTo,
-    /// Ascending, never empty; `[1]` for a model without a length, steps of an eighth where the manifest has none.
+    /// Ascending, never empty; `[1]` for a model without a length, steps of an eighth where the manifest has none. Where
+    /// they are automatic: those to begin with.
     pub buckets: Vec<u32>,
+    /// Who chooses the buckets while the server runs.
+    pub edges: Edges,
+    /// Most buckets, where they are automatic.
+    pub shapes_max: u16,
     /// Share of padding at which a shorter row no longer joins a longer batch; the server's default where none.
     pub fill_waste_max: Option<f64>,
 }
@@ -253,6 +259,41 @@ impl<'de> Deserialize<'de> for WrittenSize {
     }
 }
 
+/// Bucket lengths, or "auto".
+enum WrittenBuckets {
+    Given(Vec<u32>),
+    Auto,
+}
+
+impl<'de> Deserialize<'de> for WrittenBuckets {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Lens;
+        impl<'de> Visitor<'de> for Lens {
+            type Value = WrittenBuckets;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a list of lengths such as [16, 32, 128], or \"auto\"")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<WrittenBuckets, A::Error> {
+                let mut lens = Vec::new();
+                while let Some(len) = list.next_element()? {
+                    lens.push(len);
+                }
+                Ok(WrittenBuckets::Given(lens))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<WrittenBuckets, E> {
+                match value {
+                    "auto" => Ok(WrittenBuckets::Auto),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(value), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Lens)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct WrittenBatching {
@@ -272,7 +313,9 @@ struct WrittenBatching {
     #[serde(default)]
     pad_to: Option<String>,
     #[serde(default)]
-    buckets: Option<Vec<u32>>,
+    buckets: Option<WrittenBuckets>,
+    #[serde(default)]
+    shapes_max: Option<u16>,
     #[serde(default)]
     fill_waste_max: Option<f64>,
 }
@@ -471,8 +514,15 @@ fn check_pad(input: &TensorSpec) -> Result<(), String> {
 
 fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batching, String> {
     let written_buckets = written.buckets.is_some();
-    let buckets = check_buckets(contract, written.buckets)?;
-    let (shortest, longest) = (buckets[0], buckets[buckets.len() - 1]);
+    let edges = match written.buckets {
+        Some(WrittenBuckets::Auto) => Edges::Auto,
+        _ => Edges::Given,
+    };
+    let shapes_max = check_shapes_max(written.shapes_max, edges)?;
+    let buckets = check_buckets(contract, written.buckets, shapes_max)?;
+    // Which the shortest will be is not known where they are automatic.
+    let shortest = if edges == Edges::Auto { 1 } else { buckets[0] };
+    let longest = buckets[buckets.len() - 1];
     let rows_max = written.rows_max;
     let all = u64::from(rows_max) * u64::from(longest);
     let padded_cells_max = written.padded_cells_max.unwrap_or(all);
@@ -531,22 +581,37 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
         slo: Duration::from_secs_f64(slo_ms / 1e3),
         pad_to,
         buckets,
+        edges,
+        shapes_max,
         fill_waste_max: written.fill_waste_max,
     })
 }
 
-fn check_buckets(contract: &Contract, written: Option<Vec<u32>>) -> Result<Vec<u32>, String> {
+fn check_shapes_max(written: Option<u16>, edges: Edges) -> Result<u16, String> {
+    match (written, edges) {
+        (None, _) => Ok(SHAPES),
+        (Some(_), Edges::Given) => Err("[batching] shapes_max: expected none without buckets = \"auto\"".into()),
+        (Some(shapes), Edges::Auto) if (1..=SHAPES_MAX).contains(&shapes) => Ok(shapes),
+        (Some(shapes), Edges::Auto) => Err(format!("[batching] shapes_max: expected 1 to {SHAPES_MAX}, got {shapes}")),
+    }
+}
+
+fn check_buckets(contract: &Contract, written: Option<WrittenBuckets>, shapes_max: u16) -> Result<Vec<u32>, String> {
     let Some(length) = &contract.length else {
-        return match written.as_deref() {
-            None | Some([1]) => Ok(vec![1]),
-            Some(other) => {
-                Err(format!("[batching] buckets: expected none, for the model has no named dimension; got {other:?}"))
-            }
+        let other = match written {
+            None => return Ok(vec![1]),
+            Some(WrittenBuckets::Given(lens)) if lens == [1] => return Ok(vec![1]),
+            Some(WrittenBuckets::Given(lens)) => format!("{lens:?}"),
+            Some(WrittenBuckets::Auto) => "\"auto\"".to_owned(),
         };
+        return Err(format!("[batching] buckets: expected none, for the model has no named dimension; got {other}"));
     };
     let max = length.max;
     let buckets = match written {
-        Some(lens) => Buckets::new(&lens).map_err(|error| format!("[batching] buckets: {error}"))?,
+        Some(WrittenBuckets::Given(lens)) => {
+            Buckets::new(&lens).map_err(|error| format!("[batching] buckets: {error}"))?
+        }
+        Some(WrittenBuckets::Auto) => edges::prior_edges(max, shapes_max),
         None => Buckets::geometric(max),
     };
     let longest = buckets.longest();
@@ -593,7 +658,11 @@ fn check_warmup(contract: &Contract, batching: &Batching, written: WrittenWarmup
     let lengths = written.lengths.unwrap_or_else(|| batching.buckets.clone());
     let rows =
         written.rows.unwrap_or_else(|| if batching.rows_max == 1 { vec![1] } else { vec![1, batching.rows_max] });
-    if let Some(len) = lengths.iter().find(|len| !batching.buckets.contains(len)) {
+    let may_be_bucket = |len: &u32| match batching.edges {
+        Edges::Given => batching.buckets.contains(len),
+        Edges::Auto => (1..=batching.bucket_longest()).contains(len),
+    };
+    if let Some(len) = lengths.iter().find(|len| !may_be_bucket(len)) {
         return Err(format!("[warmup] lengths: expected only buckets ({:?}), got {len}", batching.buckets));
     }
     if let Some(count) = rows.iter().find(|count| **count == 0 || **count > batching.rows_max) {
@@ -785,6 +854,24 @@ normalize = true
         let manifest = parse(&text.replace("rows = [1, 8]", "rows = [1]")).expect("is right");
         assert_eq!(manifest.batching.buckets, Buckets::geometric(100).lens());
         assert_eq!(manifest.batching.bucket_longest(), 100);
+    }
+
+    #[test]
+    fn automatic_buckets_begin_spread_and_end_with_the_longest() {
+        let text = WHOLE.replace("buckets = [16, 64, 128]", "buckets = \"auto\"\nshapes_max = 4");
+        let manifest = parse(&text.replace("lengths = [16, 128]", "lengths = [7, 100]")).expect("is right");
+        let batching = &manifest.batching;
+        assert_eq!((batching.edges, batching.shapes_max, batching.pad_to), (Edges::Auto, 4, PadTo::Bucket));
+        assert_eq!((batching.buckets.len(), batching.bucket_longest()), (4, 100));
+        assert_eq!(manifest.warmup.shapes, [(1, 7), (8, 7), (1, 100), (5, 100)]);
+        for (with, expected) in [
+            ("buckets = \"auto\"\nshapes_max = 0", "[batching] shapes_max: expected 1 to 64, got 0"),
+            ("buckets = [16, 128]\nshapes_max = 4", "shapes_max: expected none without buckets = \"auto\""),
+            ("buckets = \"automatic\"", "expected a list of lengths such as [16, 32, 128], or \"auto\""),
+        ] {
+            let error = parse(&WHOLE.replace("buckets = [16, 64, 128]", with)).expect_err("is wrong").to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]
