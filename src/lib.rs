@@ -14,7 +14,7 @@
 //! 4. The batcher packs the rows into a padded batch, and an [`executor`] runs the model ([`models`]) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
-//! Beside the path: [`config`], [`telemetry`], [`control`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
+//! Beside the path: [`config`], [`telemetry`], [`control`], [`learned`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
 //! all of it. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
@@ -26,6 +26,7 @@ pub mod contract;
 pub mod control;
 pub mod executor;
 pub mod frontend;
+pub mod learned;
 pub mod load;
 pub mod mail;
 pub mod mailbox;

@@ -27,6 +27,7 @@ use crate::executor::model::LoadedModel;
 use crate::executor::worker::Worker;
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, preflight, shard};
+use crate::learned::{self, Identity, Keeper};
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement};
@@ -141,6 +142,12 @@ struct ShardHandle {
     pthread: Pthread,
 }
 
+/// The thread that keeps what is learned. It ends when `stop` is dropped.
+struct KeeperHandle {
+    stop: flume::Sender<()>,
+    thread: JoinHandle<()>,
+}
+
 /// A running server.
 pub struct ServerHandle {
     pub data_addr: SocketAddr,
@@ -155,6 +162,7 @@ pub struct ServerHandle {
     batcher_mail: Sender<ToBatcher>,
     batcher: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
+    keeper: Option<KeeperHandle>,
     lifecycle: Arc<Lifecycle>,
     control: ControlHandle,
     drain_timeout: Duration,
@@ -245,6 +253,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
     drop(reserved);
+    let keeper = start_keeper(&plan)?;
     lifecycle.set_serving();
     Ok(ServerHandle {
         data_addr,
@@ -257,6 +266,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         batcher_mail: plan.batcher,
         batcher,
         others,
+        keeper,
         lifecycle,
         control,
         drain_timeout: config.drain_timeout,
@@ -453,12 +463,57 @@ fn start_batcher(
         QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
     let policies = plan.models.iter().map(|model| policy_of(&model.manifest)).collect();
     let mut scheduler = Scheduler::new(limits, policies, &executors.seats);
+    resume_costs(plan, &mut scheduler, &executors.warmed);
     executors.warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));
     let outlet = ThreadOutlet { executors: executors.links, shards: plan.shards.clone() };
     let telemetry = Arc::clone(&plan.telemetry);
     let batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     let spin = plan.config.frontend.spin;
     spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))
+}
+
+/// What batch times of each model depend on.
+fn identities_of(plan: &Plan<'_>) -> Vec<Identity> {
+    let identity = |model: &ModelEntry| Identity {
+        model: model.manifest.contract.name.clone(),
+        version: model.manifest.contract.version.clone(),
+        weights_sha256: model.manifest.weights.as_ref().and_then(|weights| weights.sha256.clone()),
+        executors: plan.config.threads.executors,
+    };
+    plan.models.iter().map(identity).collect()
+}
+
+/// Goes on with the batch times that were learned before, where they are known and the warm-up does not contradict them.
+fn resume_costs(plan: &Plan<'_>, scheduler: &mut Scheduler, warmed: &[Warmed]) {
+    let Some(directory) = &plan.config.state else { return };
+    for (at, identity) in identities_of(plan).iter().enumerate() {
+        let model = ModelHandle(at as u16);
+        match learned::load(directory, identity) {
+            Ok(None) => {}
+            Ok(Some(cost)) => {
+                let of_model = warmed.iter().filter(|batch| batch.model == model);
+                if learned::agrees(&cost, of_model.map(|batch| (batch.rows, batch.padded_len, batch.took))) {
+                    scheduler.resume_cost(model, cost);
+                } else {
+                    tracing::warn!(
+                        model = identity.model,
+                        "batches take other times than was learned before; learning anew"
+                    );
+                }
+            }
+            Err(error) => tracing::warn!(model = identity.model, "what was learned before is not used: {error}"),
+        }
+    }
+}
+
+/// Only where a directory is given for what is learned.
+fn start_keeper(plan: &Plan<'_>) -> Result<Option<KeeperHandle>, StartError> {
+    let Some(directory) = &plan.config.state else { return Ok(None) };
+    let keeper =
+        Keeper { directory: directory.clone(), identities: identities_of(plan), batcher: plan.batcher.clone() };
+    let (stop, stopped) = flume::bounded(1);
+    let thread = spawn_thread("ferry-keeper".into(), &plan.events, move || keeper.run(&stopped))?;
+    Ok(Some(KeeperHandle { stop, thread }))
 }
 
 /// Starts the shards, last: from here on requests come. Returns when all of them listen.
@@ -660,6 +715,13 @@ impl ServerHandle {
     fn end_threads(self, ending: &Ending) {
         for shard in self.shards {
             let _ = shard.thread.join();
+        }
+        if let Some(KeeperHandle { stop, thread }) = self.keeper {
+            drop(stop);
+            // It asks the batcher once more, which may be gone otherwise.
+            if *ending == Ending::Drained {
+                let _ = thread.join();
+            }
         }
         let _ = self.batcher_mail.send_or_wait(ToBatcher::Stop);
         // A model that hangs must not keep the process: after an abort or a fault, executors are left to its end.

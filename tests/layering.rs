@@ -23,6 +23,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
     // It asks the batcher, and shows what the scheduler answers.
     ("control", &["clock", "mail", "mailbox", "scheduler", "telemetry", "vocab"]),
+    ("learned", &["mail", "mailbox", "scheduler", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["load", "scheduler", "vocab"]),
     ("load", &["client", "clock", "contract", "executor", "vocab", "wire"]),

@@ -27,13 +27,17 @@ pub struct Args {
     /// Address of the control port [default: 127.0.0.1:7601].
     #[arg(long, value_name = "ADDR")]
     control: Option<String>,
+    /// Directory where what was learned about batch times is kept [default: nowhere].
+    #[arg(long, value_name = "DIR")]
+    state: Option<String>,
     /// Print which threads would run, and end.
     #[arg(long)]
     threads: bool,
 }
 
 pub fn run(args: Args) -> ExitCode {
-    let config = match args.config.load(&[("listen", args.listen), ("control", args.control)]) {
+    let more = [("listen", args.listen), ("control", args.control), ("state", args.state)];
+    let config = match args.config.load(&more) {
         Ok(config) => config,
         Err(errors) => {
             eprintln!("{errors}");
@@ -116,10 +120,12 @@ fn status_of(error: &StartError) -> u8 {
 fn thread_plan(config: &Config) -> String {
     let threads = &config.threads;
     let pinned = if threads.pin { ", pinned" } else { "" };
-    let total = threads.shards + 1 + threads.executors + threads.tokenizers + 3;
+    let keeper = usize::from(config.state.is_some());
+    let total = threads.shards + 1 + threads.executors + threads.tokenizers + 3 + keeper;
+    let keeper = if keeper > 0 { ", 1 for --state" } else { "" };
     format!(
-        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s), up to {} tokenizer(s), 1 control, 1 signals, 1 main; \
-         {total} at most, on {} core(s)\n",
+        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s), up to {} tokenizer(s), 1 control, 1 signals, 1 main\
+         {keeper}; {total} at most, on {} core(s)\n",
         threads.shards,
         threads.executors,
         threads.tokenizers,

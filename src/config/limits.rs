@@ -18,14 +18,36 @@ use crate::wire::Limits as WireLimits;
 /// How a value is written, which values are allowed, and the field it goes to.
 #[derive(Clone, Copy)]
 pub enum Access {
-    U32 { min: u32, max: u32, at: fn(&mut Config) -> &mut u32 },
-    U64 { min: u64, max: u64, at: fn(&mut Config) -> &mut u64 },
-    Count { min: usize, max: usize, at: fn(&mut Config) -> &mut usize },
-    Millis { min: u64, max: u64, at: fn(&mut Config) -> &mut Duration },
-    Micros { min: u64, max: u64, at: fn(&mut Config) -> &mut Duration },
+    U32 {
+        min: u32,
+        max: u32,
+        at: fn(&mut Config) -> &mut u32,
+    },
+    U64 {
+        min: u64,
+        max: u64,
+        at: fn(&mut Config) -> &mut u64,
+    },
+    Count {
+        min: usize,
+        max: usize,
+        at: fn(&mut Config) -> &mut usize,
+    },
+    Millis {
+        min: u64,
+        max: u64,
+        at: fn(&mut Config) -> &mut Duration,
+    },
+    Micros {
+        min: u64,
+        max: u64,
+        at: fn(&mut Config) -> &mut Duration,
+    },
     Bool(fn(&mut Config) -> &mut bool),
     Addr(fn(&mut Config) -> &mut SocketAddr),
     Path(fn(&mut Config) -> &mut PathBuf),
+    /// Empty: none.
+    PathOrNone(fn(&mut Config) -> &mut Option<PathBuf>),
     Format(fn(&mut Config) -> &mut LogFormat),
     Level(fn(&mut Config) -> &mut String),
 }
@@ -58,6 +80,12 @@ pub const SETTINGS: &[Setting] = &[
         key: "models",
         about: "Directory with one <name>/model.toml for each model.",
         access: Access::Path(|c| &mut c.models),
+    },
+    Setting {
+        key: "state",
+        about: "Directory where what was learned about batch times is kept, each minute and on drain, so that a restart
+                predicts well from its first batch. Empty: nothing is kept.",
+        access: Access::PathOrNone(|c| &mut c.state),
     },
     Setting {
         key: "allow_unauthenticated",
@@ -227,6 +255,9 @@ impl Setting {
             Access::Bool(at) => at(config).to_string(),
             Access::Addr(at) => quoted(&at(config).to_string()),
             Access::Path(at) => quoted(&at(config).display().to_string()),
+            Access::PathOrNone(at) => {
+                quoted(&at(config).as_ref().map_or(String::new(), |path| path.display().to_string()))
+            }
             Access::Format(at) => quoted(at(config).name()),
             Access::Level(at) => quoted(at(config)),
         }
@@ -236,7 +267,7 @@ impl Setting {
     pub fn json(&self, config: &Config) -> serde_json::Value {
         let text = self.read(config);
         match self.access {
-            Access::Addr(_) | Access::Path(_) | Access::Format(_) | Access::Level(_) => {
+            Access::Addr(_) | Access::Path(_) | Access::PathOrNone(_) | Access::Format(_) | Access::Level(_) => {
                 let table: toml::Table = toml::from_str(&format!("value = {text}")).expect("quoted() writes TOML");
                 table["value"].as_str().into()
             }
@@ -270,6 +301,10 @@ impl Setting {
             Access::Path(at) => match value {
                 Value::Text(text) if !text.is_empty() => *at(config) = PathBuf::from(text),
                 _ => return Err(expected("a path")),
+            },
+            Access::PathOrNone(at) => match value {
+                Value::Text(text) => *at(config) = (!text.is_empty()).then(|| PathBuf::from(text)),
+                _ => return Err(expected("a path, or \"\" for none")),
             },
             Access::Format(at) => match value {
                 Value::Text(text) if text == "text" => *at(config) = LogFormat::Text,

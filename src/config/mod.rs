@@ -30,6 +30,8 @@ pub struct Config {
     pub control: SocketAddr,
     /// Directory of `<name>/model.toml`.
     pub models: PathBuf,
+    /// Directory where what was learned is kept; none: nowhere.
+    pub state: Option<PathBuf>,
     /// Lets either port listen beyond this machine although there is no authentication.
     pub allow_unauthenticated: bool,
     /// How long accepted requests may take to finish once a drain began.
@@ -128,6 +130,7 @@ impl Config {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7600)),
             control: SocketAddr::from((Ipv4Addr::LOCALHOST, 7601)),
             models: PathBuf::from("models"),
+            state: None,
             allow_unauthenticated: false,
             drain_timeout: Duration::from_secs(30),
             threads: Threads {

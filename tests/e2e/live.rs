@@ -309,3 +309,36 @@ fn ferry_set_shows_and_changes_knobs() {
     assert_eq!(server.ending(), Ending::Drained);
     assert_eq!(ferry(&["set", "queued", "--control", &addr]).0, Some(1), "nobody listens any more");
 }
+
+/// Goal: a restart goes on with what was learned, and a bad file costs a line in the log and nothing else.
+/// Method: serve, drain, serve again from the same directory; then with a damaged file.
+#[test]
+fn what_was_learned_outlives_the_server() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let state = format!("state={}", toml::Value::String(directory.path().display().to_string()));
+    let observations = |server: &Server| {
+        let cost = get(server, "/v1/models/digits/cost");
+        cost["observations"].as_u64().expect("a number")
+    };
+    let server = Server::start(&[&state]);
+    assert!(observations(&server) >= 1, "from the warm-up");
+    let mut raw = server.connect();
+    let digits = raw.handle("digits");
+    let image = Ask::new(digits, ferry::vocab::DType::F32, &[1, 8, 8], bytemuck::cast_slice(&[1.0f32; 64]));
+    for _ in 0..50 {
+        raw.round(&image).expect_result();
+    }
+    drop(raw);
+    server.drain();
+    assert_eq!(server.ending(), Ending::Drained);
+    let file = directory.path().join("digits/1/cost.toml");
+    let text = std::fs::read_to_string(&file).expect("it was kept");
+    assert!(text.contains("format = 1\nmodel = \"digits\"\nversion = \"1\"\nweights_sha256 = \"9275"), "{text}");
+    for (text, resumed) in [(text.clone(), true), (text.replace("format = 1", "form = 1"), false)] {
+        std::fs::write(&file, text).expect("writes");
+        let server = Server::start(&[&state]);
+        assert_eq!(observations(&server) > 50, resumed);
+        server.drain();
+        assert_eq!(server.ending(), Ending::Drained);
+    }
+}
