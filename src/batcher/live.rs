@@ -165,7 +165,7 @@ mod tests {
     use super::*;
     use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
     use crate::executor::slot::FilledSlot;
-    use crate::mail::{Burst, Finished, Request, ToBatcher};
+    use crate::mail::{Burst, Finished, Part, Request, ToBatcher};
     use crate::mailbox::reply;
     use crate::scheduler::{Edges, QueueLimits};
     use crate::telemetry::{ModelLabels, Telemetry};
@@ -230,6 +230,7 @@ mod tests {
             class: Default::default(),
             tenant: Default::default(),
             truncated: false,
+            part: Part { at_row: 0, of_rows: 32 },
         };
         let now = Moment::ZERO + Duration::from_secs(31);
         batcher.take(now, ToBatcher::Burst(Burst { arrivals: (0..40).map(request).collect(), cancelled: Vec::new() }));
