@@ -282,6 +282,8 @@ impl Scheduler {
         let bucket = admission::fits_any_batch(&queue.policy, &arrival)?;
         let asked = Totals::of(&arrival, queue.policy.buckets.len_at(bucket));
         let executors = self.seats.count(queue.policy.group);
+        self.models[arrival.model.index()].tenants.offer(now, arrival.tenant, asked.cells);
+        let queue = &self.models[arrival.model.index()];
         let wait = || self.drain_rate.time_to_drain(self.totals.cells, executors);
         self.limits.check(&self.totals, &asked, "server", wait)?;
         queue.policy.queue.check(&queue.totals, &asked, "model", wait)?;
@@ -351,17 +353,15 @@ impl Scheduler {
             return Err((Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, message), alone as u64));
         }
         let fair = queue.policy.tuning.fair_admission;
-        if fair > 0.0 && queue.tenants.active() > 0 && queue.tenants.is_heaviest(arrival.tenant, asked.cells) {
-            let executors = self.seats.count(queue.policy.group);
-            let wait = self.drain_rate.nanos(queue.totals.cells + asked.cells, executors);
-            if wait > fair * slack {
-                let message = format!(
-                    "the queue takes {:.1} ms to drain, and this tenant has the most of it; others come first",
-                    wait / 1e6
-                );
-                let retry_after = Duration::from_nanos((wait - fair * slack) as u64).max(Duration::from_millis(1));
-                return Err((Refusal::overloaded(message, retry_after), wait as u64));
-            }
+        let executors = self.seats.count(queue.policy.group);
+        let wait = self.drain_rate.nanos(queue.totals.cells + asked.cells, executors);
+        if fair > 0.0 && wait > fair * slack && queue.tenants.is_heaviest(now, arrival.tenant) {
+            let message = format!(
+                "the queue takes {:.1} ms to drain, and this tenant offers the most of it; others come first",
+                wait / 1e6
+            );
+            let retry_after = Duration::from_nanos((wait - fair * slack) as u64).max(Duration::from_millis(1));
+            return Err((Refusal::overloaded(message, retry_after), wait as u64));
         }
         Ok(())
     }

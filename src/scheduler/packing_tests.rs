@@ -296,6 +296,9 @@ fn the_tenant_that_fills_the_queue_is_refused_first() {
     let (small, big) = (one(3), one(7));
     assert!(rig.scheduler.handle_arrival(rig.now, small).is_ok());
     let refusal = rig.scheduler.handle_arrival(rig.now, big).expect_err("it has all of the queue");
+    // A request of the small one that is larger than anything else does not make it the one that fills the queue.
+    let long = Arrival { rows: 8, len: 256, ..small };
+    assert!(rig.scheduler.handle_arrival(rig.now, long).is_ok());
     assert_eq!(refusal.code, Code::Overloaded);
     assert!(refusal.retry_after_ms > 0);
 }

@@ -9,7 +9,10 @@
 //! Always true
 //! - At most [`PLACES`] tenants are told apart at a time; further ones share the last place until one is free.
 
+use std::time::Duration;
+
 use super::TenantId;
+use crate::vocab::Moment;
 
 pub const PLACES: usize = 64;
 
@@ -20,7 +23,20 @@ struct Entry {
     time: f64,
     /// Padded cells that wait.
     waiting: u64,
+    /// Padded cells offered lately, admitted or not; halved each [`HALF_LIFE`].
+    offered: f64,
+    offered_at: Moment,
 }
+
+impl Entry {
+    fn offered(&self, now: Moment) -> f64 {
+        let halves = now.since(self.offered_at).as_secs_f64() / HALF_LIFE.as_secs_f64();
+        self.offered * (-halves).exp2()
+    }
+}
+
+/// What a tenant offered counts half after this time, when it is asked who fills the queue.
+const HALF_LIFE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct Tenants {
@@ -52,7 +68,7 @@ impl Tenants {
         if let Some(at) = self.entries.iter().position(|entry| entry.tenant == tenant) {
             return at as u16;
         }
-        let entry = Entry { tenant, time: self.now, waiting: 0 };
+        let entry = Entry { tenant, time: self.now, waiting: 0, offered: 0.0, offered_at: Moment::ZERO };
         if self.entries.len() < PLACES {
             self.entries.push(entry);
             return (self.entries.len() - 1) as u16;
@@ -106,10 +122,26 @@ impl Tenants {
         self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting)
     }
 
-    /// Whether no other tenant has more waiting than this one has with `cells` more, and another waits at all.
-    pub fn is_heaviest(&self, tenant: TenantId, cells: u64) -> bool {
-        let mine = self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting) + cells;
-        let mut others = self.entries.iter().filter(|entry| entry.tenant != tenant && entry.waiting > 0).peekable();
-        others.peek().is_some() && others.all(|entry| entry.waiting <= mine)
+    /// A tenant asks for this much, whatever comes of it.
+    pub fn offer(&mut self, now: Moment, tenant: TenantId, cells: u64) {
+        let at = self.place(tenant);
+        let entry = &mut self.entries[usize::from(at)];
+        entry.offered = entry.offered(now) + cells as f64;
+        entry.offered_at = now;
+    }
+
+    /// Whether no other tenant offers more than this one lately, and another is here at all. By what is offered and not by
+    /// what waits: who is refused all the time has little waiting.
+    pub fn is_heaviest(&self, now: Moment, tenant: TenantId) -> bool {
+        let mine = self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0.0, |entry| entry.offered(now));
+        let mut another = false;
+        for entry in self.entries.iter().filter(|entry| entry.tenant != tenant) {
+            let theirs = entry.offered(now);
+            if theirs > mine {
+                return false;
+            }
+            another |= entry.waiting > 0 || theirs > 0.01 * mine;
+        }
+        another
     }
 }
