@@ -16,7 +16,7 @@
 //!
 //! Always true
 //! - A decision is O(K²) in the buckets that hold rows, whatever the length of the queue, and allocates nothing.
-//! - Urgency never chooses a batch below [`Tuning::efficiency_floor`] of the best one's efficiency: that is what keeps
+//! - Urgency never chooses a batch below [`super::Tuning::efficiency_floor`] of the best one's efficiency: that is what keeps
 //!   overload from feeding itself.
 
 use std::time::Duration;
