@@ -43,13 +43,11 @@ pub struct Tenants {
     entries: Vec<Entry>,
     /// The largest virtual time at which a row was taken.
     now: f64,
-    /// Places with something waiting.
-    active: usize,
 }
 
 impl Tenants {
     pub fn new() -> Tenants {
-        Tenants { entries: Vec::with_capacity(PLACES), now: 0.0, active: 0 }
+        Tenants { entries: Vec::with_capacity(PLACES), now: 0.0 }
     }
 
     /// The place of a tenant that adds `cells`.
@@ -58,7 +56,6 @@ impl Tenants {
         let entry = &mut self.entries[usize::from(at)];
         if entry.waiting == 0 {
             entry.time = entry.time.max(self.now);
-            self.active += 1;
         }
         entry.waiting += cells;
         at
@@ -84,9 +81,7 @@ impl Tenants {
 
     /// Cells left the queue.
     pub fn leave(&mut self, place: u16, cells: u64) {
-        let entry = &mut self.entries[usize::from(place)];
-        entry.waiting -= cells;
-        self.active -= usize::from(entry.waiting == 0);
+        self.entries[usize::from(place)].waiting -= cells;
     }
 
     /// What waits is counted in other cells from now on.
@@ -107,8 +102,9 @@ impl Tenants {
     }
 
     /// Tenants with something waiting.
+    #[cfg(test)]
     pub fn active(&self) -> usize {
-        self.active
+        self.entries.iter().filter(|entry| entry.waiting > 0).count()
     }
 
     /// Padded cells that wait, of all tenants.
