@@ -11,7 +11,7 @@ use std::ops::{Add, Sub};
 use std::time::Duration;
 
 /// A point on the server's monotonic clock, in nanoseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, bincode::Decode, bincode::Encode)]
 pub struct Moment(pub u64);
 
 impl Moment {
@@ -52,7 +52,7 @@ impl Sub<Duration> for Moment {
 }
 
 /// A model's place in the server's list, negotiated once per connection and used in every frame header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, bincode::Decode, bincode::Encode)]
 pub struct ModelHandle(pub u16);
 
 impl ModelHandle {

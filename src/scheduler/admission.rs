@@ -9,7 +9,7 @@ use super::{Arrival, Policy};
 use crate::vocab::Refusal;
 
 /// What waits: rows, padded cells (rows × bucket length) and payload bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub struct Totals {
     pub rows: u64,
     pub cells: u64,
@@ -39,7 +39,7 @@ impl Totals {
 }
 
 /// Bounds on what may wait, of the whole server or of one model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub struct QueueLimits {
     pub rows_max: u64,
     pub cells_max: u64,
@@ -96,7 +96,7 @@ pub fn fits_any_batch(policy: &Policy, arrival: &Arrival) -> Result<u16, Refusal
 }
 
 /// How fast the queue empties, learned from finished batches, to say when to come back.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct DrainRate {
     nanos_per_cell: f64,
 }

@@ -13,7 +13,7 @@ use crate::vocab::{ModelHandle, Refusal};
 /// Longest wait for the missing members of a composition.
 pub const WAIT_MAX: Duration = Duration::from_secs(5);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, bincode::Decode, bincode::Encode)]
 struct Group {
     members: Vec<TicketId>,
     rows: u32,
@@ -21,7 +21,7 @@ struct Group {
 }
 
 /// All incomplete or unsealed compositions. Ordered maps, so that replays decide alike.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct Compositions {
     groups: BTreeMap<(ModelHandle, u64), Group>,
     /// Complete groups, in the order they became so.
@@ -90,6 +90,12 @@ impl Compositions {
     pub fn rows_max(&self, model: ModelHandle) -> u32 {
         let of_model = self.groups.range((model, 0)..=(model, u64::MAX));
         of_model.map(|(_, group)| group.rows_wanted).max().unwrap_or(0)
+    }
+
+    /// Every member and every complete composition is there.
+    pub fn is_whole(&self, is_ticket: impl Fn(TicketId) -> bool) -> bool {
+        let whole = |group: &Group| group.members.iter().all(|id| is_ticket(*id) && self.tags.contains_key(id));
+        self.groups.values().all(whole) && self.complete.iter().all(|key| self.groups.contains_key(key))
     }
 
     /// Whether a complete composition that runs here waits.

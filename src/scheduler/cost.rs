@@ -13,7 +13,7 @@
 use std::time::Duration;
 
 /// Coefficients of the batch time, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct Coefficients {
     /// Of a batch, whatever is in it.
     pub batch: f64,
@@ -58,7 +58,7 @@ const OCTAVES: usize = 16;
 const TRUSTED: f64 = 0.25;
 
 /// The model of one model's batches on one kind of executor.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct CostModel {
     prior: Coefficients,
     fit: Coefficients,
@@ -151,6 +151,11 @@ impl CostModel {
 
     pub fn coefficients(&self) -> Coefficients {
         self.fit
+    }
+
+    /// A correction for every octave.
+    pub fn is_whole(&self) -> bool {
+        self.corrections.len() == OCTAVES * OCTAVES
     }
 
     pub fn observations(&self) -> u64 {

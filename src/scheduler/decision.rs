@@ -39,7 +39,7 @@ impl Verdict {
 }
 
 /// How often what was decided other than to seal; batches are counted by their reasons.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub struct VerdictCounts {
     pub held: u64,
     pub shed: u64,
@@ -102,6 +102,11 @@ impl Default for DecisionLog {
 }
 
 impl DecisionLog {
+    /// A log that goes on where another stood. Its ring is empty.
+    pub fn resume(count: u64, hash: u64) -> DecisionLog {
+        DecisionLog { count, hash, ..DecisionLog::default() }
+    }
+
     pub fn push(&mut self, decision: Decision) {
         let mut mix = |value: u64| self.hash = (self.hash ^ value).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(29);
         mix(decision.at.nanos());

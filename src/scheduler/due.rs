@@ -10,7 +10,7 @@ use crate::vocab::Moment;
 /// Children of a node lie in one cache line.
 const ARITY: usize = 4;
 
-#[derive(Debug, Default)]
+#[derive(Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct Due {
     moments: Vec<Moment>,
     ids: Vec<TicketId>,
@@ -57,6 +57,11 @@ impl Due {
             let at = self.rise(tickets, at);
             self.sink(tickets, at);
         }
+    }
+
+    /// A moment for each ticket, and no ticket that is none.
+    pub fn is_whole(&self, is_ticket: impl Fn(TicketId) -> bool) -> bool {
+        self.moments.len() == self.ids.len() && self.ids.iter().all(|id| is_ticket(*id))
     }
 
     pub fn len(&self) -> usize {

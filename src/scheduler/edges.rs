@@ -35,7 +35,7 @@ const PRIOR_SHARE: f64 = 1e-3;
 const GAIN_MIN: f64 = 0.02;
 
 /// Rows of a range of lengths.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct Bin {
     /// Faded.
     pub rows: f64,
@@ -44,7 +44,7 @@ pub struct Bin {
 }
 
 /// How long the admitted rows were, the recent ones first.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct LengthHistogram {
     longest: u32,
     /// Lengths in one bin.
@@ -61,6 +61,11 @@ impl LengthHistogram {
         let width = longest.div_ceil(BINS_MAX as u32);
         let bins = vec![Bin::default(); longest.div_ceil(width) as usize];
         LengthHistogram { longest, width, bins, rows: 0.0, faded_at: Moment::ZERO }
+    }
+
+    /// A bin for every length.
+    pub fn is_whole(&self) -> bool {
+        self.longest > 0 && self.width > 0 && self.bins.len() == self.longest.div_ceil(self.width) as usize
     }
 
     /// What is assumed before any row was seen: a length and its double are equally likely.

@@ -10,7 +10,7 @@ use super::{Class, TicketId};
 use crate::vocab::Moment;
 
 /// A list, oldest first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bincode::Decode, bincode::Encode)]
 pub struct Lane {
     head: u32,
     tail: u32,
@@ -28,7 +28,7 @@ impl Lane {
 }
 
 /// What waits in one bucket and class, over all tenants.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct Sums {
     pub rows: u32,
     pub tickets: u32,
@@ -46,7 +46,7 @@ impl Sums {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, bincode::Decode, bincode::Encode)]
 pub struct Lanes {
     buckets: u16,
     /// Classes and tenants have lists of their own; otherwise all share those of the first.
@@ -73,6 +73,14 @@ impl Lanes {
 
     pub fn buckets(&self) -> u16 {
         self.buckets
+    }
+
+    /// Every lane and sum is there, and no head or tail points nowhere.
+    pub fn is_whole(&self, is_link: impl Fn(u32) -> bool) -> bool {
+        let block = usize::from(self.buckets) * Class::COUNT;
+        self.sums.len() == block
+            && self.lanes.len() == block * usize::from(self.tenants)
+            && self.lanes.iter().all(|lane| is_link(lane.head) && is_link(lane.tail))
     }
 
     fn at(&self, tenant: u16, class: Class, bucket: u16) -> usize {

@@ -22,7 +22,7 @@ pub struct Choice {
 }
 
 /// Mean batch time, so that a deadline is met and not just noticed.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct ServiceTime {
     nanos: f64,
 }

@@ -28,6 +28,7 @@ mod lengths;
 mod packing;
 mod policy;
 mod seats;
+pub mod state;
 mod tenants;
 mod ticket;
 
@@ -52,7 +53,7 @@ use tenants::Tenants;
 use ticket::{Place, Ticket, Tickets};
 
 /// An admitted request, as the scheduler knows it. Its number is reused after it left.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, bincode::Decode, bincode::Encode)]
 pub struct TicketId(pub u32);
 
 impl TicketId {
@@ -62,7 +63,7 @@ impl TicketId {
 }
 
 /// On whose behalf a request came.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, bincode::Decode, bincode::Encode)]
 pub struct TenantId(pub u16);
 
 /// A test's wish: requests with this tag form exactly one batch of `rows` rows.
@@ -138,7 +139,7 @@ pub struct EdgesChange {
 }
 
 /// Everything about one model.
-#[derive(Debug)]
+#[derive(Debug, bincode::Decode, bincode::Encode)]
 struct ModelQueue {
     policy: Policy,
     /// Raised with each change of the policy.
@@ -198,7 +199,7 @@ enum Proposal {
 }
 
 /// The scheduler: `handle_*` takes what happened, `poll_*` says what to do.
-#[derive(Debug)]
+#[derive(Debug, bincode::Decode, bincode::Encode)]
 pub struct Scheduler {
     limits: QueueLimits,
     tickets: Tickets,
@@ -801,6 +802,11 @@ impl Scheduler {
         None
     }
 
+    /// Tickets of a model that wait.
+    pub fn waiting_tickets(&self, model: ModelHandle) -> Vec<TicketId> {
+        self.tickets.of(model).filter(|id| self.tickets.is_waiting(*id)).collect()
+    }
+
     /// How long the rows of a model were that were admitted.
     pub fn lengths(&self, model: ModelHandle) -> &LengthHistogram {
         &self.models[model.index()].seen
@@ -817,6 +823,21 @@ impl Scheduler {
 
     pub fn is_empty(&self) -> bool {
         self.totals.rows == 0
+    }
+
+    /// Batches sealed so far; the number of the last.
+    pub fn batches(&self) -> u64 {
+        self.batches
+    }
+
+    /// How many models there are.
+    pub fn models(&self) -> usize {
+        self.models.len()
+    }
+
+    /// Bounds on what may wait, of the whole server.
+    pub fn limits(&self) -> &QueueLimits {
+        &self.limits
     }
 
     /// The executors, in the order of their numbers.

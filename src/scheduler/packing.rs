@@ -75,7 +75,7 @@ pub enum Outcome {
 }
 
 /// A bucket that holds rows.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bincode::Decode, bincode::Encode)]
 struct Cell {
     bucket: u16,
     rows: f64,
@@ -93,7 +93,7 @@ struct Cell {
 }
 
 /// A range of buckets that hold rows, by their places in the list.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 struct Range {
     first: usize,
     last: usize,
@@ -111,7 +111,7 @@ impl Range {
 }
 
 /// What is known of a bucket before anything waits in it.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 struct BucketCost {
     /// w(L).
     row: f64,
@@ -122,7 +122,7 @@ struct BucketCost {
 }
 
 /// What one model's policy remembers between decisions, and the memory that decisions are made in.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct Packer {
     buckets: Vec<BucketCost>,
     /// Observations of the cost model when `buckets` was computed.
@@ -162,6 +162,11 @@ impl Packer {
         let mut packer = Packer { batch_rows: 1.0, ..Packer::default() };
         packer.resize(buckets);
         packer
+    }
+
+    /// What it keeps of buckets is of so many.
+    pub fn is_whole(&self, buckets: usize) -> bool {
+        self.buckets_at.is_none() || self.buckets.len() == buckets
     }
 
     /// The policy has other buckets or budgets now.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Buckets, QueueLimits};
 
 /// Who decides. The first three are what other servers do, kept to compare with.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, bincode::Decode, bincode::Encode)]
 #[repr(u8)]
 pub enum PolicyKind {
     /// First come, first served, until the batch is full or its oldest row has waited `queue_delay_max`: a fixed window,
@@ -50,7 +50,7 @@ impl std::fmt::Display for PolicyKind {
 }
 
 /// Which executors run a model. Models of one group compete for its executors.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub enum Group {
     /// The executor threads.
     #[default]
@@ -60,7 +60,7 @@ pub enum Group {
 }
 
 /// To which length a batch is padded.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub enum PadTo {
     /// The bucket of its longest row: few shapes, for executors that prepare each of them.
     #[default]
@@ -70,7 +70,7 @@ pub enum PadTo {
 }
 
 /// Who chooses the buckets.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub enum Edges {
     /// Whoever wrote the policy.
     #[default]
@@ -80,7 +80,7 @@ pub enum Edges {
 }
 
 /// How one model is batched.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct Policy {
     pub kind: PolicyKind,
     /// Most rows in a batch.
@@ -110,7 +110,7 @@ pub struct Policy {
 
 /// What rarely needs to be touched, of the policy `cost`. Flat: the ten best of fifty random settings differed by 1.4 % in
 /// goodput.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct Tuning {
     /// Least efficiency, as a share of the best batch's, at which an urgent batch goes first or a batch shrinks for a
     /// deadline. Without it, deadlines make batches small, small batches make everything late, and goodput collapses.

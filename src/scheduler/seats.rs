@@ -23,7 +23,7 @@ impl SeatSpec {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct Running {
     pub batch: u64,
     pub model: ModelHandle,
@@ -33,7 +33,7 @@ pub struct Running {
     pub until: Moment,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, bincode::Decode, bincode::Encode)]
 pub struct Seat {
     pub group: Group,
     pub slots: u32,
@@ -57,7 +57,7 @@ impl Seat {
     }
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, bincode::Decode, bincode::Encode)]
 pub struct Device {
     pub executors: u32,
     /// When it should have computed all it was given.
@@ -65,7 +65,7 @@ pub struct Device {
     pub last_finish: Moment,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, bincode::Decode, bincode::Encode)]
 pub struct Seats {
     pub seats: Vec<Seat>,
     /// Of the executors; inline seats have none.
@@ -92,6 +92,14 @@ impl Seats {
             })
             .collect();
         Seats { seats, devices }
+    }
+
+    /// Every executor has its device, and every batch its model.
+    pub fn is_whole(&self, is_model: impl Fn(ModelHandle) -> bool) -> bool {
+        self.seats.iter().all(|seat| {
+            let on_device = seat.group == Group::Inline || usize::from(seat.device) < self.devices.len();
+            on_device && seat.running.iter().all(|running| is_model(running.model))
+        })
     }
 
     pub fn is_shared(&self, seat: usize) -> bool {

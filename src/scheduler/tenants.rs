@@ -16,7 +16,7 @@ use crate::vocab::Moment;
 
 pub const PLACES: usize = 64;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bincode::Decode, bincode::Encode)]
 struct Entry {
     tenant: TenantId,
     /// Padded cells that ran, by weight.
@@ -38,7 +38,7 @@ impl Entry {
 /// What a tenant offered counts half after this time, when it is asked who fills the queue.
 const HALF_LIFE: Duration = Duration::from_secs(1);
 
-#[derive(Debug)]
+#[derive(Debug, bincode::Decode, bincode::Encode)]
 pub struct Tenants {
     entries: Vec<Entry>,
     /// The largest virtual time at which a row was taken.
@@ -48,6 +48,10 @@ pub struct Tenants {
 impl Tenants {
     pub fn new() -> Tenants {
         Tenants { entries: Vec::with_capacity(PLACES), now: 0.0 }
+    }
+
+    pub fn is_place(&self, place: u16) -> bool {
+        usize::from(place) < self.entries.len()
     }
 
     /// The place of a tenant that adds `cells`.

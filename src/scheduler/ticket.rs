@@ -12,7 +12,7 @@ use crate::vocab::{ModelHandle, Moment};
 
 pub const NONE: u32 = u32::MAX;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub enum Place {
     Free,
     Lane,
@@ -25,7 +25,7 @@ pub enum Place {
     Shed,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, bincode::Decode, bincode::Encode)]
 pub struct Ticket {
     pub admitted_at: Moment,
     /// Order of admission among tickets of one moment.
@@ -64,7 +64,7 @@ impl Ticket {
 }
 
 /// All tickets of a server.
-#[derive(Debug)]
+#[derive(Debug, bincode::Decode, bincode::Encode)]
 pub struct Tickets {
     entries: Vec<Ticket>,
     /// First of the list of free entries, linked by `next`.
@@ -123,6 +123,20 @@ impl Tickets {
     pub fn of(&self, model: ModelHandle) -> impl Iterator<Item = TicketId> {
         let here = move |(_, ticket): &(usize, &Ticket)| ticket.model == model && ticket.place != Place::Free;
         self.entries.iter().enumerate().filter(here).map(|(at, _)| TicketId(at as u32))
+    }
+
+    /// Places that were ever used.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Ticket> {
+        self.entries.iter()
+    }
+
+    /// First of the free places, or [`NONE`].
+    pub fn free(&self) -> u32 {
+        self.free
     }
 
     pub fn is_waiting(&self, id: TicketId) -> bool {
