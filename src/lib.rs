@@ -19,6 +19,7 @@
 #![deny(unsafe_code)]
 
 pub mod batcher;
+pub mod capture;
 pub mod client;
 pub mod clock;
 pub mod config;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::capture::Sink;
 use crate::contract::Contract;
 use crate::executor::batch::BatchOutput;
 use crate::executor::slot::VacantSlot;
@@ -71,6 +72,11 @@ pub enum ToBatcher {
     Drain,
     SetPolicy(SetPolicy),
     Ask(Question),
+    /// Record for `time` what the scheduler is told.
+    Capture {
+        time: Duration,
+        sink: Sink,
+    },
     /// End the thread. Sent when every shard has ended.
     Stop,
 }

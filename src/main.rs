@@ -30,7 +30,9 @@ enum Command {
     Set(commands::set::Args),
     /// Run the executors alone on all requests at once: the bound.
     Offline(commands::offline::Args),
-    /// Run the scheduler in virtual time.
+    /// Record what a server's scheduler is told, for a replay.
+    Capture(commands::capture::Args),
+    /// Run the scheduler in virtual time: a trace again, or with other settings.
     Replay(commands::replay::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Command::Models(args) => commands::models::run(args),
         Command::Set(args) => commands::set::run(&args),
         Command::Offline(args) => commands::offline::run(&args),
+        Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),
     }

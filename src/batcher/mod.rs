@@ -8,11 +8,13 @@
 
 mod flights;
 mod live;
+mod recorder;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::capture::{CaptureEnd, Done, Sink};
 use crate::clock;
 use crate::contract::Contract;
 use crate::executor::pack::{Pads, Row, pack};
@@ -26,6 +28,7 @@ use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
 pub use live::HISTORY;
 use live::Live;
+use recorder::Recorder;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
 pub trait Outlet {
@@ -69,6 +72,8 @@ pub struct Batcher<O> {
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
     live: Live,
+    /// While a capture is on.
+    recorder: Option<Box<Recorder>>,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -103,6 +108,7 @@ impl<O: Outlet> Batcher<O> {
             flights: Flights::default(),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
+            recorder: None,
             telemetry,
             audit_at: Moment::ZERO,
         };
@@ -114,16 +120,25 @@ impl<O: Outlet> Batcher<O> {
     pub fn take(&mut self, now: Moment, message: ToBatcher) {
         match message {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
-            ToBatcher::Finished(finished) => self.take_finished(now, finished),
-            ToBatcher::Drain => self.scheduler.drain(),
+            ToBatcher::Finished(finished) => self.take_finished(now, finished, false),
+            ToBatcher::Drain => {
+                if let Some(recorder) = &mut self.recorder {
+                    recorder.drain(self.scheduler.log());
+                }
+                self.scheduler.drain();
+            }
             ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
             ToBatcher::Ask(question) => self.answer(question),
-            ToBatcher::Stop => {}
+            ToBatcher::Capture { time, sink } => self.start_capture(now, time, sink),
+            ToBatcher::Stop => self.end_capture(CaptureEnd::Stopped),
         }
     }
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.turn(now, self.scheduler.log());
+        }
         self.choose_edges(now);
         self.expire(now);
         let now = self.fill(now);
@@ -132,9 +147,35 @@ impl<O: Outlet> Batcher<O> {
         self.mail_ends();
         self.publish();
         self.audit(now);
-        match (self.scheduler.poll_timeout(now), self.flights.next()) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
+        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
+        wakes.into_iter().flatten().min()
+    }
+
+    /// Begins to record. A capture that is still on ends: whoever read it has gone, or there would be no other.
+    fn start_capture(&mut self, now: Moment, time: Duration, sink: Sink) {
+        self.end_capture(CaptureEnd::ReaderGone);
+        let names: Vec<String> = self.forms.iter().map(|form| form.contract.name.clone()).collect();
+        match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, sink) {
+            Ok(recorder) => self.recorder = Some(Box::new(recorder)),
+            Err(end) => self.telemetry.capture_ended(end as usize),
+        }
+    }
+
+    /// When the recorder wants the next turn.
+    fn settle_capture(&mut self, now: Moment) -> Option<Moment> {
+        match self.recorder.as_mut()?.settle(now, self.scheduler.log()) {
+            Ok(again) => Some(again),
+            Err(end) => {
+                self.end_capture(end);
+                None
+            }
+        }
+    }
+
+    fn end_capture(&mut self, end: CaptureEnd) {
+        if let Some(recorder) = self.recorder.take() {
+            let end = recorder.end(end, self.scheduler.log());
+            self.telemetry.capture_ended(end as usize);
         }
     }
 
@@ -156,23 +197,33 @@ impl<O: Outlet> Batcher<O> {
             self.admit(now, request);
         }
         for key in burst.cancelled {
-            if let Some(id) = self.ticket_of(key) {
-                self.cancel(id);
+            let waits = self.ticket_of(key);
+            if let Some(recorder) = &mut self.recorder {
+                recorder.cancel(now, key, waits, self.scheduler.log());
             }
-            self.cancel_parts(key);
+            if let Some(id) = waits
+                && self.scheduler.handle_cancel(id)
+            {
+                self.held[id.index()] = None;
+            }
+            self.cancel_parts(now, key, None);
         }
     }
 
-    fn cancel(&mut self, id: TicketId) {
+    /// Takes a part out, if it still waits, because its caller said so or `with` one that has just expired.
+    fn cancel_part(&mut self, now: Moment, id: TicketId, with: Option<TicketId>) {
         if self.scheduler.handle_cancel(id) {
             self.held[id.index()] = None;
+            if let Some(recorder) = &mut self.recorder {
+                recorder.cancel_part(now, id, with, self.scheduler.log());
+            }
         }
     }
 
     /// Takes what waits of a request that is run in parts. Says whether some part had left before.
-    fn cancel_parts(&mut self, key: TicketKey) -> bool {
+    fn cancel_parts(&mut self, now: Moment, key: TicketKey, with: Option<TicketId>) -> bool {
         let Some(parts) = self.parts.remove(&key) else { return false };
-        parts.waiting.iter().for_each(|id| self.cancel(*id));
+        parts.waiting.iter().for_each(|id| self.cancel_part(now, *id, with));
         parts.waiting.len() < parts.count
     }
 
@@ -186,7 +237,7 @@ impl<O: Outlet> Batcher<O> {
             match self.admit_rows(now, Request { rows, part, ..request.clone() }) {
                 Ok(id) => parts.waiting.push(id),
                 Err(refusal) => {
-                    parts.waiting.iter().for_each(|id| self.cancel(*id));
+                    parts.waiting.iter().for_each(|id| self.cancel_part(now, *id, None));
                     self.ended[usize::from(request.key.shard)].push((request.key, refusal));
                     return;
                 }
@@ -228,7 +279,13 @@ impl<O: Outlet> Batcher<O> {
             class: request.class,
             tenant: request.tenant,
         };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.arrival(now, &arrival, request.key, self.scheduler.log());
+        }
         let id = self.scheduler.handle_arrival(now, arrival)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.admitted(id);
+        }
         if self.held.len() <= id.index() {
             self.held.resize_with(id.index() + 1, || None);
         }
@@ -244,7 +301,13 @@ impl<O: Outlet> Batcher<O> {
         (held.key == key).then_some(id)
     }
 
-    fn take_finished(&mut self, now: Moment, finished: Finished) {
+    fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
+        if let Some(recorder) = &mut self.recorder {
+            let (batch, service) = (&finished.batch, finished.service);
+            let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
+            let done = Done { id, executor, model, rows, padded_len, service, inline };
+            recorder.finished(now, done, self.scheduler.log());
+        }
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
@@ -259,7 +322,7 @@ impl<O: Outlet> Batcher<O> {
                 Expired::Hopeless(_) => "the deadline could no longer be met: a batch takes longer than what is left",
             };
             // Of a request in parts, the first that expires ends it; another may have run.
-            let stage = if self.cancel_parts(request.key) { Stage::Executing } else { Stage::Queue };
+            let stage = if self.cancel_parts(now, request.key, Some(id)) { Stage::Executing } else { Stage::Queue };
             let refusal = Refusal::at_stage(Code::DeadlineExceeded, stage, message);
             self.ended[usize::from(request.key.shard)].push((request.key, refusal));
         }
@@ -278,7 +341,7 @@ impl<O: Outlet> Batcher<O> {
             let filled = self.pack(batch, &members);
             if let Some(finished) = self.outlet.submit(usize::from(batch.executor), filled) {
                 now = now + finished.service;
-                self.take_finished(now, finished);
+                self.take_finished(now, finished, true);
                 self.expire(now);
             }
         }
@@ -394,15 +457,16 @@ pub fn run_thread<O: Outlet>(mut batcher: Batcher<O>, mailbox: Receiver<ToBatche
         let mut next = match mailbox.recv_until(wake_at, spin) {
             Received::Message(message) => Some(message),
             Received::TimedOut => None,
-            Received::Closed => return,
+            Received::Closed => return batcher.end_capture(CaptureEnd::Stopped),
         };
         let now = clock::now();
         let mut taken = 0;
         while let Some(message) = next {
-            if matches!(message, ToBatcher::Stop) {
+            let stops = matches!(message, ToBatcher::Stop);
+            batcher.take(now, message);
+            if stops {
                 return;
             }
-            batcher.take(now, message);
             taken += 1;
             next = if taken < MESSAGES_PER_TURN { mailbox.try_recv() } else { None };
         }

@@ -4,6 +4,7 @@
 //! - With `--json` exactly one JSON document is printed on standard output, and nothing else there.
 //! - What is for people while work goes on (progress, plans, mistakes) is printed on standard error.
 
+pub mod capture;
 pub mod check;
 mod http;
 pub mod infer;

@@ -8,6 +8,7 @@
 //! | `GET /metrics` | OpenMetrics text |
 //! | `GET /stats` | cumulative counts as JSON |
 //! | `GET /config` | the effective configuration as TOML |
+//! | `GET /v1/capture?seconds=N` | a trace of the scheduler's inputs, as it is made (capture.rs) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
 //! | `/v1/models/{model}/lengths`, `/cost`, `/v1/decisions` | insight.rs |
@@ -23,6 +24,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
@@ -39,6 +41,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Sleep;
 
+use super::capture::capture;
 use super::lifecycle::{self, Lifecycle};
 use super::{insight, policy};
 use crate::clock;
@@ -136,6 +139,8 @@ pub(super) struct Shared {
     options: ControlOptions,
     rate: Mutex<Rate>,
     asks: Mutex<Rate>,
+    /// A capture is on.
+    pub(super) capturing: Arc<AtomicBool>,
 }
 
 /// A request that is answered with an error: `{"error": "…"}`.
@@ -210,12 +215,14 @@ fn router(options: ControlOptions) -> Router {
         options,
         rate: Mutex::new(Rate::new(RATE, clock::now())),
         asks: Mutex::new(Rate::new(ASK_RATE, clock::now())),
+        capturing: Arc::default(),
     });
     let paced = Router::new()
         .route("/v1/models", get(models))
         .route("/metrics", get(metrics))
         .route("/stats", get(stats))
         .route("/config", get(config))
+        .route("/v1/capture", get(capture))
         .merge(policy::routes())
         .merge(insight::routes())
         .fallback(unknown)
@@ -284,7 +291,7 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 
 async fn unknown() -> Response {
     let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
-                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/decisions, /metrics /stats /config, and \
+                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/decisions, /v1/capture, /metrics /stats /config, and \
                  POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()
 }

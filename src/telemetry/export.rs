@@ -14,7 +14,7 @@ use prometheus_client::metrics::MetricType;
 
 use super::counters::Count;
 use super::histogram::Histogram;
-use super::{ModelMetrics, ShardMetrics, Telemetry};
+use super::{CAPTURE_ENDS, ModelMetrics, ShardMetrics, Telemetry};
 use crate::clock;
 use crate::vocab::{Code, SealReason};
 
@@ -156,6 +156,12 @@ impl Collector for Telemetry {
         self.encode_requests(&mut page)?;
         self.encode_batches(&mut page)?;
         self.encode_decisions(&mut page)?;
+        page.open("ferry_captures", "Captures that ended, by how", MetricType::Counter, &mut |mut metric| {
+            for (end, count) in CAPTURE_ENDS.iter().zip(&self.captures) {
+                metric.encode_family(&[("end", *end)])?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+            }
+            Ok(())
+        })?;
         self.encode_executors(&mut page)
     }
 }

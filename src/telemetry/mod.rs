@@ -33,6 +33,7 @@
 //! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
+//! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
@@ -90,7 +91,12 @@ pub struct Telemetry {
     limits: OnceLock<Vec<(String, u64)>>,
     /// Without and with drift.
     audits: [counters::Count; 2],
+    /// By [`CAPTURE_ENDS`].
+    captures: [counters::Count; CAPTURE_ENDS.len()],
 }
+
+/// How a capture can end, in the order of their numbers.
+pub const CAPTURE_ENDS: [&str; 5] = ["complete", "reader_slow", "reader_gone", "stopped", "too_large"];
 
 impl Telemetry {
     /// Makes every handle. `models` in the order of their [`ModelHandle`]s.
@@ -103,6 +109,7 @@ impl Telemetry {
             executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
             limits: OnceLock::new(),
             audits: Default::default(),
+            captures: Default::default(),
             labels,
         })
     }
@@ -122,6 +129,11 @@ impl Telemetry {
     /// The scheduler's books were recomputed, and added up or not.
     pub fn audited(&self, adds_up: bool) {
         self.audits[usize::from(!adds_up)].add(1);
+    }
+
+    /// A capture ended: `end` is its place in [`CAPTURE_ENDS`].
+    pub fn capture_ended(&self, end: usize) {
+        self.captures[end].add(1);
     }
 
     /// Exports the bounds that the server runs with. The first call counts.
