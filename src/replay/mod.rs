@@ -10,6 +10,10 @@
 
 pub mod bound;
 pub mod compare;
+pub mod exact;
+pub mod ledger;
+pub mod services;
+pub mod whatif;
 pub mod world;
 
 pub use world::{Call, Hardware, Outcome, simulate};

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ferry::batcher::Batcher;
+use ferry::capture::{self, Source};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::worker::Worker;
@@ -51,6 +52,19 @@ pub struct Life {
     pub broken_promise: Option<String>,
 }
 
+/// What a capture of a life was, and what the scheduler had decided when it ended.
+pub struct Captured {
+    pub trace: Vec<u8>,
+    pub decisions: u64,
+    pub hash: u64,
+}
+
+/// A capture that is on.
+struct Capturing {
+    source: Source,
+    captured: Captured,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Arrive { shard: usize },
@@ -61,6 +75,7 @@ enum Event {
     Done { executor: usize },
     ShardMail { shard: usize },
     SetPolicy,
+    Capture,
     Drain,
 }
 
@@ -98,6 +113,8 @@ struct World {
     answers: u64,
     /// For the planted defect that executes what was refused.
     requests: Vec<Request>,
+    capturing: Option<Capturing>,
+    captured: Option<Captured>,
 }
 
 pub fn live(seed: u64, defect: Defect) -> Life {
@@ -105,6 +122,18 @@ pub fn live(seed: u64, defect: Defect) -> Life {
     world.run();
     let history = world.history.borrow();
     Life { trace: history.trace, seen: history.seen.clone(), broken_promise: history.violation.clone() }
+}
+
+/// A life of which a random part is captured.
+pub fn live_captured(seed: u64) -> (Life, Captured) {
+    let mut world = World::new(seed, Defect::None);
+    let after = world.gap.mul_f64(80.0 * world.rng.random::<f64>());
+    world.after(after, Event::Capture);
+    world.run();
+    let captured = world.captured.take().expect("the capture ended before the life did");
+    let history = world.history.borrow();
+    let life = Life { trace: history.trace, seen: history.seen.clone(), broken_promise: history.violation.clone() };
+    (life, captured)
 }
 
 fn tensor(name: &str, dtype: DType, shape: Vec<Dim>, pad: f64, nonfinite: NonFinite) -> TensorSpec {
@@ -273,6 +302,8 @@ impl World {
             defect,
             answers: 0,
             requests: Vec::new(),
+            capturing: None,
+            captured: None,
             rng,
         }
     }
@@ -323,6 +354,14 @@ impl World {
             Event::Done { executor } => self.done(executor),
             Event::ShardMail { shard } => self.take_mail(shard),
             Event::SetPolicy => self.set_policy(),
+            Event::Capture => {
+                let (sink, source) = capture::channel();
+                let captured = Captured { trace: Vec::new(), decisions: 0, hash: 0 };
+                self.capturing = Some(Capturing { source, captured });
+                // Some end in the middle of the life, and some long after it.
+                let time = self.gap.mul_f64(self.rng.random_range(1.0..300.0));
+                self.mail(ToBatcher::Capture { time, sink });
+            }
             Event::Drain => {
                 self.draining = true;
                 self.mail(ToBatcher::Drain);
@@ -495,6 +534,7 @@ impl World {
         if wake_at.is_some_and(|at| at <= self.now) {
             self.history.borrow_mut().violate(format!("at {:?} the batcher asks to be woken at {wake_at:?}", self.now));
         }
+        self.take_capture();
         let outlet = self.batcher.outlet_mut();
         let busy = std::mem::take(&mut outlet.inline_time);
         let refused = std::mem::take(&mut outlet.refused);
@@ -514,6 +554,22 @@ impl World {
         self.deliver();
         if self.defect == Defect::ServeRefused {
             self.serve_refused(&refused);
+        }
+    }
+
+    /// Takes what the batcher has recorded.
+    fn take_capture(&mut self) {
+        let Some(mut capturing) = self.capturing.take() else { return };
+        let ended = capturing.source.ended();
+        capturing.source.chunks.try_iter().for_each(|chunk| capturing.captured.trace.extend_from_slice(&chunk));
+        match ended {
+            None => self.capturing = Some(capturing),
+            Some(ended) => {
+                capturing.captured.trace.extend(capture::end_chunk(ended));
+                let log = self.batcher.scheduler().log();
+                (capturing.captured.decisions, capturing.captured.hash) = (log.count(), log.hash());
+                self.captured = Some(capturing.captured);
+            }
         }
     }
 

@@ -1,4 +1,4 @@
-//! `ferry replay`: the scheduler in virtual time.
+//! `ferry replay --compare`: how much load each policy carries.
 
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -7,41 +7,18 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use ferry::replay::compare::{Effort, Goodput, Row, compare, rows};
 use indicatif::ProgressBar;
 
-#[derive(clap::Args, Clone, Debug)]
-pub struct Args {
-    /// Compare the policies: how much load each carries with 99 % of the requests on time, as a share of what no scheduler
-    /// can exceed. Baselines are tuned for each row; `cost` has one default.
-    #[arg(long)]
-    compare: bool,
-    /// Fewer calls and coarser steps: minutes become seconds.
-    #[arg(long)]
-    quick: bool,
-    /// Only rows whose name contains this, e.g. "gpu lognormal poisson".
-    #[arg(long, value_name = "TEXT", default_value = "")]
-    rows: String,
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    seed: u64,
-    /// Print one JSON document.
-    #[arg(long)]
-    json: bool,
-}
-
-pub fn run(args: &Args) -> ExitCode {
-    if !args.compare {
-        eprintln!("expected --compare");
-        return ExitCode::from(2);
-    }
-    let effort = Effort { seed: args.seed, ..if args.quick { Effort::QUICK } else { Effort::FULL } };
+pub fn run(quick: bool, words: &str, seed: u64, as_json: bool) -> ExitCode {
+    let effort = Effort { seed, ..if quick { Effort::QUICK } else { Effort::FULL } };
     let wanted: Vec<Row> = rows()
         .into_iter()
-        .filter(|row| args.rows.split_whitespace().all(|word| name_of(row).split(' ').any(|part| part == word)))
+        .filter(|row| words.split_whitespace().all(|word| name_of(row).split(' ').any(|part| part == word)))
         .collect();
     if wanted.is_empty() {
-        eprintln!("no row is called {:?}; rows are such as \"gpu lognormal poisson\"", args.rows);
+        eprintln!("no row is called {words:?}; rows are such as \"gpu lognormal poisson\"");
         return ExitCode::from(2);
     }
     let table = measure(&wanted, &effort);
-    if args.json {
+    if as_json {
         println!("{}", serde_json::to_string(&json(&table)).expect("plain data"));
     } else {
         print!("{}", text(&table));

@@ -1,0 +1,116 @@
+//! Runs side by side, as text and as JSON.
+
+use ferry::replay::ledger::{ModelReport, Report};
+use ferry::vocab::SealReason;
+use serde_json::json;
+
+/// Percentiles that are shown.
+const SHARES: [(&str, f64); 4] = [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999)];
+
+type Show = fn(&ModelReport) -> String;
+
+fn millis(model: &ModelReport, share: f64) -> f64 {
+    model.percentile(share).as_secs_f64() * 1e3
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.2} %", 100.0 * share)
+}
+
+/// What is shown of a model, one line each.
+const LINES: [(&str, Show); 12] = [
+    ("requests", |m| m.offered.to_string()),
+    ("  answered", |m| m.answered.to_string()),
+    ("  refused", |m| m.refused_total().to_string()),
+    ("  expired in the queue", |m| m.expired.to_string()),
+    ("  cancelled", |m| m.cancelled.to_string()),
+    ("  unfinished at the end", |m| m.unfinished.to_string()),
+    ("on time", |m| percent(m.on_time_share())),
+    ("batches", |m| m.batches.to_string()),
+    ("  rows, mean", |m| format!("{:.2}", m.batch_rows())),
+    ("  fill", |m| percent(m.fill())),
+    ("  padding waste", |m| percent(m.waste())),
+    ("  largest time, ms", |m| format!("{:.3}", m.latency.max() as f64 / 1e6)),
+];
+
+pub fn text(runs: &[(&str, &Report)]) -> String {
+    let mut out = String::new();
+    let mut line = |label: &str, cells: Vec<String>| {
+        out += &format!("{label:<26}");
+        cells.iter().for_each(|cell| out += &format!(" {cell:>14}"));
+        out.truncate(out.trim_end().len());
+        out.push('\n');
+    };
+    line("", runs.iter().map(|(name, _)| (*name).to_owned()).collect());
+    for (at, model) in runs[0].1.models.iter().enumerate() {
+        if runs.iter().all(|(_, report)| report.models[at].offered == 0) {
+            continue;
+        }
+        let mut show = |label: &str, of: &dyn Fn(&ModelReport) -> String| {
+            line(label, runs.iter().map(|(_, report)| of(&report.models[at])).collect());
+        };
+        show(&model.name, &|_| String::new());
+        for (label, of) in LINES {
+            show(&format!("  {label}"), &of);
+        }
+        for (name, share) in SHARES {
+            show(&format!("  queue and run {name}, ms"), &|model| format!("{:.3}", millis(model, share)));
+        }
+        for (reason, name) in SealReason::ALL.iter().map(|reason| reason.name()).enumerate() {
+            if runs.iter().any(|(_, report)| report.models[at].reasons[reason] > 0) {
+                show(&format!("  closed: {name}"), &|model| model.reasons[reason].to_string());
+            }
+        }
+        let codes = runs.iter().flat_map(|(_, report)| report.models[at].refused.keys());
+        for code in codes.collect::<std::collections::BTreeSet<_>>() {
+            show(&format!("  refused: {code}"), &|m| m.refused.get(code).copied().unwrap_or(0).to_string());
+        }
+    }
+    for executor in 0..runs[0].1.busy.len() {
+        let busy = |report: &Report| report.busy[executor].as_secs_f64() / report.span.as_secs_f64().max(1e-9);
+        line(&format!("executor {executor} busy"), runs.iter().map(|(_, report)| percent(busy(report))).collect());
+    }
+    line("batches of a guessed time", runs.iter().map(|(_, report)| report.guessed.to_string()).collect());
+    out
+}
+
+pub fn json(report: &Report) -> serde_json::Value {
+    let models: serde_json::Map<String, serde_json::Value> =
+        report.models.iter().map(|model| (model.name.clone(), json_of(model))).collect();
+    let busy: Vec<f64> = report.busy.iter().map(|busy| busy.as_secs_f64()).collect();
+    json!({
+        "seconds": report.span.as_secs_f64(),
+        "decisions": report.decisions,
+        "batches_of_a_guessed_time": report.guessed,
+        "executors_busy_seconds": busy,
+        "models": models,
+    })
+}
+
+fn json_of(model: &ModelReport) -> serde_json::Value {
+    let times: serde_json::Map<String, serde_json::Value> =
+        SHARES.iter().map(|(name, share)| ((*name).to_owned(), json!(millis(model, *share)))).collect();
+    let reasons: serde_json::Map<String, serde_json::Value> = SealReason::ALL
+        .iter()
+        .zip(model.reasons)
+        .filter(|(_, count)| *count > 0)
+        .map(|(reason, count)| (reason.name().to_owned(), json!(count)))
+        .collect();
+    let refused: serde_json::Map<String, serde_json::Value> =
+        model.refused.iter().map(|(code, count)| (code.name().to_owned(), json!(count))).collect();
+    json!({
+        "requests": model.offered,
+        "answered": model.answered,
+        "refused": refused,
+        "expired": model.expired,
+        "cancelled": model.cancelled,
+        "unfinished": model.unfinished,
+        "on_time_share": model.on_time_share(),
+        "batches": model.batches,
+        "batch_rows_mean": model.batch_rows(),
+        "fill_ratio": model.fill(),
+        "padding_waste": model.waste(),
+        "queue_and_run_ms": times,
+        "close_reasons": reasons,
+    })
+}

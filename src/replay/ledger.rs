@@ -1,0 +1,308 @@
+//! What came of a load: who was answered when, in which batches, and who was not.
+//!
+//! A request's time is from its arrival at the batcher to the moment when the batcher heard that its batch was done: queue
+//! and run, without the way to the server and back.
+//!
+//! Always true
+//! - Every arrival ends in one of: answered, refused, expired, cancelled, unfinished.
+//! - On time is: answered by its deadline; without one, within the model's `slo_ms` as it was recorded. Judged are all but
+//!   the cancelled and those whose time was not over when the trace ended.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+
+use crate::scheduler::{Arrival, SealedBatch, TicketId};
+use crate::vocab::{Code, ModelHandle, Moment, SealReason};
+
+/// One model's part.
+#[derive(Clone, Debug)]
+pub struct ModelReport {
+    pub name: String,
+    pub offered: u64,
+    pub answered: u64,
+    /// By code.
+    pub refused: BTreeMap<Code, u64>,
+    /// Their time was over while they waited, or could not be met any more.
+    pub expired: u64,
+    pub cancelled: u64,
+    pub unfinished: u64,
+    pub on_time: u64,
+    pub judged: u64,
+    pub batches: u64,
+    pub rows: u64,
+    pub rows_possible: u64,
+    pub cells_real: u64,
+    pub cells_padded: u64,
+    /// In the order of [`SealReason::ALL`].
+    pub reasons: [u64; SealReason::ALL.len()],
+    /// Queue and run of the answered, in ns.
+    pub latency: Histogram<u64>,
+}
+
+impl ModelReport {
+    fn new(name: String) -> ModelReport {
+        ModelReport {
+            name,
+            offered: 0,
+            answered: 0,
+            refused: BTreeMap::new(),
+            expired: 0,
+            cancelled: 0,
+            unfinished: 0,
+            on_time: 0,
+            judged: 0,
+            batches: 0,
+            rows: 0,
+            rows_possible: 0,
+            cells_real: 0,
+            cells_padded: 0,
+            reasons: [0; SealReason::ALL.len()],
+            latency: Histogram::new(3).expect("3 digits are possible"),
+        }
+    }
+
+    pub fn refused_total(&self) -> u64 {
+        self.refused.values().sum()
+    }
+
+    /// Share of the judged.
+    pub fn on_time_share(&self) -> f64 {
+        share(self.on_time, self.judged)
+    }
+
+    pub fn batch_rows(&self) -> f64 {
+        share(self.rows, self.batches)
+    }
+
+    /// Rows used ÷ rows possible.
+    pub fn fill(&self) -> f64 {
+        share(self.rows, self.rows_possible)
+    }
+
+    /// Padding ÷ all cells.
+    pub fn waste(&self) -> f64 {
+        share(self.cells_padded - self.cells_real.min(self.cells_padded), self.cells_padded)
+    }
+
+    /// Queue and run that this share of the answered did not exceed.
+    pub fn percentile(&self, share: f64) -> Duration {
+        Duration::from_nanos(self.latency.value_at_quantile(share))
+    }
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+/// One run, recorded or replayed.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub models: Vec<ModelReport>,
+    /// By executor: time spent on batches.
+    pub busy: Vec<Duration>,
+    pub span: Duration,
+    pub decisions: u64,
+    /// Of the replayed: batches whose shape was so unlike all recorded ones that their time is a guess.
+    pub guessed: u64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Call {
+    number: u64,
+    model: ModelHandle,
+    at: Moment,
+    /// Its deadline, or what stands for one.
+    due: Moment,
+}
+
+/// Keeps the books of a run.
+#[derive(Debug)]
+pub struct Ledger {
+    models: Vec<ModelReport>,
+    slos: Vec<Duration>,
+    busy: Vec<Duration>,
+    begin: Moment,
+    /// By ticket.
+    waiting: Vec<Option<Call>>,
+    /// By batch; as many as executors hold.
+    running: Vec<(u64, Vec<Call>)>,
+    spare: Vec<Vec<Call>>,
+    pub guessed: u64,
+}
+
+impl Ledger {
+    pub fn new(models: impl IntoIterator<Item = (String, Duration)>, executors: usize, begin: Moment) -> Ledger {
+        let (models, slos) = models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
+        Ledger {
+            models,
+            slos,
+            busy: vec![Duration::ZERO; executors],
+            begin,
+            waiting: Vec::new(),
+            running: Vec::new(),
+            spare: Vec::new(),
+            guessed: 0,
+        }
+    }
+
+    /// Arrival number `number` came at `at` and was admitted, or refused with a code.
+    pub fn arrived(&mut self, number: u64, at: Moment, arrival: &Arrival, outcome: Result<TicketId, Code>) {
+        let Some(model) = self.models.get_mut(arrival.model.index()) else { return };
+        model.offered += 1;
+        match outcome {
+            Ok(id) => {
+                if self.waiting.len() <= id.index() {
+                    self.waiting.resize(id.index() + 1, None);
+                }
+                let due = arrival.deadline.unwrap_or(at + self.slos[arrival.model.index()]);
+                self.waiting[id.index()] = Some(Call { number, model: arrival.model, at, due });
+            }
+            Err(code) => {
+                *model.refused.entry(code).or_default() += 1;
+                model.judged += 1;
+            }
+        }
+    }
+
+    /// Whether this ticket is that arrival's, waiting.
+    pub fn waits(&self, id: TicketId, number: u64) -> bool {
+        self.waiting.get(id.index()).is_some_and(|call| call.is_some_and(|call| call.number == number))
+    }
+
+    /// Whether this ticket is an arrival's that these books know.
+    pub fn holds(&self, id: TicketId) -> bool {
+        self.waiting.get(id.index()).is_some_and(Option::is_some)
+    }
+
+    fn leave(&mut self, id: TicketId) -> Option<Call> {
+        self.waiting.get_mut(id.index())?.take()
+    }
+
+    pub fn cancelled(&mut self, id: TicketId) {
+        if let Some(call) = self.leave(id) {
+            self.models[call.model.index()].cancelled += 1;
+        }
+    }
+
+    /// A request was cancelled whose batch may be running: its answer goes nowhere.
+    pub fn cancelled_late(&mut self, number: u64) {
+        for (_, calls) in &mut self.running {
+            if let Some(at) = calls.iter().position(|call| call.number == number) {
+                let call = calls.swap_remove(at);
+                self.models[call.model.index()].cancelled += 1;
+                return;
+            }
+        }
+    }
+
+    pub fn expired(&mut self, id: TicketId) {
+        if let Some(call) = self.leave(id) {
+            let model = &mut self.models[call.model.index()];
+            model.expired += 1;
+            model.judged += 1;
+        }
+    }
+
+    pub fn sealed(&mut self, batch: &SealedBatch, members: &[TicketId]) {
+        let model = &mut self.models[batch.model.index()];
+        model.batches += 1;
+        model.rows += u64::from(batch.rows);
+        model.rows_possible += u64::from(batch.rows_possible);
+        model.cells_real += batch.cells_real;
+        model.cells_padded += batch.cells_padded();
+        let reason = SealReason::ALL.iter().position(|reason| *reason == batch.reason);
+        model.reasons[reason.expect("ALL has every reason")] += 1;
+        let mut calls = self.spare.pop().unwrap_or_default();
+        for id in members {
+            calls.extend(self.leave(*id));
+        }
+        self.running.push((batch.id, calls));
+    }
+
+    /// A batch came back at `now`, after `service` of its executor.
+    pub fn finished(&mut self, now: Moment, batch: u64, executor: usize, service: Duration) {
+        self.busy[executor] += service;
+        let Some(at) = self.running.iter().position(|(id, _)| *id == batch) else { return };
+        let (_, mut calls) = self.running.swap_remove(at);
+        for call in calls.drain(..) {
+            let model = &mut self.models[call.model.index()];
+            model.answered += 1;
+            model.judged += 1;
+            model.on_time += u64::from(now <= call.due);
+            let nanos = u64::try_from(now.since(call.at).as_nanos()).unwrap_or(u64::MAX);
+            model.latency.record(nanos).expect("it grows with what it holds");
+        }
+        self.spare.push(calls);
+    }
+
+    /// Closes the books when the trace ends.
+    pub fn close(mut self, end: Moment, decisions: u64) -> Report {
+        let running = self.running.drain(..).flat_map(|(_, calls)| calls);
+        for call in self.waiting.drain(..).flatten().chain(running) {
+            let model = &mut self.models[call.model.index()];
+            model.unfinished += 1;
+            model.judged += u64::from(call.due <= end);
+        }
+        let span = end.since(self.begin);
+        Report { models: self.models, busy: self.busy, span, decisions, guessed: self.guessed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheduler::{Class, TenantId};
+
+    fn arrival(deadline: Option<Moment>) -> Arrival {
+        let (class, tenant) = (Class::default(), TenantId::default());
+        Arrival { model: ModelHandle(0), rows: 1, len: 8, bytes: 32, deadline, compose: None, class, tenant }
+    }
+
+    fn batch(id: u64, rows: u32) -> SealedBatch {
+        SealedBatch {
+            id,
+            model: ModelHandle(0),
+            executor: 0,
+            rows,
+            rows_possible: 8,
+            padded_len: 10,
+            cells_real: 8 * u64::from(rows),
+            reason: SealReason::Idle,
+            sealed_at: Moment(0),
+        }
+    }
+
+    const MS: u64 = 1_000_000;
+
+    #[test]
+    fn everybody_ends_in_one_way_and_times_are_from_arrival_to_the_end_of_the_batch() {
+        let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], 1, Moment(0));
+        for number in 0..7 {
+            let deadline = (number == 1).then_some(Moment(20 * MS));
+            ledger.arrived(number, Moment(number * MS), &arrival(deadline), Ok(TicketId(number as u32)));
+        }
+        ledger.arrived(7, Moment(7 * MS), &arrival(None), Err(Code::Overloaded));
+        ledger.cancelled(TicketId(6));
+        ledger.expired(TicketId(5));
+        ledger.sealed(&batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
+        ledger.sealed(&batch(2, 1), &[TicketId(3)]);
+        ledger.cancelled_late(2);
+        ledger.finished(Moment(12 * MS), 1, 0, Duration::from_millis(4));
+        // A batch that these books do not know.
+        ledger.finished(Moment(12 * MS), 99, 0, Duration::from_millis(1));
+        let report = ledger.close(Moment(14 * MS), 3);
+        let model = &report.models[0];
+        assert_eq!((model.offered, model.answered, model.refused_total(), model.expired), (8, 2, 1, 1));
+        assert_eq!((model.cancelled, model.unfinished), (2, 2));
+        // Of 0 (late by 7 ms), 1 (by its deadline), 3 and 4 (their 5 ms are over), 5 (expired), 7 (refused).
+        assert_eq!((model.judged, model.on_time), (6, 1));
+        assert_eq!((model.batches, model.rows, model.rows_possible), (2, 4, 16));
+        assert!((model.waste() - 0.2).abs() < 1e-9);
+        let largest = model.latency.max() as f64 / (12 * MS) as f64;
+        assert!((largest - 1.0).abs() < 0.002, "{largest}");
+        assert_eq!(model.percentile(0.5).as_millis(), 11);
+        assert_eq!((report.busy[0], report.span), (Duration::from_millis(5), Duration::from_millis(14)));
+    }
+}

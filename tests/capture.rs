@@ -1,0 +1,256 @@
+//! A running server captured over its control port by `ferry capture`, and replayed by `ferry replay`.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use common::{Ask, Event, Numbers, Raw, Server, bare_frame, get, wait_until};
+use ferry::capture::{Cancelled, CaptureEnd, TraceReader};
+use ferry::replay::exact::{self, Verified};
+use ferry::replay::whatif::{Recording, Setting};
+use ferry::vocab::DType;
+use ferry::wire::Kind;
+
+/// Requests of several models, lengths, rows, classes and deadlines, some of them cancelled, until told to stop.
+fn offer(mut raw: Raw, seed: u64, stop: &AtomicBool, ended: &AtomicU64) {
+    let mut numbers = Numbers(seed);
+    let models = ["echo", "queued", "sleep", "faulty", "tiny_bert"].map(|name| raw.handle(name));
+    while !stop.load(Ordering::Relaxed) {
+        let mut open = BTreeSet::new();
+        for _ in 0..1 + numbers.below(12) {
+            let model = models[numbers.below(5) as usize];
+            let len = 1 + numbers.below(20) as u32;
+            let mut ask = if model == models[0] || model == models[1] {
+                Ask::floats(model, &vec![0.5; len as usize])
+            } else if model == models[2] {
+                Ask::word(model, numbers.below(300) as u32)
+            } else if model == models[3] {
+                Ask::words(model, &vec![numbers.below(3) as u32 + 4; 1 + numbers.below(3) as usize])
+            } else {
+                let ids: Vec<u32> = (0..len).map(|at| at % 90).collect();
+                Ask::new(model, DType::U32, &[1, len], bytemuck::cast_slice(&ids))
+            };
+            ask.infer.priority = numbers.below(3) as u8;
+            if numbers.below(3) == 0 {
+                ask = ask.deadline_us(200 + numbers.below(30_000));
+            }
+            open.insert(raw.ask(&ask));
+        }
+        if numbers.below(3) == 0 {
+            let id = *open.first().expect("some were asked");
+            raw.send(&bare_frame(Kind::Cancel, id));
+        }
+        while !open.is_empty() {
+            let event = raw.recv();
+            assert_ne!(std::mem::discriminant(&event), std::mem::discriminant(&Event::End), "the server closed");
+            if let Some(id) = event.ends() {
+                open.remove(&id);
+                ended.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+fn ferry(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_ferry")).args(arguments).output().expect("the binary runs")
+}
+
+fn text_of(path: &Path) -> &str {
+    path.to_str().expect("a path of ASCII")
+}
+
+/// A server under load, captured for a second.
+fn captured(directory: &Path) -> PathBuf {
+    let trace = directory.join("trace");
+    let server = Server::start(&["threads.shards=2", "threads.executors=2", "queue.rows_max=64"]);
+    let (stop, ended) = (AtomicBool::new(false), AtomicU64::new(0));
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let raw = server.connect();
+            let (stop, ended) = (&stop, &ended);
+            scope.spawn(move || offer(raw, seed, stop, ended));
+        }
+        wait_until("requests are answered", || ended.load(Ordering::Relaxed) > 200);
+        let control = server.control.to_string();
+        let output = ferry(&["capture", "--control", &control, "--seconds", "1", "-o", text_of(&trace)]);
+        stop.store(true, Ordering::Relaxed);
+        assert!(output.status.success(), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stdout).contains("complete"), "{output:?}");
+    });
+    wait_until("the capture is counted", || server.metric("ferry_captures_total", &["complete"]) == 1.0);
+    assert_eq!(server.metric("ferry_captures_total", &[]), 1.0);
+    trace
+}
+
+fn open(trace: &Path) -> TraceReader<BufReader<File>> {
+    TraceReader::open(BufReader::new(File::open(trace).expect("a file"))).expect("a trace")
+}
+
+#[test]
+fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = captured(directory.path());
+    assert!(!directory.path().join("trace.part").exists());
+
+    let mut reader = open(&trace);
+    let verified = exact::replay(&mut reader, &mut ()).unwrap_or_else(|error| panic!("{error}"));
+    let Verified { arrivals, cancels, batches, checkpoints, end, .. } = verified;
+    assert_eq!(end, CaptureEnd::Complete);
+    assert!(arrivals > 50 && batches > 20 && cancels > 0 && checkpoints > 0, "{verified:?}");
+    assert!(reader.header().decisions > 0, "it began in the middle of its life");
+    let asked: Vec<&str> =
+        verified.report.models.iter().filter(|model| model.offered > 0).map(|model| model.name.as_str()).collect();
+    assert_eq!(asked, ["echo", "faulty", "queued", "sleep", "tiny_bert"]);
+
+    let output = ferry(&["replay", text_of(&trace), "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
+    assert_eq!(value["equal"], true);
+    assert_eq!(value["replay"]["requests"], arrivals);
+    assert_eq!(value["replay"]["hash"], format!("{:016x}", verified.hash));
+
+    // What if: the same requests, whatever is set.
+    let output =
+        ferry(&["replay", text_of(&trace), "--json", "--set", "faulty.policy=window", "--set", "*.rows_max=2"]);
+    assert!(output.status.success(), "{output:?}");
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
+    for run in ["recorded", "simulated", "changed"] {
+        let models = value["runs"][run]["models"].as_object().expect("models");
+        let requests: u64 = models.values().map(|model| model["requests"].as_u64().expect("a count")).sum();
+        assert_eq!(requests, arrivals, "{run}: {value:#}");
+        for (name, model) in models {
+            let count = |key: &str| model[key].as_u64().expect("a count");
+            let refused: u64 = model["refused"].as_object().expect("codes").values().filter_map(|n| n.as_u64()).sum();
+            let ends = count("answered") + count("expired") + count("cancelled") + count("unfinished") + refused;
+            assert_eq!(count("requests"), ends, "{run}, {name}: {model:#}");
+        }
+    }
+    let rows = value["runs"]["changed"]["models"]["tiny_bert"]["batch_rows_mean"].as_f64().expect("a number");
+    assert!(rows > 0.0 && rows <= 2.0, "{rows}");
+    let shown = ferry(&["replay", text_of(&trace), "--what-if"]);
+    let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
+    assert!(shown.contains("tiny_bert") && shown.contains("recorded") && shown.contains("p99.9"), "{shown}");
+    println!("{shown}");
+
+    // A cut off file, a damaged one, another one, a setting that cannot be.
+    let bytes = std::fs::read(&trace).expect("the trace");
+    let wrong = directory.path().join("wrong");
+    let mut damaged = bytes.clone();
+    damaged[bytes.len() / 2] ^= 1;
+    for (bytes, says) in [
+        (&bytes[..bytes.len() - 5], "cut off"),
+        (&damaged[..], "checksum"),
+        (b"model,length\n".as_slice(), "not a trace"),
+    ] {
+        std::fs::write(&wrong, bytes).expect("writes");
+        let output = ferry(&["replay", text_of(&wrong)]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(says), "{says}: {output:?}");
+    }
+    for set in ["faulty.rows_max=0", "nobody.rows_max=4", "rows_max=4", "faulty.row_max=4"] {
+        let output = ferry(&["replay", text_of(&trace), "--set", set]);
+        assert_eq!(output.status.code(), Some(2), "{set}: {output:?}");
+    }
+}
+
+#[test]
+fn longer_windows_make_larger_batches() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = captured(directory.path());
+    let recording = Recording::read(open(&trace), 1).expect("a trace");
+    assert!(recording.recorded.is_ok(), "{:?}", recording.recorded);
+    let rows = |delay: &str| {
+        let set = |key: &str, value: &str| Setting::parse(&format!("tiny_bert.{key}={value}")).expect("a setting");
+        let sets = [set("policy", "window"), set("queue_delay_max_us", delay), set("rows_max", "8")];
+        let report = recording.what_if(&sets, 1).expect("it can be");
+        let again = recording.what_if(&sets, 1).expect("it can be");
+        let model = |report: &ferry::replay::ledger::Report| {
+            report.models.iter().find(|model| model.name == "tiny_bert").expect("it was asked").clone()
+        };
+        let (first, second) = (model(&report), model(&again));
+        assert_eq!((first.batches, first.latency), (second.batches, second.latency), "equal seeds, equal runs");
+        first.rows as f64 / first.batches as f64
+    };
+    let means = ["0", "2000", "50000"].map(rows);
+    assert!(means.is_sorted() && means[2] > 1.2 * means[0], "{means:?}");
+}
+
+#[test]
+fn cancels_reach_the_trace_of_those_that_wait_and_of_those_that_run() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("trace");
+    let server = Server::start(&["executor.slots=1"]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    let capture = std::thread::scope(|scope| {
+        let control = server.control.to_string();
+        let path = text_of(&trace).to_owned();
+        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "3", "-o", &path]));
+        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
+        let running = raw.ask(&Ask::word(faulty, 2000));
+        wait_until("the executor is busy", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+        let waiting = raw.ask(&Ask::word(faulty, 4));
+        wait_until("it waits", || server.metric("ferry_queue_rows", &["model=\"faulty\""]) == 1.0);
+        raw.send(&[bare_frame(Kind::Cancel, waiting), bare_frame(Kind::Cancel, running)].concat());
+        for _ in 0..2 {
+            raw.recv().ends().expect("an end");
+        }
+        capture.join().expect("it does not panic")
+    });
+    assert!(capture.status.success(), "{capture:?}");
+    let mut reader = open(&trace);
+    let mut cancels = Vec::new();
+    while let Some(event) = reader.next_event().expect("a trace") {
+        if let ferry::capture::Event::Cancel { of, .. } = event {
+            cancels.push(of);
+        }
+    }
+    assert_eq!(cancels, [Cancelled::Waiting(1), Cancelled::Left(0)]);
+    let verified = exact::replay(&mut open(&trace), &mut ()).unwrap_or_else(|error| panic!("{error}"));
+    let faulty = verified.report.models.iter().find(|model| model.name == "faulty").expect("it was asked");
+    assert_eq!((faulty.offered, faulty.cancelled, faulty.answered), (2, 2, 0));
+}
+
+#[test]
+fn what_is_no_capture_is_refused_and_a_drain_ends_one() {
+    let server = Server::start(&[]);
+    for (path, status) in [
+        ("/v1/capture", "400"),
+        ("/v1/capture?seconds=0", "400"),
+        ("/v1/capture?seconds=601", "400"),
+        ("/v1/capture?seconds=x", "400"),
+    ] {
+        let answer = get(server.control, path);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {answer}");
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("trace");
+    let control = server.control.to_string();
+    let output = std::thread::scope(|scope| {
+        let path = text_of(&trace).to_owned();
+        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "60", "-o", &path]));
+        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
+        server.drain();
+        capture.join().expect("it does not panic")
+    });
+    // Whoever ends first of batcher and control port: a whole trace that was cut short, or none.
+    match open_if(&trace) {
+        Some(mut reader) => {
+            while reader.next_event().expect("a trace").is_some() {}
+            assert_eq!(reader.end(), Some(CaptureEnd::Stopped));
+            assert!(output.status.success(), "{output:?}");
+        }
+        None => assert_eq!(output.status.code(), Some(1), "{output:?}"),
+    }
+    let nobody = ferry(&["capture", "--control", "127.0.0.1:1", "--seconds", "1", "-o", text_of(&trace)]);
+    assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
+}
+
+fn open_if(trace: &Path) -> Option<TraceReader<BufReader<File>>> {
+    trace.exists().then(|| open(trace))
+}
