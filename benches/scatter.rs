@@ -8,7 +8,7 @@ use ferry::executor::batch::BatchOutput;
 use ferry::mail::{FinishedBatch, Member};
 use ferry::scatter::append_result;
 use ferry::scheduler::SealedBatch;
-use ferry::vocab::{DType, ModelHandle, Moment, SealReason, TicketKey};
+use ferry::vocab::{DType, Layout, ModelHandle, Moment, SealReason, TicketKey};
 
 const ROWS: u32 = 32;
 
@@ -33,7 +33,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
     };
     let contract = contract.checked().expect("a contract");
     let mut output = BatchOutput::default();
-    output.prepare(&contract, ROWS, 1);
+    output.prepare(&contract, Layout::Padded, &[1; ROWS as usize], 1);
     let members = (0..ROWS)
         .map(|row| Member {
             key: TicketKey { shard: 0, slot: row, generation: 0 },
@@ -52,6 +52,8 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
         executor: 0,
         rows: ROWS,
         rows_possible: ROWS,
+        layout: Layout::Padded,
+        squares_real: u64::from(ROWS),
         padded_len: 1,
         cells_real: u64::from(ROWS),
         reason: SealReason::Full,

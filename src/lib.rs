@@ -27,6 +27,7 @@ pub mod contract;
 pub mod control;
 pub mod executor;
 pub mod frontend;
+pub mod kernels;
 pub mod learned;
 pub mod load;
 pub mod mail;

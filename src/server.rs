@@ -35,7 +35,7 @@ use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::telemetry::{ModelLabels, Telemetry};
 use crate::tokenizers::Tokenizing;
-use crate::vocab::{ModelHandle, Moment, Refusal};
+use crate::vocab::{Layout, ModelHandle, Moment, Refusal};
 
 /// Why the server did not start.
 #[derive(Debug)]
@@ -311,7 +311,7 @@ fn group_of(manifest: &Manifest) -> Group {
 }
 
 /// How a model's manifest says it is batched.
-pub fn policy_of(manifest: &Manifest) -> Policy {
+pub fn policy_of(manifest: &Manifest, layouts: &[Layout]) -> Policy {
     let batching = &manifest.batching;
     let queue = &manifest.queue;
     let buckets = match batching.buckets.as_slice() {
@@ -324,6 +324,8 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
         shapes_max: batching.shapes_max,
         queue_delay_max: batching.queue_delay_max,
         pad_to: batching.pad_to,
+        layout: layout_of(manifest, layouts),
+        can_pack: layouts.contains(&Layout::Packed),
         fill_waste_max: batching.fill_waste_max.unwrap_or(FILL_WASTE_MAX),
         group: group_of(manifest),
         queue: QueueLimits {
@@ -335,6 +337,12 @@ pub fn policy_of(manifest: &Manifest) -> Policy {
         slo: batching.slo,
         ..Policy::new(batching.rows_max, batching.padded_cells_max, buckets)
     }
+}
+
+/// How a model's rows lie: as its manifest says, end to end where it leaves that open and the model can.
+pub fn layout_of(manifest: &Manifest, layouts: &[Layout]) -> Layout {
+    let packed = layouts.contains(&Layout::Packed);
+    manifest.batching.layout.unwrap_or(if packed { Layout::Packed } else { Layout::Padded })
 }
 
 /// Shorter rows fill a batch while at most this share of them is padding.
@@ -404,6 +412,8 @@ fn worker_maker(
     let loaded: Vec<Arc<dyn LoadedModel>> = plan.models.iter().map(|model| Arc::clone(&model.model)).collect();
     let mine: Vec<bool> = plan.groups.iter().map(|of_model| *of_model == group).collect();
     let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
+    let layouts: Vec<Layout> =
+        plan.models.iter().map(|model| layout_of(&model.manifest, model.model.layouts())).collect();
     let (contracts, shards) = (plan.contracts.clone(), plan.shards.clone());
     let telemetry = Arc::clone(&plan.telemetry);
     move || {
@@ -415,7 +425,7 @@ fn worker_maker(
             if mine[at] {
                 let model = ModelHandle(at as u16);
                 let times = worker
-                    .warm(model, &shapes[at])
+                    .warm(model, layouts[at], &shapes[at])
                     .map_err(|refusal| StartError::WarmUp { model: contract.name.clone(), refusal })?;
                 let shapes = shapes[at].iter().zip(times);
                 warmed.extend(shapes.map(|((rows, padded_len), took)| Warmed {
@@ -461,7 +471,7 @@ fn start_batcher(
     let queue = &plan.config.queue;
     let limits =
         QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
-    let policies = plan.models.iter().map(|model| policy_of(&model.manifest)).collect();
+    let policies = plan.models.iter().map(|model| policy_of(&model.manifest, model.model.layouts())).collect();
     let mut scheduler = Scheduler::new(limits, policies, &executors.seats);
     resume_costs(plan, &mut scheduler, &executors.warmed);
     executors.warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));

@@ -355,6 +355,26 @@ impl fmt::Display for DType {
     }
 }
 
+/// How the rows of a batch lie in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, bincode::Decode, bincode::Encode)]
+#[serde(rename_all = "lowercase")]
+pub enum Layout {
+    /// Each row in a place of the batch's padded length.
+    #[default]
+    Padded,
+    /// End to end, without padding.
+    Packed,
+}
+
+impl Layout {
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Padded => "padded",
+            Layout::Packed => "packed",
+        }
+    }
+}
+
 /// Why a batch was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]

@@ -116,6 +116,8 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
         executor: 0,
         rows,
         rows_possible: ROWS,
+        layout: ferry::vocab::Layout::Padded,
+        squares_real: 0,
         padded_len,
         cells_real: u64::from(rows),
         reason: SealReason::Full,

@@ -12,6 +12,7 @@ use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use ferry::executor::model::ModelError;
 use ferry::models::repository::{self, LoadOptions, Loaded, ModelEntry};
 use ferry::models::weights::WeightsFault;
+use ferry::vocab::Layout;
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -66,13 +67,13 @@ where
     }
     let lens: Vec<u32> = rows.iter().map(|row| if contract.length.is_some() { row.len() as u32 } else { 1 }).collect();
     let mut out = BatchOutput::default();
-    out.prepare(contract, rows.len() as u32, padded_len);
+    out.prepare(contract, Layout::Padded, &lens, padded_len);
     // What a model forgets to write is found here as NaN.
     for output in &mut out.outputs {
         output.bytes_mut().fill(0xFF);
     }
     let inputs = [input];
-    let batch = BatchView { contract, rows: rows.len() as u32, padded_len, lens: &lens, inputs: &inputs };
+    let batch = BatchView { contract, layout: Layout::Padded, rows: rows.len() as u32, padded_len, lens: &lens, inputs: &inputs };
     entry.model.instantiate()?.run(batch, &mut out)?;
     Ok(out)
 }

@@ -24,7 +24,7 @@ use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage, TicketKey};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
 pub use live::HISTORY;
 use live::Live;
@@ -305,7 +305,8 @@ impl<O: Outlet> Batcher<O> {
         if let Some(recorder) = &mut self.recorder {
             let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
-            let done = Done { id, executor, model, rows, padded_len, service, inline };
+            let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
+            let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
             recorder.finished(now, done, self.scheduler.log());
         }
         self.vacant[finished.executor].push(finished.slot);

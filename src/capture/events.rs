@@ -9,6 +9,7 @@
 
 use std::time::Duration;
 
+use crate::scheduler::cost::Work;
 use crate::scheduler::{Arrival, Class, Compose, TenantId, TicketId};
 use crate::vocab::{ModelHandle, Moment};
 
@@ -63,9 +64,21 @@ pub struct Done {
     pub model: ModelHandle,
     pub rows: u32,
     pub padded_len: u32,
+    /// Sum of its rows' lengths, and of their squares, where they lay end to end.
+    pub packed: Option<(u64, u64)>,
     pub service: Duration,
     /// It ran on the batcher's thread, in the turn that sealed it, which went on when it was done.
     pub inline: bool,
+}
+
+impl Done {
+    /// What the executor had to compute.
+    pub fn work(&self) -> Work {
+        match self.packed {
+            None => Work::padded(self.rows, self.padded_len),
+            Some((cells, squares)) => Work { rows: self.rows, cells, squares },
+        }
+    }
 }
 
 /// A model got another policy.
@@ -264,6 +277,14 @@ impl Memory {
         put_signed(out, batch.id.wrapping_sub(self.done) as i64);
         self.done = batch.id;
         put(out, batch.padded_len.into());
+        match batch.packed {
+            // No batch is empty, so no sum is 0.
+            None => put(out, 0),
+            Some((cells, squares)) => {
+                put(out, cells);
+                put(out, squares);
+            }
+        }
         put(out, service);
         flags
     }
@@ -372,9 +393,13 @@ impl Memory {
         let rows = if flags & ROWS != 0 { get_u32(bytes)? } else { 1 };
         self.done = self.done.wrapping_add(get_signed(bytes)? as u64);
         let padded_len = get_u32(bytes)?;
+        let packed = match get(bytes)? {
+            0 => None,
+            cells => Some((cells, get(bytes)?)),
+        };
         let service = Duration::from_nanos(get(bytes)?);
         let (executor, model) = (self.executor, self.done_model);
-        Ok(Done { id: self.done, executor, model, rows, padded_len, service, inline: false })
+        Ok(Done { id: self.done, executor, model, rows, padded_len, packed, service, inline: false })
     }
 }
 

@@ -39,13 +39,15 @@ fn arrival() -> impl Strategy<Value = Arrival> {
 }
 
 fn done() -> impl Strategy<Value = Done> {
-    (any::<u64>(), 0..4u16, 0..3u16, any::<u32>(), any::<u32>(), any::<u64>(), any::<bool>()).prop_map(
-        |(id, executor, model, rows, padded_len, service, inline)| Done {
+    let packed = proptest::option::of((1..u64::MAX, any::<u64>()));
+    (any::<u64>(), 0..4u16, 0..3u16, any::<u32>(), any::<u32>(), packed, any::<u64>(), any::<bool>()).prop_map(
+        |(id, executor, model, rows, padded_len, packed, service, inline)| Done {
             id,
             executor,
             model: ModelHandle(model),
             rows,
             padded_len,
+            packed,
             service: Duration::from_nanos(service),
             inline,
         },
@@ -256,7 +258,7 @@ fn a_lone_request_takes_at_most_32_bytes_and_one_of_a_batch_of_four_at_most_20()
             }
             at = at + Duration::from_micros(731);
             let (executor, model, service) = ((id % 2) as u16, ModelHandle(0), Duration::from_nanos(701_234));
-            let batch = Done { id, executor, model, rows: batch as u32, padded_len: 208, service, inline: false };
+            let batch = Done { id, executor, model, rows: batch as u32, padded_len: 208, packed: None, service, inline: false };
             writer.event(&Event::Finished { at, batch });
             writer.event(&Event::Turn { at });
             if writer.is_full() {

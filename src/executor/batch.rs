@@ -2,10 +2,11 @@
 //!
 //! Always true
 //! - Buffers are made of 64-bit words, so a cast to any dtype is aligned; they grow to their largest use and are reused.
-//! - Row `r` of a padded tensor starts at `r * row_bytes(padded_len)`; its first `row_bytes(lens[r])` bytes are real.
+//! - Row `r` of a padded tensor starts at `r * row_bytes(padded_len)`; its first `row_bytes(lens[r])` bytes are real. Rows of a
+//!   packed one follow one another, and all bytes are.
 
 use crate::contract::{Contract, TensorSpec};
-use crate::vocab::Code;
+use crate::vocab::{Code, Layout};
 
 /// Bytes that can be viewed as any dtype. Grows when asked for more than ever before, never shrinks.
 #[derive(Debug, Default)]
@@ -60,16 +61,17 @@ impl AlignedBytes {
     }
 }
 
-/// A packed, padded batch as the model sees it.
+/// A batch as the model sees it.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchView<'a> {
     pub contract: &'a Contract,
+    pub layout: Layout,
     pub rows: u32,
-    /// Length that every row is padded to; 1 where the model has no length.
+    /// Length that every row is padded to, or of the longest where none is; 1 where the model has no length.
     pub padded_len: u32,
     /// Real length of each row: the mask, in its shortest form.
     pub lens: &'a [u32],
-    /// One per input of the contract, in its order, `[rows, padded_len, …]`.
+    /// One per input of the contract, in its order: `[rows, padded_len, …]`, or `[sum of lens, …]`.
     pub inputs: &'a [AlignedBytes],
 }
 
@@ -82,9 +84,11 @@ impl<'a> BatchView<'a> {
     /// The real elements of one row.
     pub fn row<T: bytemuck::AnyBitPattern>(&self, index: usize, row: usize) -> &'a [T] {
         let spec = &self.contract.inputs[index];
-        let stride = spec.row_bytes(self.padded_len);
-        let bytes = &self.inputs[index].bytes()[row * stride..row * stride + spec.row_bytes(self.lens[row])];
-        bytemuck::cast_slice(bytes)
+        let start = match self.layout {
+            Layout::Padded => row * spec.row_bytes(self.padded_len),
+            Layout::Packed => self.lens[..row].iter().map(|len| spec.row_bytes(*len)).sum(),
+        };
+        bytemuck::cast_slice(&self.inputs[index].bytes()[start..start + spec.row_bytes(self.lens[row])])
     }
 }
 
@@ -102,15 +106,28 @@ pub struct BatchOutput {
     pub outputs: Vec<AlignedBytes>,
     /// Rows that failed alone. Their mates are answered all the same.
     pub row_errors: Vec<RowError>,
+    pub layout: Layout,
     pub rows: u32,
     pub padded_len: u32,
+    /// Sum of the lengths before each row, where rows lie end to end.
+    starts: Vec<u32>,
 }
 
 impl BatchOutput {
-    /// Sizes every output for `rows` rows padded to `padded_len`. Contents are left as they were: the model writes all.
-    pub fn prepare(&mut self, contract: &Contract, rows: u32, padded_len: u32) {
-        self.rows = rows;
+    /// Sizes every output for rows of these lengths. Contents are left as they were: the model writes all.
+    pub fn prepare(&mut self, contract: &Contract, layout: Layout, lens: &[u32], padded_len: u32) {
+        let rows = lens.len();
+        self.layout = layout;
+        self.rows = rows as u32;
         self.padded_len = padded_len;
+        self.starts.clear();
+        let mut total = 0;
+        if layout == Layout::Packed {
+            for len in lens {
+                self.starts.push(total);
+                total += len;
+            }
+        }
         self.row_errors.clear();
         if self.outputs.len() < contract.outputs.len() {
             self.outputs.resize_with(contract.outputs.len(), AlignedBytes::default);
@@ -118,7 +135,11 @@ impl BatchOutput {
         // Buffers of a model with more outputs are kept, empty, for when it runs here again.
         self.outputs[contract.outputs.len()..].iter_mut().for_each(|unused| unused.set_len(0));
         for (spec, output) in contract.outputs.iter().zip(&mut self.outputs) {
-            output.set_len(rows as usize * spec.row_bytes(padded_len));
+            // A length is the first dimension or none (contract.rs), so rows of different lengths add up.
+            output.set_len(match layout {
+                Layout::Packed if spec.has_length() => spec.row_bytes(total),
+                _ => rows * spec.row_bytes(padded_len),
+            });
         }
     }
 
@@ -129,8 +150,10 @@ impl BatchOutput {
 
     /// The real bytes of one row whose length is `len`.
     pub fn row_bytes(&self, spec: &TensorSpec, index: usize, row: u32, len: u32) -> &[u8] {
-        let stride = spec.row_bytes(self.padded_len);
-        let start = row as usize * stride;
+        let start = match self.layout {
+            Layout::Packed if spec.has_length() => spec.row_bytes(self.starts[row as usize]),
+            _ => row as usize * spec.row_bytes(self.padded_len),
+        };
         &self.outputs[index].bytes()[start..start + spec.row_bytes(len)]
     }
 }

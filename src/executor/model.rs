@@ -2,6 +2,7 @@
 
 use super::batch::{BatchOutput, BatchView};
 use crate::contract::Contract;
+use crate::vocab::Layout;
 
 /// A batch that could not be run. Costs the batch: each member is answered `executor_failed` with this sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,8 +24,8 @@ impl From<candle_core::Error> for ModelError {
 
 /// One instance of a model: what it computes on a batch. Owned by one executor, so `run` may keep scratch buffers.
 pub trait Model: Send {
-    /// Computes the batch. `out` has been prepared for it: every output is `[rows, …]` at the padded length, with
-    /// arbitrary content that `run` must overwrite. A row that fails alone goes into `out.row_errors`.
+    /// Computes the batch. `out` has been prepared for it: every output is `[rows, …]`, at the padded length or end to end
+    /// as the inputs are, with arbitrary content that `run` must overwrite. A row that fails alone goes into `out.row_errors`.
     ///
     /// May panic: the executor catches it, answers the batch, and builds a new instance.
     fn run(&mut self, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), ModelError>;
@@ -36,6 +37,11 @@ pub trait LoadedModel: Send + Sync {
 
     /// Makes an instance. Called once per executor at start, and again after a panic.
     fn instantiate(&self) -> Result<Box<dyn Model>, ModelError>;
+
+    /// How the rows of a batch may lie.
+    fn layouts(&self) -> &'static [Layout] {
+        &[Layout::Padded]
+    }
 
     /// Bytes of shared weights held in memory.
     fn weight_bytes(&self) -> u64 {

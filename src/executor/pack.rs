@@ -1,4 +1,4 @@
-//! Rows to a padded batch, straight from the bytes that were received: one copy.
+//! Rows to a batch, padded or end to end, straight from the bytes that were received: one copy.
 //!
 //! Always true
 //! - Every byte of every staged input is written: real elements, then the contract's padding value.
@@ -6,7 +6,7 @@
 use crate::contract::Contract;
 use crate::mail::{Member, Request};
 use crate::scheduler::SealedBatch;
-use crate::vocab::Moment;
+use crate::vocab::{Layout, Moment};
 
 use super::slot::VacantSlot;
 
@@ -26,7 +26,7 @@ impl Pads {
     }
 }
 
-/// Copies each member's rows to their places and fills the rest of each place with padding.
+/// Copies each member's rows to their places and, where the batch is padded, fills the rest of each place with padding.
 ///
 /// Hot: once per batch, every byte. Guarded by benches/pack.rs. Allocates only while the slot's buffers still grow.
 pub fn pack<'a>(
@@ -59,14 +59,19 @@ pub fn pack<'a>(
         staging.inputs.resize_with(contract.inputs.len(), Default::default);
     }
     for (index, spec) in contract.inputs.iter().enumerate() {
-        let stride = spec.row_bytes(batch.padded_len);
+        let packed = batch.layout == Layout::Packed;
+        let padded_bytes = spec.row_bytes(batch.padded_len);
         let staged = &mut staging.inputs[index];
-        staged.set_len(batch.rows as usize * stride);
+        staged.set_len(match packed {
+            true => staging.lens.iter().map(|len| spec.row_bytes(*len)).sum(),
+            false => batch.rows as usize * padded_bytes,
+        });
         let mut places = staged.bytes_mut();
         for Row { request, .. } in rows.clone() {
+            let row_bytes = spec.row_bytes(request.len);
+            let stride = if packed { row_bytes } else { padded_bytes };
             let (mine, rest) = places.split_at_mut(request.rows as usize * stride);
             places = rest;
-            let row_bytes = spec.row_bytes(request.len);
             let start = contract.input_offset(index, request.part.of_rows, request.len);
             let offset = start + request.part.at_row as usize * row_bytes;
             let bytes = &request.payload[offset..offset + request.rows as usize * row_bytes];

@@ -71,7 +71,7 @@ mod tests {
     use super::*;
     use crate::contract::{Contract, Dim, NonFinite, TensorSpec};
     use crate::executor::batch::AlignedBytes;
-    use crate::vocab::DType;
+    use crate::vocab::{DType, Layout};
 
     #[test]
     fn what_a_batch_leaves_on_the_device_is_poisoned() {
@@ -97,9 +97,9 @@ mod tests {
         input.set_len(4);
         input.bytes_mut().copy_from_slice(b"mine");
         let mut output = BatchOutput::default();
-        output.prepare(&contract, 1, 1);
+        output.prepare(&contract, Layout::Padded, &[1], 1);
         let mut device = SimExecutor::new(Arc::default());
-        let view = BatchView { contract: &contract, rows: 1, padded_len: 1, lens: &[1], inputs: &[input] };
+        let view = BatchView { contract: &contract, layout: Layout::Padded, rows: 1, padded_len: 1, lens: &[1], inputs: &[input] };
         device.run(ModelHandle(0), view, &mut output).expect("no fault was ordered");
         assert_eq!(output.outputs[0].bytes(), b"mine");
         assert_eq!(device.device, [vec![POISON; 4]]);

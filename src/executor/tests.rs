@@ -20,7 +20,7 @@ use crate::mailbox::{Receiver, mailbox};
 use crate::scatter::{append_result, failure_of};
 use crate::scheduler::SealedBatch;
 use crate::telemetry::{ModelLabels, Telemetry};
-use crate::vocab::{Code, DType, Executed, ModelHandle, Moment, SealReason, TicketKey};
+use crate::vocab::{Code, DType, Executed, Layout, ModelHandle, Moment, SealReason, TicketKey};
 
 const SHARDS: u16 = 3;
 
@@ -91,6 +91,8 @@ impl Rig {
             executor: 0,
             rows,
             rows_possible: rows,
+            layout: Layout::Padded,
+            squares_real: 0,
             padded_len,
             cells_real: 1,
             reason: SealReason::Full,
@@ -331,10 +333,10 @@ fn a_panic_or_error_in_a_model_costs_its_batch_and_the_instance_is_built_again()
 #[test]
 fn warming_up_runs_every_shape_twice_on_padding_and_mails_nobody() {
     let (mut rig, faults) = Rig::simulated();
-    let times = rig.worker.warm(ModelHandle(2), &[(1, 8), (8, 64)]).expect("the identity");
+    let times = rig.worker.warm(ModelHandle(2), Layout::Padded, &[(1, 8), (8, 64)]).expect("the identity");
     assert_eq!(times.len(), 2, "one time a shape");
     assert_eq!(faults.batches.load(Ordering::Relaxed), 4, "the second run of each is the one that is timed");
     assert!(rig.inboxes.iter().all(Receiver::is_empty));
     faults.failures.store(1, Ordering::Relaxed);
-    assert_eq!(rig.worker.warm(ModelHandle(0), &[(1, 8)]).expect_err("it fails").code, Code::ExecutorFailed);
+    assert_eq!(rig.worker.warm(ModelHandle(0), Layout::Padded, &[(1, 8)]).expect_err("it fails").code, Code::ExecutorFailed);
 }

@@ -12,8 +12,9 @@ use crate::contract::{Contract, NonFinite, first_non_finite};
 use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
+use crate::scheduler::SealedBatch;
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, ModelHandle, Moment, Refusal};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
 
 use super::Executor;
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
@@ -52,8 +53,8 @@ impl Worker {
         let contract = Arc::clone(&self.contracts[batch.model.index()]);
         let mut shared = self.take_finished(&contract, &slot);
         let finished = Arc::get_mut(&mut shared).expect("the pool gives only what nobody else holds");
-        finished.output.prepare(&contract, batch.rows, batch.padded_len);
-        let view = view_of(slot.staging(), &contract, batch.rows, batch.padded_len);
+        finished.output.prepare(&contract, batch.layout, &slot.staging().lens, batch.padded_len);
+        let view = view_of(slot.staging(), &contract, &batch);
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
         let metrics = self.telemetry.executor(self.index);
@@ -96,7 +97,12 @@ impl Worker {
 
     /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Each shape twice:
     /// returns how long the second run of each took.
-    pub fn warm(&mut self, model: ModelHandle, shapes: &[(u32, u32)]) -> Result<Vec<Duration>, Refusal> {
+    pub fn warm(
+        &mut self,
+        model: ModelHandle,
+        layout: Layout,
+        shapes: &[(u32, u32)],
+    ) -> Result<Vec<Duration>, Refusal> {
         let mut times = Vec::with_capacity(shapes.len());
         let contract = Arc::clone(&self.contracts[model.index()]);
         let pads: Vec<Vec<u8>> = contract.inputs.iter().map(|spec| spec.pad_bytes()).collect();
@@ -110,8 +116,8 @@ impl Worker {
             }
             let lens = vec![len; rows as usize];
             let mut output = BatchOutput::default();
-            output.prepare(&contract, rows, len);
-            let view = BatchView { contract: &contract, rows, padded_len: len, lens: &lens, inputs: &inputs };
+            output.prepare(&contract, layout, &lens, len);
+            let view = BatchView { contract: &contract, layout, rows, padded_len: len, lens: &lens, inputs: &inputs };
             let mut took = Duration::ZERO;
             for _ in 0..2 {
                 let start = clock::now();
@@ -146,8 +152,15 @@ impl Worker {
     }
 }
 
-fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, rows: u32, padded_len: u32) -> BatchView<'a> {
-    BatchView { contract, rows, padded_len, lens: &staging.lens, inputs: &staging.inputs[..contract.inputs.len()] }
+fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
+    BatchView {
+        contract,
+        layout: batch.layout,
+        rows: batch.rows,
+        padded_len: batch.padded_len,
+        lens: &staging.lens,
+        inputs: &staging.inputs[..contract.inputs.len()],
+    }
 }
 
 fn mark_non_finite_rows(contract: &Contract, lens: &[u32], output: &mut BatchOutput) {

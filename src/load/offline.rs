@@ -18,6 +18,7 @@ use crate::contract::Contract;
 use crate::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use crate::executor::model::{LoadedModel, ModelError};
 use crate::executor::pack::pack_rows;
+use crate::vocab::Layout;
 
 /// What to run.
 pub struct Options {
@@ -174,9 +175,10 @@ impl Runner<'_> {
                 pack_rows(&payload[offset..offset + row_bytes], row_bytes, stride, &pad, place);
             }
         }
-        output.prepare(self.contract, rows, batch.padded_len);
+        output.prepare(self.contract, Layout::Padded, &self.row_lens, batch.padded_len);
         let view = BatchView {
             contract: self.contract,
+            layout: Layout::Padded,
             rows,
             padded_len: batch.padded_len,
             lens: &self.row_lens,

@@ -21,7 +21,7 @@ use super::weights::WeightNames;
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec, TextSpec};
 use crate::scheduler::edges::{self, SHAPES, SHAPES_MAX};
 use crate::scheduler::{Buckets, Edges, PadTo, Policy, PolicyKind};
-use crate::vocab::DType;
+use crate::vocab::{DType, Layout};
 
 /// A manifest that was not taken: where, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +69,8 @@ pub struct Batching {
     /// Slack of requests without a deadline, and the unit in which waiting is weighed.
     pub slo: Duration,
     pub pad_to: PadTo,
+    /// None: end to end where the model can.
+    pub layout: Option<Layout>,
     /// Ascending, never empty; `[1]` for a model without a length, steps of an eighth where the manifest has none. Where
     /// they are automatic: those to begin with.
     pub buckets: Vec<u32>,
@@ -142,18 +144,58 @@ pub enum Placement {
 #[serde(rename_all = "snake_case")]
 pub enum Activation {
     GeluErf,
+    /// By the tanh formula; not the same function.
+    GeluTanh,
+    Relu,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Pooling {
     Mean,
+    /// The first token.
+    Cls,
+    Max,
+}
+
+/// Which names a checkpoint's parameters have, and where its positions begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Family {
+    #[default]
+    Bert,
+    /// And XLM-R.
+    Roberta,
+    Distilbert,
+}
+
+impl Family {
+    /// Row of the position table that a row's first token has: RoBERTa's begins behind that of its padding id, 1.
+    pub fn first_position(self) -> usize {
+        match self {
+            Family::Roberta => 2,
+            Family::Bert | Family::Distilbert => 0,
+        }
+    }
+}
+
+/// What the encoder's output goes through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Head {
+    /// Nothing: the pooled vector is the answer.
+    #[default]
+    Embedding,
+    /// The family's classification head; the answer is its logits.
+    Classify,
 }
 
 /// `[model]` of the architecture `bert`.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BertParams {
+    #[serde(default)]
+    pub family: Family,
     pub layers: usize,
     pub hidden: usize,
     pub heads: usize,
@@ -166,6 +208,26 @@ pub struct BertParams {
     pub activation: Activation,
     pub pooling: Pooling,
     pub normalize: bool,
+    #[serde(default)]
+    pub head: Head,
+    /// Logits of the classification head.
+    #[serde(default)]
+    pub labels: Option<usize>,
+}
+
+impl BertParams {
+    /// Longest row that the position table has places for.
+    pub fn longest(&self) -> usize {
+        self.positions - self.family.first_position()
+    }
+
+    /// Values of an answer.
+    pub fn outputs(&self) -> usize {
+        match self.head {
+            Head::Embedding => self.hidden,
+            Head::Classify => self.labels.unwrap_or(1),
+        }
+    }
 }
 
 fn two() -> usize {
@@ -312,6 +374,8 @@ struct WrittenBatching {
     slo_ms: Option<f64>,
     #[serde(default)]
     pad_to: Option<String>,
+    #[serde(default)]
+    layout: Option<String>,
     #[serde(default)]
     buckets: Option<WrittenBuckets>,
     #[serde(default)]
@@ -572,6 +636,14 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
             return Err(format!("[batching] pad_to: expected \"bucket\" or \"longest\", got {other:?}"));
         }
     };
+    let layout = match written.layout.as_deref() {
+        None | Some("auto") => None,
+        Some("padded") => Some(Layout::Padded),
+        Some("packed") => Some(Layout::Packed),
+        Some(other) => {
+            return Err(format!("[batching] layout: expected \"padded\", \"packed\" or \"auto\", got {other:?}"));
+        }
+    };
     Ok(Batching {
         rows_max,
         padded_cells_max,
@@ -580,6 +652,7 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
         weight,
         slo: Duration::from_secs_f64(slo_ms / 1e3),
         pad_to,
+        layout,
         buckets,
         edges,
         shapes_max,
@@ -722,15 +795,36 @@ fn check_bert(contract: &Contract, params: &BertParams) -> Result<(), String> {
         ("intermediate", params.intermediate),
         ("vocab", params.vocab),
         ("positions", params.positions),
-        ("segments", params.segments),
+        ("labels", params.labels.unwrap_or(1)),
     ] {
         // A million of anything is beyond every BERT; a slip of the finger should not ask for terabytes.
         if !(1..=1 << 20).contains(&value) {
             return Err(format!("[model] {key}: expected 1 to {}, got {value}", 1 << 20));
         }
     }
+    // DistilBERT has none.
+    let least = usize::from(params.family != Family::Distilbert);
+    if !(least..=1 << 20).contains(&params.segments) {
+        return Err(format!("[model] segments: expected {least} to {}, got {}", 1 << 20, params.segments));
+    }
     if !params.hidden.is_multiple_of(params.heads) {
         return Err(format!("[model] heads: expected a divisor of hidden {}, got {}", params.hidden, params.heads));
+    }
+    if params.positions <= params.family.first_position() {
+        let least = params.family.first_position() + 1;
+        return Err(format!("[model] positions: expected at least {least} for this family, got {}", params.positions));
+    }
+    match (params.head, params.labels) {
+        (Head::Embedding, Some(labels)) => {
+            return Err(format!("[model] labels: expected none with head = \"embedding\", got {labels}"));
+        }
+        (Head::Classify, None) => {
+            return Err("[model] labels: expected how many with head = \"classify\", there is none".to_owned());
+        }
+        (Head::Classify, Some(_)) if params.pooling != Pooling::Cls || params.normalize => {
+            return Err("[model] head: expected pooling = \"cls\" and normalize = false with head = \"classify\"".to_owned());
+        }
+        _ => {}
     }
     if !(params.layer_norm_eps > 0.0 && params.layer_norm_eps < 1.0) {
         return Err(format!("[model] layer_norm_eps: expected above 0 and below 1, got {}", params.layer_norm_eps));

@@ -10,7 +10,6 @@ pub mod bert;
 pub mod digits;
 pub mod echo;
 pub mod faulty;
-mod fused;
 pub mod manifest;
 pub mod repository;
 pub mod sleep;

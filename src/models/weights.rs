@@ -173,12 +173,22 @@ impl Weights {
 
     /// The tensor that the model calls `parameter`, on the device.
     pub fn take(&mut self, parameter: &str, shape: &[usize]) -> Result<Tensor, WeightsError> {
+        let prefixed = format!("{}{parameter}", self.names.prefix);
+        self.take_named(parameter, prefixed, shape)
+    }
+
+    /// The same for a parameter that does not stand under the prefix.
+    pub fn take_beside(&mut self, parameter: &str, shape: &[usize]) -> Result<Tensor, WeightsError> {
+        self.take_named(parameter, parameter.to_owned(), shape)
+    }
+
+    fn take_named(&mut self, parameter: &str, usual: String, shape: &[usize]) -> Result<Tensor, WeightsError> {
         let name = match self.names.map.get(parameter) {
             Some(name) => {
                 self.map_used.insert(parameter.to_owned());
                 name.clone()
             }
-            None => format!("{}{parameter}", self.names.prefix),
+            None => usual,
         };
         let Ok(view) = self.tensors.get(&name) else {
             let nearest = self.nearest(&name);

@@ -11,7 +11,7 @@ use super::ledger::{Ledger, Report};
 use crate::capture::{Cancelled, CaptureEnd, Done, Event, Header, PolicyChange, TraceError, TraceReader};
 use crate::scheduler::state::{StateError, restore_policy};
 use crate::scheduler::{Group, Policy, Scheduler, SealedBatch, TicketId};
-use crate::vocab::{ModelHandle, Moment};
+use crate::vocab::{Layout, ModelHandle, Moment};
 
 /// Arrivals of a trace, at most: four bytes of memory each.
 pub const ARRIVALS_MAX: u64 = 1 << 26;
@@ -381,8 +381,10 @@ pub fn sealed_before(done: &Done) -> SealedBatch {
         executor: done.executor,
         rows: done.rows,
         rows_possible: done.rows,
+        layout: if done.packed.is_some() { Layout::Packed } else { Layout::Padded },
         padded_len: done.padded_len,
-        cells_real: 0,
+        cells_real: done.work().cells,
+        squares_real: done.work().squares,
         reason: crate::vocab::SealReason::Idle,
         sealed_at: Moment::ZERO,
     }

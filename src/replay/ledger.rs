@@ -253,6 +253,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vocab::Layout;
     use crate::scheduler::{Class, TenantId};
 
     fn arrival(deadline: Option<Moment>) -> Arrival {
@@ -267,6 +268,8 @@ mod tests {
             executor: 0,
             rows,
             rows_possible: 8,
+            layout: Layout::Padded,
+            squares_real: 0,
             padded_len: 10,
             cells_real: 8 * u64::from(rows),
             reason: SealReason::Idle,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::capture::{Done, Header};
 use crate::load::Rng;
-use crate::scheduler::cost::{Coefficients, CostModel};
+use crate::scheduler::cost::{Coefficients, CostModel, Work};
 use crate::vocab::Moment;
 
 const OCTAVES: usize = 24;
@@ -24,8 +24,7 @@ const HANDOVERS: usize = 4096;
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     model: u16,
-    rows: u32,
-    len: u32,
+    work: Work,
     nanos: u64,
     /// Its fixed part was not hidden behind another batch's run on the same device.
     alone: bool,
@@ -68,7 +67,7 @@ impl Observer {
             }
         }
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let sample = Sample { model: done.model.0, rows: done.rows, len: done.padded_len, nanos, alone };
+        let sample = Sample { model: done.model.0, work: done.work(), nanos, alone };
         self.samples.push(sample);
     }
 
@@ -85,14 +84,14 @@ impl Observer {
             let mut cost = CostModel::new(prior);
             let mine = || self.samples.iter().filter(|sample| usize::from(sample.model) == index);
             for sample in mine() {
-                cost.observe(sample.rows, sample.len, Duration::from_nanos(sample.nanos), sample.alone);
+                cost.observe_work(sample.work, Duration::from_nanos(sample.nanos), sample.alone);
             }
             let fit = cost.coefficients();
             let mut ratios: Vec<Reservoir<f64>> =
                 (0..OCTAVES * OCTAVES).map(|octave| Reservoir::new(KEPT, seed + octave as u64)).collect();
             for sample in mine().filter(|sample| sample.alone) {
-                let expected = fit.batch_time(sample.rows, sample.len).max(1.0);
-                ratios[octave(sample.rows, sample.len)].add(sample.nanos as f64 / expected);
+                let expected = fit.work_time(sample.work).max(1.0);
+                ratios[octave(sample.work)].add(sample.nanos as f64 / expected);
             }
             ModelServices { fit, ratios: ratios.into_iter().map(|ratios| ratios.kept).collect() }
         });
@@ -142,14 +141,14 @@ impl Services {
         self.models[model].fit
     }
 
-    pub fn draw(&self, rng: &mut Rng, model: usize, rows: u32, len: u32) -> Drawn {
+    pub fn draw(&self, rng: &mut Rng, model: usize, work: Work) -> Drawn {
         let services = &self.models[model];
-        let own = &services.ratios[octave(rows, len)];
+        let own = &services.ratios[octave(work)];
         let guessed = own.is_empty();
-        let known = if guessed { services.nearest(rows, len) } else { Some(own) };
+        let known = if guessed { services.nearest(work) } else { Some(own) };
         let ratio = known.map_or(1.0, |ratios| ratios[pick(rng, ratios.len())]);
         let fit = services.fit;
-        Drawn { fixed: fit.batch * ratio, rows: f64::from(rows) * fit.row(len) * ratio, guessed }
+        Drawn { fixed: fit.batch * ratio, rows: (fit.work_time(work) - fit.batch) * ratio, guessed }
     }
 
     /// How long after its seal and service a batch is heard of.
@@ -164,17 +163,17 @@ impl Services {
 
 impl ModelServices {
     /// The times of the nearest octave that has any.
-    fn nearest(&self, rows: u32, len: u32) -> Option<&Vec<f64>> {
-        let at = octave(rows, len);
+    fn nearest(&self, work: Work) -> Option<&Vec<f64>> {
+        let at = octave(work);
         let far = |other: usize| (at / OCTAVES).abs_diff(other / OCTAVES) + (at % OCTAVES).abs_diff(other % OCTAVES);
         let known = self.ratios.iter().enumerate().filter(|(_, ratios)| !ratios.is_empty());
         known.min_by_key(|(other, _)| far(*other)).map(|(_, ratios)| ratios)
     }
 }
 
-fn octave(rows: u32, len: u32) -> usize {
+fn octave(work: Work) -> usize {
     let of = |n: u32| (n.max(1).ilog2() as usize).min(OCTAVES - 1);
-    of(rows) * OCTAVES + of(len)
+    of(work.rows) * OCTAVES + of(work.mean_len())
 }
 
 fn pick(rng: &mut Rng, count: usize) -> usize {

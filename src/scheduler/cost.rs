@@ -1,5 +1,5 @@
-//! How long a batch takes, learned from the batches that ran: `a + b·w(L)` for b rows padded to L cells, where
-//! `w(L) = c1·L + c2·L²`.
+//! How long a batch takes, learned from the batches that ran: `a + b·w(L)` for b rows padded to L cells, `a + Σ w(Lᵢ)` for rows
+//! that lie end to end, where `w(L) = c1·L + c2·L²`.
 //!
 //! The fit is least squares over relative errors with exponential forgetting, solved anew for each observation from
 //! decayed normal equations (three unknowns), with a weak pull towards the prior. The textbook recursive form (RLS)
@@ -38,8 +38,45 @@ impl Coefficients {
         self.batch + f64::from(rows) * self.row(len)
     }
 
+    /// The same of rows of different lengths.
+    pub fn work_time(&self, work: Work) -> f64 {
+        self.batch + self.cell * work.cells as f64 + self.square * work.squares as f64
+    }
+
     fn get(&self, term: usize) -> f64 {
         [self.batch, self.cell, self.square][term]
+    }
+}
+
+/// What a batch makes an executor compute.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
+pub struct Work {
+    pub rows: u32,
+    /// Sum of the rows' lengths, padding included where there is any.
+    pub cells: u64,
+    /// Sum of the squares of these lengths.
+    pub squares: u64,
+}
+
+impl Work {
+    /// Rows padded to one length.
+    pub fn padded(rows: u32, len: u32) -> Work {
+        let mut work = Work::default();
+        work.add(rows, len);
+        work
+    }
+
+    /// More rows of one length.
+    pub fn add(&mut self, rows: u32, len: u32) {
+        let (n, len) = (u64::from(rows), u64::from(len));
+        self.rows += rows;
+        self.cells += n * len;
+        self.squares += n * len * len;
+    }
+
+    /// Mean length of its rows, rounded down.
+    pub fn mean_len(&self) -> u32 {
+        (self.cells / u64::from(self.rows.max(1))) as u32
     }
 }
 
@@ -191,21 +228,33 @@ impl CostModel {
         self.fit.batch_time(rows, len) * f64::from(self.corrections[octave(rows, len)].0)
     }
 
+    /// T of rows of different lengths, with the correction of their mean.
+    pub fn predict_work(&self, work: Work) -> f64 {
+        if !self.is_known() {
+            return 0.0;
+        }
+        self.fit.work_time(work) * f64::from(self.corrections[octave(work.rows, work.mean_len())].0)
+    }
+
     pub fn predicted(&self, rows: u32, len: u32) -> Duration {
         Duration::from_nanos(self.predict(rows, len) as u64)
     }
 
-    /// A batch of this shape took so long. `alone` says that its fixed part was not hidden behind another batch's run.
+    /// A padded batch of this shape took so long.
     pub fn observe(&mut self, rows: u32, len: u32, took: Duration, alone: bool) {
+        self.observe_work(Work::padded(rows, len), took, alone);
+    }
+
+    /// A batch took so long. `alone` says that its fixed part was not hidden behind another batch's run.
+    pub fn observe_work(&mut self, work: Work, took: Duration, alone: bool) {
         let took = took.as_nanos() as f64;
-        if took <= 0.0 || rows == 0 {
+        if took <= 0.0 || work.rows == 0 {
             return;
         }
-        let (b, l) = (f64::from(rows), f64::from(len));
-        let x = [if alone { 1.0 } else { 0.0 }, b * l, b * l * l];
+        let x = [if alone { 1.0 } else { 0.0 }, work.cells as f64, work.squares as f64];
         let mut weight = 1.0;
         if self.observations > 0 {
-            let expected = self.predict(rows, len) - if alone { 0.0 } else { self.fit.batch };
+            let expected = self.predict_work(work) - if alone { 0.0 } else { self.fit.batch };
             let off = (expected / took - 1.0).abs();
             if self.observations > SETTLED && off > OUTLIER * self.error.max(0.01) {
                 weight = OUTLIER_WEIGHT;
@@ -224,13 +273,13 @@ impl CostModel {
         }
         self.fit = self.solve();
         if alone {
-            self.correct(rows, len, took);
+            self.correct(work, took);
         }
     }
 
-    fn correct(&mut self, rows: u32, len: u32, took: f64) {
-        let ratio = (took / self.fit.batch_time(rows, len)).clamp(0.25, 4.0);
-        let (factor, count) = &mut self.corrections[octave(rows, len)];
+    fn correct(&mut self, work: Work, took: f64) {
+        let ratio = (took / self.fit.work_time(work)).clamp(0.25, 4.0);
+        let (factor, count) = &mut self.corrections[octave(work.rows, work.mean_len())];
         *count = count.saturating_add(1);
         // The mean of the first ones, then of the recent ones; a factor seen once is believed a little only.
         let share = (1.0 / (f64::from(*count) + 3.0)).max(0.05);

@@ -1,13 +1,15 @@
 //! The policies `window` and `greedy_tokens`: rows in the order they came, closed by the first that does not fit.
 //!
 //! What fixed-window and token-budget batchers do, with two kindnesses that they do not all have: a batch is bound when an
-//! executor is free and not before, and its length is that of its rows.
+//! executor is free and not before, and its length is that of its rows. Where rows lie end to end the budget is of their own
+//! cells.
 
+use super::cost::Work;
 use super::lane::Lanes;
 use super::lengths::Choice;
 use super::ticket::{Place, Tickets};
 use super::{Policy, TicketId};
-use crate::vocab::{Moment, SealReason};
+use crate::vocab::{Layout, Moment, SealReason};
 
 /// The next batch would be these rows: how many tickets from the front, and whether another would not have fitted.
 struct Prefix {
@@ -18,23 +20,32 @@ struct Prefix {
 fn walk(lanes: &mut Lanes, tickets: &mut Tickets, policy: &Policy, mut take: impl FnMut(TicketId)) -> Prefix {
     let mut cursors: Vec<Option<TicketId>> =
         (0..lanes.buckets()).map(|bucket| lanes.lane(0, super::Class::ALL[0], bucket).oldest()).collect();
-    let (mut rows, mut longest) = (0u32, 0u32);
+    let (mut work, mut longest) = (Work::default(), 0u32);
     loop {
         let next = cursors
             .iter()
             .enumerate()
             .filter_map(|(bucket, id)| Some((bucket, (*id)?)))
             .reduce(|a, b| if tickets[b.1].came_before(&tickets[a.1]) { b } else { a });
-        let Some((bucket, id)) = next else { return Prefix { full: rows >= policy.rows_at(longest.max(1)) } };
+        let Some((bucket, id)) = next else { return Prefix { full: is_full(policy, work, longest) } };
         let ticket = &tickets[id];
         let with = longest.max(policy.padded_len(ticket.len));
-        if rows + ticket.rows > policy.rows_at(with) {
+        let mut grown = work;
+        grown.add(ticket.rows, ticket.len);
+        if !policy.fits(grown, with) {
             return Prefix { full: true };
         }
-        rows += ticket.rows;
-        longest = with;
+        (work, longest) = (grown, with);
         cursors[bucket] = lanes.after(tickets, id);
         take(id);
+    }
+}
+
+/// Not another row fits.
+fn is_full(policy: &Policy, work: Work, longest: u32) -> bool {
+    match policy.layout {
+        Layout::Padded => work.rows >= policy.rows_at(longest.max(1)),
+        Layout::Packed => work.rows >= policy.rows_max || work.cells >= policy.cells_max,
     }
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::edges::SHAPES_MAX;
 use super::policy::{Class, Edges, PadTo, Policy, PolicyKind};
 use super::{Buckets, QueueLimits};
+use crate::vocab::Layout;
 
 /// A knob, as help text shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,7 @@ pub const KNOBS: &[Knob] = &[
     ),
     knob("shapes_max", "buckets", "1 to 64", "most buckets where they are chosen automatically"),
     knob("pad_to", "", "bucket or longest", "what a batch is padded to: its longest row's bucket, or that row"),
+    knob("layout", "", "padded, or packed where the model can", "how the rows of a batch lie: each in its place, or end to end"),
     knob("slo_ms", "ms", "0.01 to 600000", "slack of a request without a deadline, and the unit of ageing"),
     knob("weight", "", "0.001 to 1000", "share of the executors, beside other models'"),
     knob("fill_waste_max", "", "0 to below 1", "policy buckets: most padding in a shorter lane that joins a batch"),
@@ -116,6 +118,7 @@ impl Policy {
                 PadTo::Bucket => "bucket".into(),
                 PadTo::Longest => "longest".into(),
             },
+            "layout" => self.layout.name().into(),
             "slo_ms" => (self.slo.as_nanos() as f64 / 1e6).to_string(),
             "weight" => self.weight.to_string(),
             "fill_waste_max" => self.fill_waste_max.to_string(),
@@ -165,6 +168,14 @@ impl Policy {
                 self.pad_to = match value {
                     "bucket" => PadTo::Bucket,
                     "longest" => PadTo::Longest,
+                    _ => return Err(wrong()),
+                }
+            }
+            "layout" => {
+                self.layout = match value {
+                    "padded" => Layout::Padded,
+                    "packed" if self.can_pack => Layout::Packed,
+                    "packed" => return Err("layout: expected padded, the only one that this model has; got `packed`".into()),
                     _ => return Err(wrong()),
                 }
             }

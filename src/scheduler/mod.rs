@@ -39,10 +39,10 @@ pub use bucket::Buckets;
 pub use policy::{Class, Edges, Group, PadTo, Policy, PolicyKind, Tuning};
 pub use seats::{Running, Seat, SeatSpec};
 
-use crate::vocab::{Code, ModelHandle, Moment, Refusal, SealReason, Stage};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage};
 use admission::Totals;
 use compose::Compositions;
-use cost::CostModel;
+use cost::{CostModel, Work};
 use decision::{Decision, DecisionLog, Verdict, VerdictCounts};
 use due::Due;
 use edges::LengthHistogram;
@@ -99,16 +99,29 @@ pub struct SealedBatch {
     pub rows: u32,
     /// Rows that would have fitted at this padded length.
     pub rows_possible: u32,
+    pub layout: Layout,
+    /// What its rows are padded to, or the longest of them.
     pub padded_len: u32,
     /// Cells that carry data: the sum of the rows' lengths.
     pub cells_real: u64,
+    /// Sum of the squares of the rows' lengths.
+    pub squares_real: u64,
     pub reason: SealReason,
     pub sealed_at: Moment,
 }
 
 impl SealedBatch {
+    /// Cells that are computed, padding included.
     pub fn cells_padded(&self) -> u64 {
-        u64::from(self.rows) * u64::from(self.padded_len)
+        self.work().cells
+    }
+
+    /// What its executor has to compute.
+    pub fn work(&self) -> Work {
+        match self.layout {
+            Layout::Padded => Work::padded(self.rows, self.padded_len),
+            Layout::Packed => Work { rows: self.rows, cells: self.cells_real, squares: self.squares_real },
+        }
     }
 }
 
@@ -664,7 +677,7 @@ impl Scheduler {
         queue.service.observe(service);
         self.drain_rate.observe(batch.cells_padded(), service);
         if !shared {
-            queue.cost.observe(batch.rows, batch.padded_len, service, true);
+            queue.cost.observe_work(batch.work(), service, true);
             return;
         }
         // On a shared device a batch waits for the one before: what it took from the device is the time since.
@@ -672,9 +685,9 @@ impl Scheduler {
         let fixed = Duration::from_nanos(queue.cost.coefficients().batch as u64);
         let last = device.last_finish;
         if last > running.started + fixed {
-            queue.cost.observe(batch.rows, batch.padded_len, now.since(last), false);
+            queue.cost.observe_work(batch.work(), now.since(last), false);
         } else {
-            queue.cost.observe(batch.rows, batch.padded_len, service, true);
+            queue.cost.observe_work(batch.work(), service, true);
         }
         device.last_finish = now;
         self.seats.expect_free(usize::from(batch.executor), now);
@@ -945,27 +958,28 @@ impl Scheduler {
         let queue = &self.models[model.index()];
         let longest = members.iter().map(|id| self.tickets[*id].len).max().expect("a batch has members");
         let padded_len = queue.policy.padded_len(longest);
-        let rows_possible = queue.policy.rows_at(padded_len);
-        let (mut rows, mut cells_real) = (0, 0);
+        let mut real = Work::default();
         for id in members {
             let ticket = &self.tickets[*id];
-            rows += ticket.rows;
-            cells_real += u64::from(ticket.rows) * u64::from(ticket.len);
+            real.add(ticket.rows, ticket.len);
         }
-        assert!(rows <= rows_possible, "{rows} rows of {padded_len} in a batch of at most {rows_possible}");
-        let predicted = queue.cost.predict(rows, padded_len);
+        assert!(queue.policy.fits(real, padded_len), "{real:?} of at most {padded_len} in a batch of {:?}", queue.policy);
+        let rows = real.rows;
         self.batches += 1;
         let batch = SealedBatch {
             id: self.batches,
             model,
             executor: seat as u16,
             rows,
-            rows_possible,
+            rows_possible: queue.policy.rows_like(real, padded_len),
+            layout: queue.policy.layout,
             padded_len,
-            cells_real,
+            cells_real: real.cells,
+            squares_real: real.squares,
             reason,
             sealed_at: now,
         };
+        let predicted = queue.cost.predict_work(batch.work());
         let plan_of = |value: fn(&Plan) -> f64| plan.as_ref().map_or(0.0, value) as f32;
         self.note(Decision {
             verdict: Verdict::Sealed(reason),

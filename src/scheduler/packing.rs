@@ -12,6 +12,9 @@
 //!    alone, take the most urgent part instead, unless that is much less efficient.
 //! 4. If the batch would miss a deadline of its own, shrink it, unless that is much less efficient; otherwise give up those
 //!    who cannot make it.
+//! Where rows lie end to end no row makes another dearer: 2 and 3 are then the soonest deadlines of the highest class, as many
+//! as the budget holds, and 4 and 5 are the same.
+//!
 //! 5. Hold it only while the next row is expected sooner than it is worth, or for the explicit window.
 //!
 //! Always true
@@ -22,14 +25,14 @@
 use std::time::Duration;
 
 use super::TicketId;
-use super::cost::CostModel;
+use super::cost::{CostModel, Work};
 use super::due::Due;
 use super::lane::Lanes;
 use super::lengths::{LOOK_AHEAD, WAKE_MARGIN};
 use super::policy::{Class, Policy};
 use super::tenants::Tenants;
 use super::ticket::{Place, Tickets};
-use crate::vocab::{Moment, SealReason};
+use crate::vocab::{Layout, Moment, SealReason};
 
 /// Where and when the batch would run.
 #[derive(Clone, Copy, Debug)]
@@ -56,6 +59,10 @@ pub struct Plan {
     pub shortest: u16,
     pub longest: u16,
     pub rows: u32,
+    /// Most cells of its rows, where they lie end to end.
+    pub cells: u64,
+    /// No further row fits.
+    pub full: bool,
     /// In it whatever else is.
     pub anchor: Option<TicketId>,
     /// Classes up to this one only.
@@ -197,21 +204,25 @@ impl Queue<'_> {
     ///
     /// Hot: once per batch and per held turn. Guarded by benches/scheduler.rs.
     pub fn decide(&mut self, outlook: &Outlook) -> Outcome {
+        let packed = self.policy.layout == Layout::Packed;
         // Giving rows up changes what is best, so look again; a third time would gain nothing.
         for _ in 0..2 {
-            let Some(plan) = self.look(outlook) else { return Outcome::Nothing };
-            if let Some(plan) = self.fit_deadlines(outlook, plan) {
+            let look = if packed { self.look_packed(outlook) } else { self.look(outlook) };
+            let Some(plan) = look else { return Outcome::Nothing };
+            let fitted =
+                if packed { self.fit_deadlines_packed(outlook, plan) } else { self.fit_deadlines(outlook, plan) };
+            if let Some(plan) = fitted {
                 return self.when(outlook, plan);
             }
         }
-        match self.look(outlook) {
+        match if packed { self.look_packed(outlook) } else { self.look(outlook) } {
             Some(plan) => self.when(outlook, plan),
             None => Outcome::Nothing,
         }
     }
 
-    /// Steps 1 to 3.
-    fn look(&mut self, outlook: &Outlook) -> Option<Plan> {
+    /// Step 1, and the classes that may go.
+    fn fill(&mut self, outlook: &Outlook) -> Option<usize> {
         let strict = outlook.now < self.packer.strict_until;
         let mut lowest_class = if strict { self.packer.strict_class } else { Class::COUNT - 1 };
         self.fill_cells(outlook, lowest_class);
@@ -219,9 +230,90 @@ impl Queue<'_> {
             lowest_class = Class::COUNT - 1;
             self.fill_cells(outlook, lowest_class);
         }
-        if self.packer.cells.is_empty() {
-            return None;
+        (!self.packer.cells.is_empty()).then_some(lowest_class)
+    }
+
+    /// Steps 1 to 3 where rows lie end to end. Which rows share a batch costs nothing then, so they go by class and deadline,
+    /// as many as the budget holds.
+    fn look_packed(&mut self, outlook: &Outlook) -> Option<Plan> {
+        let lowest_class = self.fill(outlook)?;
+        let overdue = self.overdue(outlook.now);
+        let (rows, cells, time) = self.waiting();
+        let cells_max = self.policy.cells_max as f64;
+        let full = rows >= f64::from(self.policy.rows_max) || cells >= cells_max;
+        let share = (cells_max / cells).min(f64::from(self.policy.rows_max) / rows).min(1.0);
+        let fixed = self.cost.coefficients().batch;
+        let efficiency = share * time / larger(fixed + share * time, 1e-9);
+        let all = &self.packer.cells;
+        let (shortest, longest) = (all[0].bucket, all[all.len() - 1].bucket);
+        let anchor = overdue.or_else(|| self.soonest_in(outlook, shortest, longest, lowest_class));
+        Some(Plan {
+            reason: if overdue.is_some() { SealReason::Urgent } else { SealReason::Idle },
+            shortest,
+            longest,
+            rows: self.policy.rows_max,
+            cells: self.policy.cells_max,
+            full,
+            anchor,
+            lowest_class,
+            predicted: fixed + share * time,
+            efficiency,
+            best_efficiency: efficiency,
+        })
+    }
+
+    /// Rows that wait, their cells and their time without a batch's fixed cost; each counted as its bucket's longest.
+    fn waiting(&self) -> (f64, f64, f64) {
+        let mut sums = (0.0, 0.0, 0.0);
+        for cell in &self.packer.cells {
+            sums.0 += cell.rows;
+            sums.1 += cell.rows * f64::from(self.policy.buckets.len_at(cell.bucket));
+            sums.2 += cell.rows * cell.row;
         }
+        sums
+    }
+
+    /// Step 4 where rows lie end to end.
+    fn fit_deadlines_packed(&mut self, outlook: &Outlook, plan: Plan) -> Option<Plan> {
+        if !self.cost.is_known() {
+            return Some(plan);
+        }
+        let due = self.packer.cells.iter().map(|cell| cell.due).min().unwrap_or(Moment::FAR);
+        let fixed = self.cost.coefficients().batch;
+        let begin = after(outlook.start, fixed).max(outlook.device_free).since(outlook.start).as_nanos() as f64;
+        let run = plan.predicted - fixed;
+        let inflate = 1.0 + self.cost.margin();
+        if due == Moment::FAR || after(outlook.start, (begin + run) * inflate) <= due {
+            return Some(plan);
+        }
+        let fits = larger(due.since(outlook.start).as_nanos() as f64 / inflate - begin, 0.0);
+        let efficiency = fits / larger(fixed + fits, 1e-9);
+        if fits > 0.0 && efficiency >= self.policy.tuning.efficiency_floor * plan.efficiency {
+            let (_, cells, time) = self.waiting();
+            let cells = (cells * fits / larger(time, 1e-9)) as u64;
+            return Some(Plan {
+                reason: SealReason::Urgent,
+                cells: cells.clamp(1, plan.cells),
+                efficiency,
+                predicted: fixed + fits,
+                ..plan
+            });
+        }
+        let done = after(outlook.start, begin + run);
+        let before = self.shed.len();
+        for bucket in plan.shortest..=plan.longest {
+            for class in &Class::ALL[..=plan.lowest_class] {
+                if self.lanes.sums(*class, bucket).tickets > 0 {
+                    self.give_up_before(*class, bucket, done);
+                }
+            }
+        }
+        if self.shed.len() == before { Some(plan) } else { None }
+    }
+
+    /// Steps 1 to 3.
+    fn look(&mut self, outlook: &Outlook) -> Option<Plan> {
+        let lowest_class = self.fill(outlook)?;
         let overdue = self.overdue(outlook.now);
         let best = match overdue {
             Some(id) => self.best_around(outlook, id),
@@ -244,6 +336,8 @@ impl Queue<'_> {
             shortest,
             longest,
             rows: chosen.rows as u32,
+            cells: u64::MAX,
+            full: chosen.rows as u32 >= self.policy.rows_at(len),
             anchor,
             lowest_class,
             predicted: self.cost.predict(chosen.rows as u32, len),
@@ -620,7 +714,8 @@ impl Queue<'_> {
             let efficiency = fits * per_row / self.occupancy(outlook, fits, last.row);
             if efficiency >= self.policy.tuning.efficiency_floor * plan.efficiency {
                 let predicted = self.cost.predict(fits as u32, self.policy.buckets.len_at(plan.longest));
-                return Some(Plan { rows: fits as u32, reason: SealReason::Urgent, efficiency, predicted, ..plan });
+                let rows = fits as u32;
+                return Some(Plan { rows, full: false, reason: SealReason::Urgent, efficiency, predicted, ..plan });
             }
         }
         let done = self.done_at(outlook, rows, plan.longest, 1.0);
@@ -639,7 +734,7 @@ impl Queue<'_> {
     fn when(&mut self, outlook: &Outlook, plan: Plan) -> Outcome {
         let len = self.policy.buckets.len_at(plan.longest);
         let seal = |reason| Outcome::Seal(Plan { reason, ..plan });
-        if plan.rows >= self.policy.rows_at(len) {
+        if plan.full {
             return seal(SealReason::Full);
         }
         if outlook.draining {
@@ -649,7 +744,11 @@ impl Queue<'_> {
             return seal(SealReason::Urgent);
         }
         let due = self.due.first().map_or(Moment::FAR, |(due, _)| due);
-        let grown = self.cost.predict(plan.rows + 1, len) * (1.0 + self.cost.margin());
+        let grown = match self.policy.layout {
+            Layout::Padded => self.cost.predict(plan.rows + 1, len),
+            Layout::Packed => plan.predicted + self.cost.coefficients().row(len),
+        };
+        let grown = grown * (1.0 + self.cost.margin());
         let latest = if due == Moment::FAR { due } else { due - Duration::from_nanos(grown as u64) - WAKE_MARGIN };
         match self.policy.queue_delay_max {
             Some(Duration::ZERO) => seal(SealReason::Idle),
@@ -694,20 +793,26 @@ impl Queue<'_> {
     /// Takes the planned rows: the highest class first, in it the soonest deadline, and in a bucket the tenant that is
     /// furthest behind.
     pub fn take(&mut self, plan: &Plan, tenants: &mut Tenants, members: &mut Vec<TicketId>) {
-        let mut room = plan.rows;
-        let len = self.policy.buckets.len_at(plan.longest);
+        let padded_len = match self.policy.layout {
+            Layout::Padded => Some(self.policy.buckets.len_at(plan.longest)),
+            Layout::Packed => None,
+        };
+        let mut room = Room { rows: plan.rows, cells: plan.cells, padded_len };
         if let Some(id) = plan.anchor {
-            room = room.saturating_sub(self.take_one(id, len, tenants, members));
+            self.take_one(id, &mut room, tenants, members);
         }
         for class in &Class::ALL[..=plan.lowest_class] {
-            let rows: u32 = (plan.shortest..=plan.longest).map(|bucket| self.lanes.sums(*class, bucket).rows).sum();
-            if rows == 0 || room == 0 {
+            let mut work = Work::default();
+            for bucket in plan.shortest..=plan.longest {
+                work.add(self.lanes.sums(*class, bucket).rows, self.policy.buckets.len_at(bucket));
+            }
+            if work.rows == 0 || room.is_used_up() {
                 continue;
             }
-            if rows <= room {
+            if room.holds(work.rows, work.cells) {
                 for bucket in (plan.shortest..=plan.longest).rev() {
                     while self.lanes.sums(*class, bucket).tickets > 0 {
-                        room -= self.take_next(*class, bucket, room, len, tenants, members);
+                        self.take_next(*class, bucket, &mut room, tenants, members);
                     }
                 }
                 continue;
@@ -716,13 +821,12 @@ impl Queue<'_> {
             heads.clear();
             let holding = (plan.shortest..=plan.longest).filter(|bucket| self.lanes.sums(*class, *bucket).tickets > 0);
             heads.extend(holding.map(|bucket| (self.lanes.head_due(*class, bucket), bucket)));
-            while room > 0 {
+            while !room.is_used_up() {
                 let soonest = (0..heads.len()).reduce(|a, b| if heads[b].0 <= heads[a].0 { b } else { a });
                 let Some(at) = soonest else { break };
                 let bucket = heads[at].1;
-                let rows = self.take_next(*class, bucket, room, len, tenants, members);
-                room -= rows;
-                if rows == 0 || self.lanes.sums(*class, bucket).tickets == 0 {
+                let taken = self.take_next(*class, bucket, &mut room, tenants, members);
+                if !taken || self.lanes.sums(*class, bucket).tickets == 0 {
                     heads.swap_remove(at);
                 } else {
                     heads[at].0 = self.lanes.head_due(*class, bucket);
@@ -735,40 +839,41 @@ impl Queue<'_> {
             let bucket = (plan.shortest..=plan.longest).rev().find(|bucket| self.lanes.rows(*bucket) > 0);
             let bucket = bucket.expect("a plan is made of buckets that hold rows");
             let id = self.lanes.oldest(self.tickets, bucket).expect("it holds rows");
-            self.take_one(id, len, tenants, members);
+            self.take_one(id, &mut room, tenants, members);
         }
     }
 
-    /// Takes one ticket of a bucket that fits. Returns its rows, 0 when none fits.
+    /// Takes one ticket of a bucket that fits. False when none does.
     fn take_next(
         &mut self,
         class: Class,
         bucket: u16,
-        room: u32,
-        len: u32,
+        room: &mut Room,
         tenants: &mut Tenants,
         members: &mut Vec<TicketId>,
-    ) -> u32 {
+    ) -> bool {
         let mut best: Option<(f64, TicketId)> = None;
         for tenant in 0..self.lanes.tenants {
             let Some(head) = self.lanes.lane(tenant, class, bucket).oldest() else { continue };
             let time = if self.lanes.tenants == 1 { 0.0 } else { tenants.time(tenant) };
             if best.is_none_or(|(least, _)| time < least)
-                && let Some(id) = self.fitting(head, room)
+                && let Some(id) = self.fitting(head, &*room)
             {
                 best = Some((time, id));
             }
         }
-        let Some((_, id)) = best else { return 0 };
-        self.take_one(id, len, tenants, members)
+        let Some((_, id)) = best else { return false };
+        self.take_one(id, room, tenants, members);
+        true
     }
 
-    /// The first of a lane, from `head`, that has at most `room` rows.
-    fn fitting(&self, head: TicketId, room: u32) -> Option<TicketId> {
+    /// The first of a lane, from `head`, that there is room for.
+    fn fitting(&self, head: TicketId, room: &Room) -> Option<TicketId> {
         let mut next = Some(head);
         for _ in 0..LOOK_AHEAD {
             let id = next?;
-            if self.tickets[id].rows <= room {
+            let ticket = &self.tickets[id];
+            if room.holds(ticket.rows, u64::from(ticket.rows) * u64::from(ticket.len)) {
                 return Some(id);
             }
             next = self.lanes.after(self.tickets, id);
@@ -776,12 +881,38 @@ impl Queue<'_> {
         None
     }
 
-    fn take_one(&mut self, id: TicketId, len: u32, tenants: &mut Tenants, members: &mut Vec<TicketId>) -> u32 {
+    fn take_one(&mut self, id: TicketId, room: &mut Room, tenants: &mut Tenants, members: &mut Vec<TicketId>) {
         self.lanes.unlink(self.tickets, self.due, id);
-        let (rows, tenant) = (self.tickets[id].rows, self.tickets[id].tenant);
-        tenants.charge(tenant, u64::from(rows) * u64::from(len));
+        let ticket = &self.tickets[id];
+        let (rows, len) = (ticket.rows, room.padded_len.unwrap_or(ticket.len));
+        tenants.charge(ticket.tenant, u64::from(rows) * u64::from(len));
+        room.use_up(rows, u64::from(rows) * u64::from(len));
         members.push(id);
-        rows
+    }
+}
+
+/// What a batch still has room for.
+struct Room {
+    rows: u32,
+    /// Of the rows' own cells. Where they are padded it is the rows that say how much fits.
+    cells: u64,
+    padded_len: Option<u32>,
+}
+
+impl Room {
+    fn holds(&self, rows: u32, cells: u64) -> bool {
+        rows <= self.rows && (self.padded_len.is_some() || cells <= self.cells)
+    }
+
+    fn is_used_up(&self) -> bool {
+        self.rows == 0 || self.cells == 0
+    }
+
+    fn use_up(&mut self, rows: u32, cells: u64) {
+        self.rows = self.rows.saturating_sub(rows);
+        if self.padded_len.is_none() {
+            self.cells = self.cells.saturating_sub(cells);
+        }
     }
 }
 

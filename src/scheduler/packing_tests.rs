@@ -88,6 +88,8 @@ fn ran(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, se
         executor: 0,
         rows,
         rows_possible: rows,
+        layout: Layout::Padded,
+        squares_real: 0,
         padded_len: 16,
         cells_real: 16,
         reason: SealReason::Full,

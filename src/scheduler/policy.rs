@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
+use super::cost::Work;
 use super::{Buckets, QueueLimits};
+use crate::vocab::Layout;
 
 /// Who decides. The first three are what other servers do, kept to compare with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, bincode::Decode, bincode::Encode)]
@@ -85,7 +87,8 @@ pub struct Policy {
     pub kind: PolicyKind,
     /// Most rows in a batch.
     pub rows_max: u32,
-    /// Most padded cells (rows × padded length) in a batch. At least the longest bucket.
+    /// Most cells in a batch: rows × padded length, or the sum of the rows' lengths where they lie end to end. At least the
+    /// longest bucket.
     pub cells_max: u64,
     /// How long the oldest row may be held for others while an executor is idle. 0: never. `None`: for as long as that
     /// pays (`cost`), never (the others).
@@ -95,6 +98,10 @@ pub struct Policy {
     /// Most buckets where the scheduler chooses them.
     pub shapes_max: u16,
     pub pad_to: PadTo,
+    /// How the rows of its batches lie.
+    pub layout: Layout,
+    /// The model can run rows that lie end to end.
+    pub can_pack: bool,
     /// `buckets`: a shorter lane joins a batch when at most this share of its rows would be padding.
     pub fill_waste_max: f64,
     /// Which executors run it.
@@ -161,6 +168,8 @@ impl Policy {
             edges: Edges::default(),
             shapes_max: super::edges::SHAPES,
             pad_to: PadTo::default(),
+            layout: Layout::Padded,
+            can_pack: false,
             fill_waste_max: 0.25,
             group: Group::Executors,
             queue: QueueLimits::NONE,
@@ -176,6 +185,25 @@ impl Policy {
         self.rows_max.min(u32::try_from(by_cells).unwrap_or(u32::MAX))
     }
 
+    /// Whether a batch of these rows and no others is within the budgets; `longest` is already a padded length.
+    pub fn fits(&self, work: Work, longest: u32) -> bool {
+        match self.layout {
+            Layout::Padded => work.rows <= self.rows_at(longest),
+            Layout::Packed => work.rows <= self.rows_max && work.cells <= self.cells_max,
+        }
+    }
+
+    /// Rows like these that a batch could hold.
+    pub fn rows_like(&self, work: Work, longest: u32) -> u32 {
+        match self.layout {
+            Layout::Padded => self.rows_at(longest),
+            Layout::Packed => {
+                let by_cells = u64::from(work.rows) * self.cells_max / work.cells.max(1);
+                self.rows_max.min(u32::try_from(by_cells).unwrap_or(u32::MAX)).max(work.rows)
+            }
+        }
+    }
+
     /// The window of the policies that have one.
     pub fn window(&self) -> Duration {
         self.queue_delay_max.unwrap_or(Duration::ZERO)
@@ -184,6 +212,8 @@ impl Policy {
     /// What a batch is padded to when this is its longest row.
     pub fn padded_len(&self, longest: u32) -> u32 {
         match self.pad_to {
+            // Nothing is padded where rows lie end to end.
+            _ if self.layout == Layout::Packed => longest,
             PadTo::Longest => longest,
             PadTo::Bucket => {
                 let bucket = self.buckets.of(longest).expect("a queued row has a bucket");

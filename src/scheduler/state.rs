@@ -21,7 +21,7 @@ use super::{Buckets, ModelQueue, Policy, Scheduler, TicketId};
 use crate::vocab::ModelHandle;
 
 /// Raised with every change of what is saved: a field, its type, its order, or what it means.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Most bytes of a saved state, and most memory that restoring one may ask for.
 pub const STATE_BYTES_MAX: usize = 256 << 20;

@@ -1,7 +1,7 @@
 //! The scheduler's promises, one by one with a manual clock, and all together against a plain model of it.
 
 use super::*;
-use crate::vocab::Executed;
+use crate::vocab::{Executed, Layout};
 
 const MS: Duration = Duration::from_millis(1);
 const US: Duration = Duration::from_micros(1);
@@ -75,6 +75,8 @@ fn finish(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32,
         executor: 0,
         rows,
         rows_possible: rows,
+        layout: Layout::Padded,
+        squares_real: 0,
         padded_len: 8,
         cells_real: 8,
         reason: SealReason::Full,

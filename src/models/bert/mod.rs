@@ -1,0 +1,281 @@
+//! The encoders of the BERT family: token ids to one answer per row, an embedding or the logits of a classifier.
+//!
+//! On a CPU the arithmetic is that of the room kernels, over rows that lie end to end or padded; on another device, and as the
+//! reference in tests, candle's own operations (reference.rs), padded.
+//!
+//! Always true
+//! - A row's answer depends on its own real tokens only: padding takes no part in attention or pooling, whatever ids stand there.
+//! - Every value stays finite for a row without any real token.
+//!
+//! Elsewhere: tensor names of a family (checkpoint.rs), of a file (weights.rs), sizes as the manifest gives them (manifest.rs).
+
+mod checkpoint;
+mod reference;
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+
+use self::checkpoint::{Between, Checkpoint, Dense, Norm};
+use self::reference::Reference;
+use super::manifest::{Activation, BertParams, Manifest, Pooling};
+use super::weights::{Weights, WeightsError};
+use crate::contract::{Contract, Dim, TensorSpec};
+use crate::executor::batch::{BatchOutput, BatchView};
+use crate::executor::model::{LoadedModel, Model, ModelError};
+use crate::kernels::encoder::{self, Encoder, Scratch};
+use crate::kernels::linear::{Packed, Then};
+use crate::kernels::{self, rows};
+use crate::vocab::{DType, Layout};
+
+enum Network {
+    Kernels(Encoder),
+    Candle(Reference),
+}
+
+/// An encoder under its contract.
+pub struct Bert {
+    contract: Contract,
+    network: Arc<Network>,
+    weight_bytes: u64,
+    /// Largest batch: places, rows, and longest row.
+    largest: (usize, usize, usize),
+}
+
+impl Bert {
+    /// Takes the encoder's parameters out of `weights`. The manifest must describe an encoder: [`check`] says so.
+    pub fn load(
+        manifest: &Manifest,
+        params: &BertParams,
+        weights: &mut Weights,
+        device: &Device,
+    ) -> Result<Bert, WeightsError> {
+        let contract = manifest.contract.clone();
+        let checkpoint = Checkpoint::take(params, contract.inputs.len() == 2, weights)?;
+        let network = if device.is_cpu() {
+            let encoder = pack(params, checkpoint).map_err(|error| weights.device_error("encoder", error))?;
+            Network::Kernels(encoder)
+        } else {
+            Network::Candle(Reference::new(params.clone(), checkpoint, device.clone()))
+        };
+        let batching = &manifest.batching;
+        let longest = batching.bucket_longest() as usize;
+        let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
+        let places = places.min(batching.rows_max as usize * longest);
+        let weight_bytes = weights.taken_bytes();
+        Ok(Bert { contract, network: Arc::new(network), weight_bytes, largest: (places, batching.rows_max as usize, longest) })
+    }
+}
+
+/// From a checkpoint to the layout that this machine multiplies fastest. The checkpoint's own copy is gone afterwards.
+fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Encoder> {
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    let norm = |norm: &Norm| {
+        let eps = params.layer_norm_eps as f32;
+        Ok::<_, candle_core::Error>(rows::Norm { weight: values(&norm.weight)?, shift: values(&norm.bias)?, eps })
+    };
+    let packed = |dense: &Dense| {
+        let inputs = dense.weight.dim(1)?;
+        Ok::<_, candle_core::Error>(Packed::new(&values(&dense.weight)?, &values(&dense.bias)?, inputs))
+    };
+    let scale = 1.0 / ((params.hidden / params.heads) as f64).sqrt();
+    let mut layers = Vec::with_capacity(params.layers);
+    // One after the other, so that no more than one layer is in memory twice.
+    for layer in checkpoint.layers {
+        let query = Dense { weight: (&layer.query.weight * scale)?, bias: (&layer.query.bias * scale)? };
+        let parts = [&query, &layer.key, &layer.value];
+        let qkv = Dense {
+            weight: Tensor::cat(&parts.map(|part| &part.weight), 0)?,
+            bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
+        };
+        layers.push(encoder::Layer {
+            qkv: packed(&qkv)?,
+            attention_out: packed(&layer.attention_out)?,
+            attention_norm: norm(&layer.attention_norm)?,
+            inner: packed(&layer.inner)?,
+            out: packed(&layer.out)?,
+            norm: norm(&layer.norm)?,
+        });
+    }
+    let head = (checkpoint.head.iter()).map(|(dense, between)| {
+        let then = match between {
+            Between::Tanh => Then::Tanh,
+            Between::Relu => Then::Relu,
+            Between::Nothing => Then::Nothing,
+        };
+        Ok::<_, candle_core::Error>((packed(dense)?, then))
+    });
+    Ok(Encoder {
+        hidden: params.hidden,
+        heads: params.heads,
+        words: values(&checkpoint.words)?,
+        places: values(&checkpoint.places)?,
+        segments: checkpoint.segments.as_ref().map_or(Ok(Vec::new()), values)?,
+        norm: norm(&checkpoint.norm)?,
+        layers,
+        activation: match params.activation {
+            Activation::GeluErf => Then::GeluErf,
+            Activation::GeluTanh => Then::GeluTanh,
+            Activation::Relu => Then::Relu,
+        },
+        pooling: match params.pooling {
+            Pooling::Mean => encoder::Pooling::Mean,
+            Pooling::Cls => encoder::Pooling::Cls,
+            Pooling::Max => encoder::Pooling::Max,
+        },
+        normalize: params.normalize,
+        head: head.collect::<Result<_, _>>()?,
+    })
+}
+
+/// What the architecture asks of a manifest; the parameters when it has it.
+pub fn check(manifest: &Manifest) -> Result<&BertParams, String> {
+    let params =
+        manifest.bert.as_ref().ok_or("expected a [model] table with layers, hidden, heads …; there is none")?;
+    let contract = &manifest.contract;
+    match &contract.inputs[..] {
+        [ids] => check_ids(ids, "token ids", params.vocab)?,
+        [ids, segments] => {
+            check_ids(ids, "token ids", params.vocab)?;
+            check_ids(segments, "segments", params.segments)?;
+        }
+        _ => return Err(format!("expected one input (token ids) or two (and segments), got {}", contract.inputs.len())),
+    }
+    let longest = manifest.batching.bucket_longest() as usize;
+    if longest > params.longest() {
+        return Err(format!("expected buckets up to {} positions, the largest is {longest}", params.longest()));
+    }
+    match &contract.outputs[..] {
+        [output] if output.dtype == DType::F32 && output.shape == [Dim::Fixed(params.outputs() as u32)] => Ok(params),
+        _ => Err(format!("expected one output of dtype f32 and shape [{}]", params.outputs())),
+    }
+}
+
+/// An input of indices into a table of so many rows.
+fn check_ids(input: &TensorSpec, what: &str, table: usize) -> Result<(), String> {
+    if input.dtype != DType::U32 || input.shape.len() != 1 || !input.has_length() {
+        return Err(format!("input {} ({what}): expected dtype u32 and the shape [a named dimension]", input.name));
+    }
+    let last_id = table as i64 - 1;
+    // An id beyond the table would be an error deep in the batch, and cost the row's mates their answers.
+    match input.range {
+        Some([low, high]) if low >= 0 && high <= last_id => Ok(()),
+        Some([low, high]) => {
+            Err(format!("input {}: expected a range within [0, {last_id}], got [{low}, {high}]", input.name))
+        }
+        None => Err(format!("input {}: expected range = [0, {last_id}], there is none", input.name)),
+    }
+}
+
+impl LoadedModel for Bert {
+    fn contract(&self) -> &Contract {
+        &self.contract
+    }
+
+    fn instantiate(&self) -> Result<Box<dyn Model>, ModelError> {
+        let mut scratch = Scratch::default();
+        if let Network::Kernels(encoder) = &*self.network {
+            let (places, rows, longest) = self.largest;
+            encoder.reserve(&mut scratch, places, rows, longest);
+        }
+        Ok(Box::new(Instance { network: self.network.clone(), scratch }))
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        self.weight_bytes
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        match &*self.network {
+            Network::Kernels(_) => &[Layout::Padded, Layout::Packed],
+            Network::Candle(_) => &[Layout::Padded],
+        }
+    }
+}
+
+struct Instance {
+    network: Arc<Network>,
+    scratch: Scratch,
+}
+
+impl Model for Instance {
+    fn run(&mut self, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), ModelError> {
+        let ids = batch.input::<u32>(0);
+        let segments = (batch.inputs.len() == 2).then(|| batch.input::<u32>(1));
+        match &*self.network {
+            Network::Kernels(encoder) => {
+                let padded_len = (batch.layout == Layout::Padded).then_some(batch.padded_len);
+                let batch = encoder::Batch { ids, segments, lens: batch.lens, padded_len };
+                encoder.forward(kernels::arch(), &mut self.scratch, batch, out.output_mut(0));
+                Ok(())
+            }
+            Network::Candle(reference) => {
+                let answers = reference.forward(ids, segments, batch.padded_len as usize, batch.lens)?;
+                super::write_f32(&answers, out.output_mut(0))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::models::weights::WeightNames;
+
+    const TINY: &str = include_str!("../../../tests/fixtures/tiny_bert/model.toml");
+
+    #[test]
+    fn a_manifest_that_is_no_encoders_is_refused() {
+        for (from, to, expected) in [
+            ("range = [0, 99]", "range = [0, 100]", "expected a range within [0, 99], got [0, 100]"),
+            ("range = [0, 99]", "", "expected range = [0, 99], there is none"),
+            ("positions = 64", "positions = 63", "expected buckets up to 63 positions, the largest is 64"),
+            ("shape = [32]", "shape = [33]", "expected one output of dtype f32 and shape [32]"),
+            ("dtype = \"u32\"", "dtype = \"i32\"", "expected dtype u32"),
+        ] {
+            assert_eq!(TINY.matches(from).count(), 1, "{from:?} stands in the manifest once");
+            let manifest =
+                Manifest::parse("tiny_bert", Path::new("model.toml"), &TINY.replace(from, to)).expect("parses");
+            let error = check(&manifest).expect_err("is refused");
+            assert!(error.contains(expected), "{error}\nexpected: {expected}");
+        }
+    }
+
+    /// Goal: the kernels are the reference's equal, in both layouts. Method: the same rows through each.
+    #[test]
+    fn the_kernels_equal_candles_own_operations() {
+        let manifest = Manifest::parse("tiny_bert", Path::new("model.toml"), TINY).expect("parses");
+        let params = check(&manifest).expect("is an encoder's");
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny_bert/1/weights.safetensors");
+        let take = || {
+            let mut weights =
+                Weights::open(&file, u64::MAX, None, WeightNames::default(), &Device::Cpu).expect("is there");
+            Checkpoint::take(params, false, &mut weights).expect("loads")
+        };
+        let reference = Reference::new(params.clone(), take(), Device::Cpu);
+        let encoder = pack(params, take()).expect("packs");
+        let mut scratch = Scratch::default();
+        for (len, lens) in [(1, &[1, 1][..]), (7, &[7, 1, 0, 3]), (16, &[16]), (33, &[33, 32, 5]), (64, &[9, 64, 2])] {
+            let ids: Vec<u32> = (0..len * lens.len()).map(|n| (n * 37 % 100) as u32).collect();
+            let want = reference.forward(&ids, None, len, lens).and_then(|all| all.flatten_all()?.to_vec1::<f32>());
+            let want = want.expect("computes");
+            let real = ids.chunks_exact(len).zip(lens).flat_map(|(row, len)| &row[..*len as usize]);
+            let packed: Vec<u32> = real.copied().collect();
+            for arch in kernels::archs() {
+                for (ids, padded_len) in [(&ids, Some(len as u32)), (&packed, None)] {
+                    let mut got = vec![f32::NAN; want.len()];
+                    let batch = encoder::Batch { ids, segments: None, lens, padded_len };
+                    encoder.forward(arch, &mut scratch, batch, &mut got);
+                    for (row, (got, want)) in got.chunks_exact(32).zip(want.chunks_exact(32)).enumerate() {
+                        // What the mean of nothing is: the reference says zeros, too.
+                        for (got, want) in got.iter().zip(want) {
+                            assert!((got - want).abs() <= 1e-5, "{arch:?} row {row} of {len}: expected {want}, got {got}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
