@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use ferry::models::repository::{self, LoadOptions, Loaded, ModelEntry};
+use ferry::vocab::Layout;
 
 /// Largest difference of any component. Embeddings have length 1; logits are below 4.
 const APART_MAX: f32 = 2e-5;
@@ -70,12 +71,25 @@ fn rows_of(entry: &ModelEntry) -> Vec<Row> {
 /// Largest difference between a batch's answers and their references. Padding holds the largest value that the contract
 /// allows, so that a model that looks at it is found.
 fn apart(entry: &ModelEntry, batch: &[&Row], padded_len: usize) -> f32 {
+    // Not f32::max, which would pass over a NaN.
+    let larger = |a: f32, b: f32| if b > a || b.is_nan() { b } else { a };
+    larger(apart_in(entry, batch, padded_len, Layout::Padded), apart_in(entry, batch, padded_len, Layout::Packed))
+}
+
+fn apart_in(entry: &ModelEntry, batch: &[&Row], padded_len: usize, layout: Layout) -> f32 {
     let contract = entry.model.contract();
     let (rows, padded_len) = (batch.len() as u32, padded_len as u32);
+    let lens: Vec<u32> = batch.iter().map(|row| row.len() as u32).collect();
     let inputs: Vec<AlignedBytes> = (contract.inputs.iter().enumerate())
         .map(|(index, spec)| {
             let pad = spec.range.expect("ids and segments have a range")[1] as u32;
             let mut input = AlignedBytes::default();
+            if layout == Layout::Packed {
+                let all: Vec<u32> = batch.iter().flat_map(|row| row.inputs[index].iter().copied()).collect();
+                input.set_len(all.len() * 4);
+                input.as_mut_slice::<u32>().copy_from_slice(&all);
+                return input;
+            }
             input.set_len(batch.len() * spec.row_bytes(padded_len));
             let places = input.as_mut_slice::<u32>().chunks_exact_mut(spec.row_elements(padded_len));
             for (row, place) in batch.iter().zip(places) {
@@ -86,14 +100,13 @@ fn apart(entry: &ModelEntry, batch: &[&Row], padded_len: usize) -> f32 {
             input
         })
         .collect();
-    let lens: Vec<u32> = batch.iter().map(|row| row.len() as u32).collect();
     let mut out = BatchOutput::default();
-    out.prepare(contract, rows, padded_len);
+    out.prepare(contract, layout, &lens, padded_len);
     // What a model forgets to write is found here as NaN.
     for output in &mut out.outputs {
         output.bytes_mut().fill(0xFF);
     }
-    let view = BatchView { contract, rows, padded_len, lens: &lens, inputs: &inputs };
+    let view = BatchView { contract, layout, rows, padded_len, lens: &lens, inputs: &inputs };
     let mut model = entry.model.instantiate().expect("makes an instance");
     model.run(view, &mut out).expect("runs");
 

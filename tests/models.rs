@@ -73,7 +73,14 @@ where
         output.bytes_mut().fill(0xFF);
     }
     let inputs = [input];
-    let batch = BatchView { contract, layout: Layout::Padded, rows: rows.len() as u32, padded_len, lens: &lens, inputs: &inputs };
+    let batch = BatchView {
+        contract,
+        layout: Layout::Padded,
+        rows: rows.len() as u32,
+        padded_len,
+        lens: &lens,
+        inputs: &inputs,
+    };
     entry.model.instantiate()?.run(batch, &mut out)?;
     Ok(out)
 }

@@ -258,7 +258,8 @@ fn a_lone_request_takes_at_most_32_bytes_and_one_of_a_batch_of_four_at_most_20()
             }
             at = at + Duration::from_micros(731);
             let (executor, model, service) = ((id % 2) as u16, ModelHandle(0), Duration::from_nanos(701_234));
-            let batch = Done { id, executor, model, rows: batch as u32, padded_len: 208, packed: None, service, inline: false };
+            let batch =
+                Done { id, executor, model, rows: batch as u32, padded_len: 208, packed: None, service, inline: false };
             writer.event(&Event::Finished { at, batch });
             writer.event(&Event::Turn { at });
             if writer.is_full() {

@@ -99,7 +99,14 @@ mod tests {
         let mut output = BatchOutput::default();
         output.prepare(&contract, Layout::Padded, &[1], 1);
         let mut device = SimExecutor::new(Arc::default());
-        let view = BatchView { contract: &contract, layout: Layout::Padded, rows: 1, padded_len: 1, lens: &[1], inputs: &[input] };
+        let view = BatchView {
+            contract: &contract,
+            layout: Layout::Padded,
+            rows: 1,
+            padded_len: 1,
+            lens: &[1],
+            inputs: &[input],
+        };
         device.run(ModelHandle(0), view, &mut output).expect("no fault was ordered");
         assert_eq!(output.outputs[0].bytes(), b"mine");
         assert_eq!(device.device, [vec![POISON; 4]]);

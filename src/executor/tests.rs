@@ -338,5 +338,8 @@ fn warming_up_runs_every_shape_twice_on_padding_and_mails_nobody() {
     assert_eq!(faults.batches.load(Ordering::Relaxed), 4, "the second run of each is the one that is timed");
     assert!(rig.inboxes.iter().all(Receiver::is_empty));
     faults.failures.store(1, Ordering::Relaxed);
-    assert_eq!(rig.worker.warm(ModelHandle(0), Layout::Padded, &[(1, 8)]).expect_err("it fails").code, Code::ExecutorFailed);
+    assert_eq!(
+        rig.worker.warm(ModelHandle(0), Layout::Padded, &[(1, 8)]).expect_err("it fails").code,
+        Code::ExecutorFailed
+    );
 }

@@ -132,9 +132,15 @@ fn head_of<S: Simd, const V: usize>(
             8.. if S::REGISTER_COUNT >= 32 || V == 1 => {
                 scaled::<S, 8, V>(simd, tile::<S, 8, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..])
             }
-            6.. => scaled::<S, 6, V>(simd, tile::<S, 6, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..]),
-            4.. => scaled::<S, 4, V>(simd, tile::<S, 4, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..]),
-            2.. => scaled::<S, 2, V>(simd, tile::<S, 2, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..]),
+            6.. => {
+                scaled::<S, 6, V>(simd, tile::<S, 6, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..])
+            }
+            4.. => {
+                scaled::<S, 4, V>(simd, tile::<S, 4, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..])
+            }
+            2.. => {
+                scaled::<S, 2, V>(simd, tile::<S, 2, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..])
+            }
             _ => scaled::<S, 1, V>(simd, tile::<S, 1, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..]),
         };
     }

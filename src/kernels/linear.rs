@@ -37,7 +37,8 @@ impl Packed {
         let outputs = bias.len();
         assert_eq!(weights.len(), inputs * outputs, "a weight for each input and output");
         let mut panels = Floats::with_len(inputs * outputs.next_multiple_of(PANEL));
-        for (panel, rows) in panels.as_mut_slice().chunks_exact_mut(inputs * PANEL).zip(weights.chunks(inputs * PANEL)) {
+        for (panel, rows) in panels.as_mut_slice().chunks_exact_mut(inputs * PANEL).zip(weights.chunks(inputs * PANEL))
+        {
             for (m, row) in rows.chunks_exact(inputs).enumerate() {
                 for (place, weight) in panel.chunks_exact_mut(PANEL).zip(row) {
                     place[m] = *weight;

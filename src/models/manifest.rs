@@ -822,7 +822,9 @@ fn check_bert(contract: &Contract, params: &BertParams) -> Result<(), String> {
             return Err("[model] labels: expected how many with head = \"classify\", there is none".to_owned());
         }
         (Head::Classify, Some(_)) if params.pooling != Pooling::Cls || params.normalize => {
-            return Err("[model] head: expected pooling = \"cls\" and normalize = false with head = \"classify\"".to_owned());
+            return Err(
+                "[model] head: expected pooling = \"cls\" and normalize = false with head = \"classify\"".to_owned()
+            );
         }
         _ => {}
     }

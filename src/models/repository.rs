@@ -230,9 +230,16 @@ pub fn load(directory: &Path, name: &str, options: &LoadOptions) -> Result<Loade
         },
     };
     if let Some(layout) = manifest.batching.layout.filter(|layout| !model.layouts().contains(layout)) {
-        let message = format!("[batching] layout: architecture {} has no {} layout", manifest.contract.architecture, layout.name());
+        let message = format!(
+            "[batching] layout: architecture {} has no {} layout",
+            manifest.contract.architecture,
+            layout.name()
+        );
         let file = directory.join(name).join("model.toml");
-        return Err(RepositoryError::Manifest { name: name.to_owned(), error: ManifestError { file, line: None, message } });
+        return Err(RepositoryError::Manifest {
+            name: name.to_owned(),
+            error: ManifestError { file, line: None, message },
+        });
     }
     let tokenizer = load_tokenizer(&manifest, &folder)
         .map_err(|error| RepositoryError::Tokenizer { name: name.to_owned(), error })?;

@@ -253,8 +253,8 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vocab::Layout;
     use crate::scheduler::{Class, TenantId};
+    use crate::vocab::Layout;
 
     fn arrival(deadline: Option<Moment>) -> Arrival {
         let (class, tenant) = (Class::default(), TenantId::default());

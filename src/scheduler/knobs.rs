@@ -49,7 +49,12 @@ pub const KNOBS: &[Knob] = &[
     ),
     knob("shapes_max", "buckets", "1 to 64", "most buckets where they are chosen automatically"),
     knob("pad_to", "", "bucket or longest", "what a batch is padded to: its longest row's bucket, or that row"),
-    knob("layout", "", "padded, or packed where the model can", "how the rows of a batch lie: each in its place, or end to end"),
+    knob(
+        "layout",
+        "",
+        "padded, or packed where the model can",
+        "how the rows of a batch lie: each in its place, or end to end",
+    ),
     knob("slo_ms", "ms", "0.01 to 600000", "slack of a request without a deadline, and the unit of ageing"),
     knob("weight", "", "0.001 to 1000", "share of the executors, beside other models'"),
     knob("fill_waste_max", "", "0 to below 1", "policy buckets: most padding in a shorter lane that joins a batch"),
@@ -175,7 +180,9 @@ impl Policy {
                 self.layout = match value {
                     "padded" => Layout::Padded,
                     "packed" if self.can_pack => Layout::Packed,
-                    "packed" => return Err("layout: expected padded, the only one that this model has; got `packed`".into()),
+                    "packed" => {
+                        return Err("layout: expected padded, the only one that this model has; got `packed`".into());
+                    }
                     _ => return Err(wrong()),
                 }
             }

@@ -963,7 +963,11 @@ impl Scheduler {
             let ticket = &self.tickets[*id];
             real.add(ticket.rows, ticket.len);
         }
-        assert!(queue.policy.fits(real, padded_len), "{real:?} of at most {padded_len} in a batch of {:?}", queue.policy);
+        assert!(
+            queue.policy.fits(real, padded_len),
+            "{real:?} of at most {padded_len} in a batch of {:?}",
+            queue.policy
+        );
         let rows = real.rows;
         self.batches += 1;
         let batch = SealedBatch {

@@ -63,7 +63,12 @@ impl Bert {
         let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
         let places = places.min(batching.rows_max as usize * longest);
         let weight_bytes = weights.taken_bytes();
-        Ok(Bert { contract, network: Arc::new(network), weight_bytes, largest: (places, batching.rows_max as usize, longest) })
+        Ok(Bert {
+            contract,
+            network: Arc::new(network),
+            weight_bytes,
+            largest: (places, batching.rows_max as usize, longest),
+        })
     }
 }
 
@@ -139,7 +144,9 @@ pub fn check(manifest: &Manifest) -> Result<&BertParams, String> {
             check_ids(ids, "token ids", params.vocab)?;
             check_ids(segments, "segments", params.segments)?;
         }
-        _ => return Err(format!("expected one input (token ids) or two (and segments), got {}", contract.inputs.len())),
+        _ => {
+            return Err(format!("expected one input (token ids) or two (and segments), got {}", contract.inputs.len()));
+        }
     }
     let longest = manifest.batching.bucket_longest() as usize;
     if longest > params.longest() {
@@ -271,7 +278,10 @@ mod tests {
                     for (row, (got, want)) in got.chunks_exact(32).zip(want.chunks_exact(32)).enumerate() {
                         // What the mean of nothing is: the reference says zeros, too.
                         for (got, want) in got.iter().zip(want) {
-                            assert!((got - want).abs() <= 1e-5, "{arch:?} row {row} of {len}: expected {want}, got {got}");
+                            assert!(
+                                (got - want).abs() <= 1e-5,
+                                "{arch:?} row {row} of {len}: expected {want}, got {got}"
+                            );
                         }
                     }
                 }
