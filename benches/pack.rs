@@ -60,6 +60,8 @@ fn pack_batch(c: &mut Criterion) {
                 executor: 0,
                 rows,
                 rows_possible: rows,
+                layout: ferry::vocab::Layout::Padded,
+                squares_real: 0,
                 padded_len: *padded_len,
                 cells_real: 0,
                 reason: SealReason::Full,
