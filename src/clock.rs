@@ -20,6 +20,12 @@ pub fn now() -> Moment {
     Moment(u64::try_from(origin.elapsed().as_nanos()).expect("a process does not live for 584 years"))
 }
 
+/// CPU time that the calling thread has used.
+pub fn thread_cpu() -> Duration {
+    let clock = nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID;
+    clock.now().map_or(Duration::ZERO, Duration::from)
+}
+
 /// The `Instant` of a moment, for libraries that wait until one.
 pub fn instant_of(moment: Moment) -> Instant {
     let origin = *ORIGIN.get_or_init(Instant::now);

@@ -5,9 +5,11 @@ use std::process::ExitCode;
 
 use clap::ValueEnum;
 use ferry::load::lengths::Lengths;
-use ferry::load::offline::{self, OfflineReport, Options};
+use ferry::load::offline::{self, OfflineReport, Options, Order};
 use ferry::load::payload::{Common, Inputs};
 use ferry::models::repository::{self, LoadOptions, Loaded};
+use ferry::server::layout_of;
+use ferry::vocab::Layout;
 use indicatif::ProgressBar;
 
 use super::{EXIT_FAILED, run_each_model_on_one_thread};
@@ -29,11 +31,20 @@ pub struct Args {
     /// Executor threads. Without it: as many as `ferry serve` would start.
     #[arg(long, value_name = "T", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    #[arg(long, value_enum, default_value_t = Layout::Padded)]
-    layout: Layout,
-    /// Most padded cells in a batch. Without it: the model's own limit.
-    #[arg(long, value_name = "CELLS", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Without it: packed where the model can.
+    #[arg(long, value_enum)]
+    layout: Option<LayoutArg>,
+    #[arg(long, value_enum, default_value_t = OrderArg::Sorted)]
+    order: OrderArg,
+    /// Most cells in a batch, padding included. Without it: the model's own limit.
+    #[arg(long, value_name = "CELLS", value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "batch_rows")]
     cells_max: Option<u64>,
+    /// So many requests in each batch, whatever their lengths. Without it: as many as the model's limits allow.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    batch_rows: Option<u32>,
+    /// Run all of it so many times, and report the median.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    repeat: u32,
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Print one JSON document.
@@ -42,11 +53,19 @@ pub struct Args {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Layout {
+enum LayoutArg {
     /// Rows × the longest of them, with a mask.
     Padded,
-    /// All tokens end to end, no padding. No model of this version has it.
+    /// All tokens end to end, no padding.
     Packed,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OrderArg {
+    /// As the requests come.
+    Arrival,
+    /// By length: the least padding.
+    Sorted,
 }
 
 pub fn run(args: &Args) -> ExitCode {
@@ -71,15 +90,21 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<OfflineReport, String> {
-    if matches!(args.layout, Layout::Packed) {
-        return Err(format!("model {} has no packed layout; expected --layout padded", args.model));
-    }
     let loaded = repository::load(&args.models, &args.model, &LoadOptions::default()).map_err(|e| e.to_string())?;
     let entry = match loaded {
         Loaded::Model(entry) => entry,
         Loaded::Skipped(skipped) => return Err(format!("model {}: {}", skipped.name, skipped.reason)),
     };
     let contract = entry.model.contract();
+    let layouts = entry.model.layouts();
+    let layout = match args.layout {
+        Some(LayoutArg::Padded) => Layout::Padded,
+        Some(LayoutArg::Packed) if layouts.contains(&Layout::Packed) => Layout::Packed,
+        Some(LayoutArg::Packed) => {
+            return Err(format!("model {} has no packed layout; expected --layout padded", args.model));
+        }
+        None => layout_of(&entry.manifest, layouts),
+    };
     let lengths = match (&args.lengths, &contract.length) {
         (Some(text), _) => Lengths::parse(text)?,
         (None, Some(length)) => Lengths::Uniform(length.min, length.max),
@@ -95,21 +120,31 @@ fn measure(args: &Args) -> Result<OfflineReport, String> {
     let options = Options {
         requests,
         threads,
-        rows_max: batching.rows_max,
-        cells_max: args.cells_max.unwrap_or(batching.padded_cells_max),
+        layout,
+        order: match args.order {
+            OrderArg::Arrival => Order::Arrival,
+            OrderArg::Sorted => Order::Sorted,
+        },
+        rows_max: args.batch_rows.unwrap_or(batching.rows_max),
+        cells_max: match args.batch_rows {
+            Some(_) => u64::MAX,
+            None => args.cells_max.unwrap_or(batching.padded_cells_max),
+        },
+        rounds: args.repeat as usize,
     };
+    let peak = entry.model.operations(1).map(|_| offline::gemm_gflops_peak());
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let progress = |done: usize, all: usize| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let report = offline::run(&entry.model, &inputs, &options, &progress).map_err(|error| error.to_string());
+    let report = offline::run(&entry.model, &inputs, &options, peak, &progress).map_err(|error| error.to_string());
     bar.finish_and_clear();
     report
 }
 
 fn text(report: &OfflineReport) -> String {
-    format!(
+    let mut text = format!(
         "{} requests to {} in {} batches on {} thread(s), {} layout: {:.2} s\n\
          {:.1} rows/s, {:.0} tokens/s, {:.1} rows in a batch, {:.1} % of the cells padding\n",
         report.requests,
@@ -122,5 +157,13 @@ fn text(report: &OfflineReport) -> String {
         report.tokens_per_s,
         report.batch_rows_mean,
         100.0 * report.padding_waste,
-    )
+    );
+    text += &format!("{:.0} tokens per second of CPU time", report.tokens_per_cpu_s);
+    if let (Some(gflops), Some(peak)) = (report.gflops, report.gemm_gflops_peak) {
+        let share = 100.0 * gflops / peak;
+        text += &format!(
+            ", {gflops:.1} GFLOP/s for real tokens: {share:.0} % of {peak:.1}, what a matrix product reaches here"
+        );
+    }
+    text + "\n"
 }

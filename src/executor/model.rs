@@ -43,6 +43,12 @@ pub trait LoadedModel: Send + Sync {
         &[Layout::Padded]
     }
 
+    /// Floating point operations that one row of this length needs, a multiplication and an addition counting as two. None
+    /// where the model does not say.
+    fn operations(&self, _len: u32) -> Option<f64> {
+        None
+    }
+
     /// Bytes of shared weights held in memory.
     fn weight_bytes(&self) -> u64 {
         0

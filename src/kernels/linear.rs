@@ -12,7 +12,7 @@
 //! - The sum over inputs is taken in one order for every batch, so a token's result does not depend on its batch (but on the
 //!   instruction set, in the last bits).
 
-use pulp::Simd;
+use pulp::{Arch, Simd, WithSimd};
 
 use super::buffer::Floats;
 use super::math::{self, VECTORS};
@@ -58,8 +58,33 @@ impl Packed {
         self.outputs
     }
 
+    /// Computes `tokens` tokens on one instruction set: `x` is `[blocks][inputs][width]`, `y` is `[blocks][outputs][width]`, for
+    /// blocks as wide as that set has them. Panics where they are too short.
+    pub fn run(&self, arch: Arch, x: &[f32], y: &mut [f32], tokens: usize, then: Then) {
+        arch.dispatch(Run { packed: self, x, y, tokens, then });
+    }
+
     pub fn bytes(&self) -> usize {
         (self.panels.as_slice().len() + self.bias.len()) * size_of::<f32>()
+    }
+}
+
+struct Run<'a> {
+    packed: &'a Packed,
+    x: &'a [f32],
+    y: &'a mut [f32],
+    tokens: usize,
+    then: Then,
+}
+
+impl WithSimd for Run<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (x, _) = S::as_simd_f32s(self.x);
+        let (y, _) = S::as_mut_simd_f32s(self.y);
+        linear(simd, self.packed, x, y, self.tokens, self.then);
     }
 }
 

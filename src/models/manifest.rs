@@ -987,7 +987,7 @@ normalize = true
             ("\nmin = 1", "\nminimum = 1", "models/m/model.toml:7: unknown key `minimum`; did you mean `min`?"),
             ("layers = 2", "layer = 2", "unknown key `layer`; did you mean `layers`?"),
             ("[warmup]", "[warm_up]", "unknown key `warm_up`; did you mean `warmup`?"),
-            ("\"gelu_erf\"", "\"gelu_tanh\"", "unknown value `gelu_tanh`; did you mean `gelu_erf`?"),
+            ("\"gelu_erf\"", "\"gelu_err\"", "unknown value `gelu_err`; did you mean `gelu_erf`?"),
             ("\"executor\"", "\"gpu\"", "unknown value `gpu`; known here: executor, inline"),
         ] {
             let error = error(from, to);

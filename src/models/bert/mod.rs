@@ -36,6 +36,7 @@ enum Network {
 /// An encoder under its contract.
 pub struct Bert {
     contract: Contract,
+    params: BertParams,
     network: Arc<Network>,
     weight_bytes: u64,
     /// Largest batch: places, rows, and longest row.
@@ -65,6 +66,7 @@ impl Bert {
         let weight_bytes = weights.taken_bytes();
         Ok(Bert {
             contract,
+            params: params.clone(),
             network: Arc::new(network),
             weight_bytes,
             largest: (places, batching.rows_max as usize, longest),
@@ -190,6 +192,13 @@ impl LoadedModel for Bert {
 
     fn weight_bytes(&self) -> u64 {
         self.weight_bytes
+    }
+
+    fn operations(&self, len: u32) -> Option<f64> {
+        let (len, BertParams { hidden, intermediate, layers, .. }) = (f64::from(len), &self.params);
+        let (h, i) = (*hidden as f64, *intermediate as f64);
+        // Products with weights, and the two of attention. What is neither does not matter for a rate.
+        Some(*layers as f64 * len * (2.0 * (4.0 * h * h + 2.0 * h * i) + 4.0 * len * h))
     }
 
     fn layouts(&self) -> &'static [Layout] {
