@@ -32,6 +32,7 @@ use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
+use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::telemetry::{ModelLabels, Telemetry};
 use crate::tokenizers::Tokenizing;
@@ -184,7 +185,10 @@ pub fn start(config: &Config) -> Result<ServerHandle, StartError> {
 
 pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, StartError> {
     preflight::run(&preflight_options(config)).map_err(StartError::Preflight)?;
-    let repository = repository::load_all(&config.models, &LoadOptions::default()).map_err(StartError::Models)?;
+    let repository = {
+        let options = LoadOptions { threads: config.executor.threads as usize, ..LoadOptions::default() };
+        repository::load_all(&config.models, &options).map_err(StartError::Models)?
+    };
     if repository.models.is_empty() {
         return Err(StartError::NoModels(config.models.display().to_string()));
     }
@@ -440,6 +444,21 @@ fn worker_maker(
     }
 }
 
+/// The smallest budget of cells at which the model ran at full speed while it was warmed up, each size by its slowest executor's
+/// time.
+fn measured_budget(model: ModelHandle, manifest: &Manifest, warmed: &[Warmed]) -> u64 {
+    let batching = &manifest.batching;
+    let time = |rows: u32, len: u32| {
+        let same = |batch: &&Warmed| (batch.model, batch.rows, batch.padded_len) == (model, rows, len);
+        warmed.iter().filter(same).map(|batch| batch.took).max()
+    };
+    let curve: Vec<(u64, Duration)> = (batching.curve().into_iter())
+        .filter_map(|(rows, len)| Some((u64::from(rows) * u64::from(len), time(rows, len)?)))
+        .collect();
+    let budget = cost::budget(&curve).unwrap_or(batching.padded_cells_max);
+    budget.clamp(batching.bucket_longest().into(), batching.padded_cells_max)
+}
+
 /// Tokenizer threads, only where a model takes text.
 fn start_tokenizers(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Option<Sender<Request>>, StartError> {
     let tokenizers: Vec<_> = plan.models.iter().map(|model| model.tokenizer.clone()).collect();
@@ -471,7 +490,16 @@ fn start_batcher(
     let queue = &plan.config.queue;
     let limits =
         QueueLimits { rows_max: queue.rows_max.into(), cells_max: queue.cells_max, bytes_max: queue.bytes_max };
-    let policies = plan.models.iter().map(|model| policy_of(&model.manifest, model.model.layouts())).collect();
+    let policies = (plan.models.iter().enumerate()).map(|(at, model)| {
+        let mut policy = policy_of(&model.manifest, model.model.layouts());
+        if model.manifest.batching.cells_auto {
+            policy.cells_max = measured_budget(ModelHandle(at as u16), &model.manifest, &executors.warmed);
+            let cells = policy.cells_max;
+            tracing::info!(model = model.name(), cells_max = cells, "batches of {cells} cells run at full speed here");
+        }
+        policy
+    });
+    let policies = policies.collect();
     let mut scheduler = Scheduler::new(limits, policies, &executors.seats);
     resume_costs(plan, &mut scheduler, &executors.warmed);
     executors.warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));

@@ -36,7 +36,7 @@ fn without_a_file_every_default_is_the_documented_one() {
     assert_eq!(config.control, "127.0.0.1:7601".parse::<SocketAddr>().expect("an address"));
     assert_eq!(config.models, PathBuf::from("models"));
     assert_eq!(config.drain_timeout, Duration::from_secs(30));
-    assert_eq!((config.threads.shards, config.threads.executors), (2, 6));
+    assert_eq!((config.threads.shards, config.threads.executors), (2, 8));
     assert_eq!((config.threads.tokenizers, config.threads.pin), (1, true));
     assert_eq!(config.frontend.connections_max, 10_000);
     assert_eq!((config.frontend.credit_requests, config.frontend.credit_bytes), (256, 64 << 20));
@@ -48,7 +48,7 @@ fn without_a_file_every_default_is_the_documented_one() {
     assert_eq!(config.frontend.idle_timeout, Duration::from_secs(300));
     assert_eq!(config.frontend.spin, Duration::ZERO);
     assert_eq!((config.queue.rows_max, config.queue.bytes_max), (65_536, 1 << 30));
-    assert_eq!(config.executor.slots, 2);
+    assert_eq!((config.executor.slots, config.executor.threads), (2, 1));
     assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Text, "info"));
 }
 

@@ -107,7 +107,7 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "threads.executors",
-        about: "Threads that run batches. Default: the cores that shards leave, at least 1.
+        about: "Threads that run batches. Default: one for each physical core; shards need little of theirs.
                 More than the free cores makes each batch slower and no batch sooner.",
         access: Access::Count { min: 1, max: 1024, at: |c| &mut c.threads.executors },
     },
@@ -118,7 +118,7 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "threads.pin",
-        about: "Keeps each shard and executor on one core. Turn it off where other programs share the cores.",
+        about: "Keeps each shard on one core. Turn it off where other programs share the cores.",
         access: Access::Bool(|c| &mut c.threads.pin),
     },
     Setting {
@@ -202,6 +202,13 @@ pub const SETTINGS: &[Setting] = &[
         key: "executor.slots",
         about: "Staging sets of each executor. With 2, the next batch is packed while one runs; 1 saves memory.",
         access: Access::U32 { min: 1, max: 16, at: |c| &mut c.executor.slots },
+    },
+    Setting {
+        key: "executor.threads",
+        about:
+            "Threads that share each batch of an encoder, its rows divided among them. With more than 1 a batch of many
+                rows is done sooner, and fewer batches in all: set threads.executors so that the product is the cores.",
+        access: Access::U32 { min: 1, max: 64, at: |c| &mut c.executor.threads },
     },
     Setting {
         key: "log.format",

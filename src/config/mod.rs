@@ -76,6 +76,8 @@ pub struct Queue {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Executor {
     pub slots: u32,
+    /// Threads that share a batch.
+    pub threads: u32,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -102,6 +104,7 @@ impl LogFormat {
 /// What defaults are derived from. Read once, so that a test can say which machine it means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Machine {
+    /// Physical ones that this process may use.
     pub cores: usize,
     /// Soft limit of open files.
     pub nofile: u64,
@@ -109,7 +112,9 @@ pub struct Machine {
 
 impl Machine {
     pub fn here() -> Machine {
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // What this process may use, and no more than there are cores: a second thread of a core computes nothing faster.
+        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+        let cores = allowed.min(num_cpus::get_physical()).max(1);
         let nofile = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
             .map_or(1024, |(soft, _hard)| soft);
         Machine { cores, nofile }
@@ -133,12 +138,7 @@ impl Config {
             state: None,
             allow_unauthenticated: false,
             drain_timeout: Duration::from_secs(30),
-            threads: Threads {
-                shards,
-                executors: machine.cores.saturating_sub(shards).max(1),
-                tokenizers: 1,
-                pin: true,
-            },
+            threads: Threads { shards, executors: machine.cores, tokenizers: 1, pin: true },
             frontend: Frontend {
                 connections_max: limits::connections_default(machine.nofile),
                 credit_requests: 256,
@@ -153,7 +153,7 @@ impl Config {
                 spin: Duration::ZERO,
             },
             queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
-            executor: Executor { slots: 2 },
+            executor: Executor { slots: 2, threads: 1 },
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }

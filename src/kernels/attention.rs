@@ -9,7 +9,7 @@
 //!   that nobody reads.
 //! - A sequence without real tokens has a context of zeros.
 
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 use super::linear::{PANEL, tile};
 use super::math::{self, VECTORS};
@@ -43,17 +43,29 @@ pub struct Sequence {
     pub real: usize,
 }
 
-/// Computes the context of one sequence, all heads: `qkv` is `[blocks][3 · heads · size][width]`, `context`
-/// `[blocks][heads · size][width]`. The queries are scaled already.
+/// Computes the context of one sequence, all heads.
+pub struct Attend<'a> {
+    pub shape: Shape,
+    pub sequence: Sequence,
+    /// `[blocks][3 · heads · size][width]`, the queries scaled already.
+    pub qkv: &'a [f32],
+    /// `[blocks][heads · size][width]`
+    pub context: &'a mut [f32],
+    /// [`Shape::scratch`] floats, of any content.
+    pub scratch: &'a mut [f32],
+}
+
+impl WithSimd for Attend<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        attend(simd, self);
+    }
+}
+
 #[inline(always)]
-pub fn attend<S: Simd>(
-    simd: S,
-    shape: Shape,
-    sequence: Sequence,
-    qkv: &[f32],
-    context: &mut [f32],
-    scratch: &mut [f32],
-) {
+fn attend<S: Simd>(simd: S, Attend { shape, sequence, qkv, context, scratch }: Attend<'_>) {
     let width = math::width::<S>();
     let Shape { size, heads, .. } = shape;
     let Sequence { start, span, real } = sequence;

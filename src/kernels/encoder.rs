@@ -7,11 +7,11 @@
 
 use pulp::{Arch, Simd, WithSimd};
 
-use super::attention::{self, Sequence};
+use super::attention::{self, Attend, Sequence};
 use super::buffer::Floats;
 use super::linear::{Packed, Then, linear};
 use super::math;
-use super::rows::{self, Norm};
+use super::rows::{self, AddNorm, Norm};
 
 /// Tokens that go through the products of a layer together: their activations stay in a core's second-level cache (1 MiB, at
 /// 384 features: 0.9), while each panel of weights is used for all of them.
@@ -161,7 +161,8 @@ impl WithSimd for Forward<'_> {
         let tokens = batch.ids.len();
         embed::<S>(encoder, scratch, batch);
         let places = tokens.next_multiple_of(math::width::<S>());
-        add_norm_floats(simd, &encoder.norm, &mut scratch.x.as_mut_slice()[..places * encoder.hidden]);
+        let x = &mut scratch.x.as_mut_slice()[..places * encoder.hidden];
+        simd.vectorize(AddNorm { norm: &encoder.norm, x, y: None });
         for layer in &encoder.layers {
             project::<S>(simd, encoder, layer, scratch, tokens);
             attend::<S>(simd, encoder, scratch, batch);
@@ -169,12 +170,6 @@ impl WithSimd for Forward<'_> {
         }
         answer::<S>(simd, encoder, scratch, batch, out);
     }
-}
-
-#[inline(always)]
-fn add_norm_floats<S: Simd>(simd: S, norm: &Norm, x: &mut [f32]) {
-    let (x, _) = S::as_mut_simd_f32s(x);
-    rows::add_norm(simd, norm, x, None);
 }
 
 /// First token and number of tokens of each group.
@@ -217,9 +212,7 @@ fn project<S: Simd>(simd: S, encoder: &Encoder, layer: &Layer, scratch: &mut Scr
     let (h, n) = (encoder.hidden, layer.qkv.outputs());
     let (x, qkv) = (scratch.x.as_slice(), scratch.qkv.as_mut_slice());
     for (at, count) in groups::<S>(tokens) {
-        let (x, _) = S::as_simd_f32s(&x[at * h..]);
-        let (y, _) = S::as_mut_simd_f32s(&mut qkv[at * n..]);
-        linear(simd, &layer.qkv, x, y, count, Then::Nothing);
+        linear(simd, &layer.qkv, &x[at * h..], &mut qkv[at * n..], count, Then::Nothing);
     }
 }
 
@@ -227,11 +220,11 @@ fn project<S: Simd>(simd: S, encoder: &Encoder, layer: &Layer, scratch: &mut Scr
 fn attend<S: Simd>(simd: S, encoder: &Encoder, scratch: &mut Scratch, batch: Batch<'_>) {
     let shape = encoder.shape(0);
     let (qkv, context) = (scratch.qkv.as_slice(), scratch.context.as_mut_slice());
-    let memory = scratch.attention.as_mut_slice();
     let mut start = 0;
     for at in 0..batch.lens.len() {
         let sequence = batch.sequence(at, start);
-        attention::attend(simd, shape, sequence, qkv, context, memory);
+        let scratch = scratch.attention.as_mut_slice();
+        simd.vectorize(Attend { shape, sequence, qkv, context: &mut *context, scratch });
         start += sequence.span;
     }
 }
@@ -241,17 +234,14 @@ fn finish<S: Simd>(simd: S, encoder: &Encoder, layer: &Layer, scratch: &mut Scra
     let h = encoder.hidden;
     let (context, x) = (scratch.context.as_slice(), scratch.x.as_mut_slice());
     let (y, inner) = (scratch.y.as_mut_slice(), scratch.inner.as_mut_slice());
-    let (y, _) = S::as_mut_simd_f32s(y);
-    let (inner, _) = S::as_mut_simd_f32s(inner);
     for (at, count) in groups::<S>(tokens) {
         let places = count.next_multiple_of(math::width::<S>());
-        let (context, _) = S::as_simd_f32s(&context[at * h..(at + places) * h]);
-        let (x, _) = S::as_mut_simd_f32s(&mut x[at * h..(at + places) * h]);
+        let (context, x) = (&context[at * h..(at + places) * h], &mut x[at * h..(at + places) * h]);
         linear(simd, &layer.attention_out, context, y, count, Then::Nothing);
-        rows::add_norm(simd, &layer.attention_norm, x, Some(y));
+        simd.vectorize(AddNorm { norm: &layer.attention_norm, x, y: Some(y) });
         linear(simd, &layer.inner, x, inner, count, encoder.activation);
         linear(simd, &layer.out, inner, y, count, Then::Nothing);
-        rows::add_norm(simd, &layer.norm, x, Some(y));
+        simd.vectorize(AddNorm { norm: &layer.norm, x, y: Some(y) });
     }
 }
 
@@ -285,9 +275,7 @@ fn answer<S: Simd>(simd: S, encoder: &Encoder, scratch: &mut Scratch, batch: Bat
     }
     let (pooled, headed) = (&mut scratch.pooled, &mut scratch.headed);
     for (product, then) in &encoder.head {
-        let (from, _) = S::as_simd_f32s(pooled.as_slice());
-        let (to, _) = S::as_mut_simd_f32s(headed.as_mut_slice());
-        linear(simd, product, from, to, sequences, *then);
+        linear(simd, product, pooled.as_slice(), headed.as_mut_slice(), sequences, *then);
         std::mem::swap(pooled, headed);
     }
     if let Some((last, _)) = encoder.head.last() {

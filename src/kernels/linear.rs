@@ -84,7 +84,7 @@ impl WithSimd for Run<'_> {
     fn with_simd<S: Simd>(self, simd: S) {
         let (x, _) = S::as_simd_f32s(self.x);
         let (y, _) = S::as_mut_simd_f32s(self.y);
-        linear(simd, self.packed, x, y, self.tokens, self.then);
+        product(simd, self.packed, x, y, self.tokens, self.then);
     }
 }
 
@@ -121,11 +121,15 @@ pub fn tile<S: Simd, const M: usize, const V: usize>(
     sums
 }
 
-/// Computes `tokens` tokens: `x` is `[blocks][inputs][VECTORS]`, `y` is `[blocks][outputs][VECTORS]`.
-///
+/// [`Packed::run`] inside a dispatched operation: compiled once for each instruction set, wherever it is called.
+#[inline(always)]
+pub fn linear<S: Simd>(simd: S, packed: &Packed, x: &[f32], y: &mut [f32], tokens: usize, then: Then) {
+    simd.vectorize(Run { packed, x, y, tokens, then });
+}
+
 /// Blocks beyond the first `tokens` are left alone; lanes beyond them in the last block hold arbitrary values.
 #[inline(always)]
-pub fn linear<S: Simd>(simd: S, w: &Packed, x: &[S::f32s], y: &mut [S::f32s], tokens: usize, then: Then) {
+fn product<S: Simd>(simd: S, w: &Packed, x: &[S::f32s], y: &mut [S::f32s], tokens: usize, then: Then) {
     let (k, n) = (w.inputs, w.outputs);
     let blocks = tokens.div_ceil(math::width::<S>());
     let one_vector = |block: usize| tokens - block * math::width::<S>() <= S::F32_LANES;

@@ -72,8 +72,8 @@ pub fn tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let one = simd.splat_f32s(1.0);
     let e = exp(simd, simd.add_f32s(c, c));
     let y = simd.sub_f32s(one, simd.div_f32s(simd.splat_f32s(2.0), simd.add_f32s(e, one)));
-    // Comparisons lose NaN; adding 0·x brings it back.
-    simd.mul_add_e_f32s(simd.splat_f32s(0.0), x, y)
+    // The limits lose a NaN.
+    simd.select_f32s(simd.equal_f32s(x, x), y, x)
 }
 
 /// GELU by its tanh formula (Hendrycks and Gimpel, arXiv:1606.08415), which differs from the one with erf by up to 5e-4.
@@ -89,6 +89,7 @@ pub fn gelu_tanh<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 /// max(x, 0).
 #[inline(always)]
 pub fn relu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
-    // The second operand wins where one is NaN.
-    simd.max_f32s(simd.splat_f32s(0.0), x)
+    // Not a maximum, which may lose a NaN.
+    let zero = simd.splat_f32s(0.0);
+    simd.select_f32s(simd.less_than_f32s(x, zero), zero, x)
 }

@@ -50,3 +50,6 @@ pub fn arch_name(arch: Arch) -> &'static str {
         _ => "neon",
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! Blocks are `[features][width]`; a norm runs down the features, its vectors side by side.
 
-use pulp::Simd;
+use pulp::{Simd, WithSimd};
 
 use super::math::{self, VECTORS};
 
@@ -16,8 +16,28 @@ pub struct Norm {
 
 /// Normalises each token's features in place, after adding `y` to them where there is one. Two passes for the variance: the
 /// short formula loses digits where the mean is large.
+pub struct AddNorm<'a> {
+    pub norm: &'a Norm,
+    /// `[blocks][features][width]`
+    pub x: &'a mut [f32],
+    pub y: Option<&'a [f32]>,
+}
+
+impl WithSimd for AddNorm<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (x, _) = S::as_mut_simd_f32s(self.x);
+        match self.y {
+            Some(y) => add_norm(simd, self.norm, x, Some(S::as_simd_f32s(y).0)),
+            None => add_norm(simd, self.norm, x, None),
+        }
+    }
+}
+
 #[inline(always)]
-pub fn add_norm<S: Simd>(simd: S, norm: &Norm, x: &mut [S::f32s], y: Option<&[S::f32s]>) {
+fn add_norm<S: Simd>(simd: S, norm: &Norm, x: &mut [S::f32s], y: Option<&[S::f32s]>) {
     let features = norm.weight.len();
     let count = simd.splat_f32s(1.0 / features as f32);
     let zero = simd.splat_f32s(0.0);

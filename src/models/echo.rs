@@ -6,6 +6,7 @@
 use crate::contract::Contract;
 use crate::executor::batch::{BatchOutput, BatchView};
 use crate::executor::model::{LoadedModel, Model, ModelError};
+use crate::vocab::Layout;
 
 pub struct Echo {
     contract: Contract,
@@ -38,6 +39,10 @@ pub fn check(contract: &Contract) -> Result<(), String> {
 impl LoadedModel for Echo {
     fn contract(&self) -> &Contract {
         &self.contract
+    }
+
+    fn layouts(&self) -> &'static [Layout] {
+        &[Layout::Padded, Layout::Packed]
     }
 
     fn instantiate(&self) -> Result<Box<dyn Model>, ModelError> {

@@ -23,6 +23,9 @@ use crate::scheduler::edges::{self, SHAPES, SHAPES_MAX};
 use crate::scheduler::{Buckets, Edges, PadTo, Policy, PolicyKind};
 use crate::vocab::{DType, Layout};
 
+/// Rows of a curve are at most so long: about the mean of what encoders are asked.
+const CURVE_LEN: u32 = 32;
+
 /// A manifest that was not taken: where, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestError {
@@ -61,6 +64,9 @@ pub struct Manifest {
 pub struct Batching {
     pub rows_max: u32,
     pub padded_cells_max: u64,
+    /// `padded_cells_max` is only the most that is looked at: the budget is the least that runs at full speed, as the warm-up
+    /// finds it.
+    pub cells_auto: bool,
     /// None: as long as it pays.
     pub queue_delay_max: Option<Duration>,
     pub policy: PolicyKind,
@@ -85,6 +91,22 @@ pub struct Batching {
 impl Batching {
     pub fn bucket_longest(&self) -> u32 {
         *self.buckets.last().expect("a manifest without buckets is refused")
+    }
+
+    /// Shapes (rows, length) of growing size by which an automatic budget is found: of one length, so that nothing else
+    /// differs. Those of fewer cells than the longest row has could be no budget.
+    pub fn curve(&self) -> Vec<(u32, u32)> {
+        let len = self.bucket_longest().min(CURVE_LEN);
+        let most = self.rows_at(len);
+        let sizes = [1u64, 2, 3, 4, 6, 8, 12, 16, 24, 32].map(|size| size * 32);
+        let rows = sizes.map(|cells| (cells / u64::from(len)).clamp(1, u64::from(most)) as u32);
+        let mut rows: Vec<u32> = rows
+            .into_iter()
+            .filter(|rows| u64::from(*rows) * u64::from(len) >= u64::from(self.bucket_longest()))
+            .collect();
+        rows.push(most);
+        rows.dedup();
+        rows.into_iter().map(|rows| (rows, len)).collect()
     }
 
     /// Rows that fit a batch padded to `len`.
@@ -321,6 +343,43 @@ impl<'de> Deserialize<'de> for WrittenSize {
     }
 }
 
+/// Most cells of a batch, or "auto".
+enum WrittenCells {
+    Given(u64),
+    Auto,
+}
+
+impl<'de> Deserialize<'de> for WrittenCells {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Cells;
+        impl Visitor<'_> for Cells {
+            type Value = WrittenCells;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number of cells, or \"auto\"")
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<WrittenCells, E> {
+                let cells = u64::try_from(value).ok().filter(|cells| *cells > 0);
+                cells
+                    .map(WrittenCells::Given)
+                    .ok_or_else(|| E::invalid_value(serde::de::Unexpected::Signed(value), &self))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, value: &str) -> Result<WrittenCells, E> {
+                match value {
+                    "auto" => Ok(WrittenCells::Auto),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(value), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Cells)
+    }
+}
+
+/// The most cells that an automatic budget can come to. Nothing that was measured gains by more.
+const CELLS_AUTO_MAX: u64 = 1024;
+
 /// Bucket lengths, or "auto".
 enum WrittenBuckets {
     Given(Vec<u32>),
@@ -363,7 +422,7 @@ struct WrittenBatching {
     #[serde(default)]
     request_rows_max: Option<u32>,
     #[serde(default)]
-    padded_cells_max: Option<u64>,
+    padded_cells_max: Option<WrittenCells>,
     #[serde(default)]
     policy: Option<String>,
     #[serde(default)]
@@ -589,7 +648,11 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
     let longest = buckets[buckets.len() - 1];
     let rows_max = written.rows_max;
     let all = u64::from(rows_max) * u64::from(longest);
-    let padded_cells_max = written.padded_cells_max.unwrap_or(all);
+    let (padded_cells_max, cells_auto) = match written.padded_cells_max {
+        None => (all, false),
+        Some(WrittenCells::Given(cells)) => (cells, false),
+        Some(WrittenCells::Auto) => (all.min(CELLS_AUTO_MAX.max(longest.into())), true),
+    };
     if padded_cells_max < u64::from(longest) {
         return Err(format!(
             "[batching] padded_cells_max: expected at least {longest}, the largest bucket, or its rows could never run; got {padded_cells_max}"
@@ -647,6 +710,7 @@ fn check_batching(contract: &Contract, written: WrittenBatching) -> Result<Batch
     Ok(Batching {
         rows_max,
         padded_cells_max,
+        cells_auto,
         queue_delay_max: written.queue_delay_max_us.map(Duration::from_micros),
         policy,
         weight,
@@ -744,6 +808,9 @@ fn check_warmup(contract: &Contract, batching: &Batching, written: WrittenWarmup
     // A row count that this length's budget does not allow becomes the largest that it does: that batch will occur.
     let mut shapes: Vec<(u32, u32)> =
         (lengths.iter()).flat_map(|len| rows.iter().map(|rows| ((*rows).min(batching.rows_at(*len)), *len))).collect();
+    if batching.cells_auto {
+        shapes.extend(batching.curve());
+    }
     shapes.sort_unstable_by_key(|(rows, len)| (u64::from(*rows) * u64::from(*len), *len));
     shapes.dedup();
     Ok(Warmup { shapes })

@@ -39,11 +39,13 @@ pub struct LoadOptions {
     pub device: Device,
     /// Largest weights file, compared before anything of it is read.
     pub weight_bytes_max: u64,
+    /// Threads that share each batch, where the architecture can divide one.
+    pub threads: usize,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { device: Device::Cpu, weight_bytes_max: 8 << 30 }
+        LoadOptions { device: Device::Cpu, weight_bytes_max: 8 << 30, threads: 1 }
     }
 }
 
@@ -301,7 +303,7 @@ fn build(manifest: &Manifest, folder: &Path, options: &LoadOptions) -> Result<Ar
         "bert" => {
             let mut weights = open()?;
             let params = bert::check(manifest).expect("check_architecture came first");
-            let model = bert::Bert::load(manifest, params, &mut weights, &options.device)?;
+            let model = bert::Bert::load(manifest, params, &mut weights, options)?;
             weights.finish()?;
             Ok(Arc::new(model))
         }

@@ -329,6 +329,16 @@ impl CostModel {
     }
 }
 
+/// Throughput of the chosen budget, as a share of the best seen. Between the two only latency is lost.
+const FULL_SPEED: f64 = 0.97;
+
+/// The smallest budget that runs at full speed, of measured (cells, time). `None` where nothing was measured.
+pub fn budget(curve: &[(u64, Duration)]) -> Option<u64> {
+    let rate = |(cells, took): &(u64, Duration)| *cells as f64 / took.as_secs_f64().max(1e-9);
+    let best = curve.iter().map(rate).fold(0.0, f64::max);
+    curve.iter().filter(|point| rate(point) >= FULL_SPEED * best).map(|(cells, _)| *cells).min()
+}
+
 fn octave(rows: u32, len: u32) -> usize {
     let of = |n: u32| (n.max(1).ilog2() as usize).min(OCTAVES - 1);
     of(rows) * OCTAVES + of(len)

@@ -26,7 +26,7 @@ use ferry::scheduler::{
     Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
 };
 use ferry::telemetry::{ModelLabels, Telemetry};
-use ferry::vocab::{Code, DType, ModelHandle, Moment, Refusal, TicketKey};
+use ferry::vocab::{Code, DType, Layout, ModelHandle, Moment, Refusal, TicketKey};
 use ferry::wire::encoder::align8;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -191,6 +191,8 @@ fn random_policy(rng: &mut StdRng, contract: &Contract) -> Policy {
         kind: PolicyKind::ALL[rng.random_range(0..4)],
         queue_delay_max: rng.random_bool(0.8).then_some(Duration::from_micros(window)),
         pad_to: if rng.random_bool(0.5) { PadTo::Bucket } else { PadTo::Longest },
+        layout: if rng.random_bool(0.3) { Layout::Packed } else { Layout::Padded },
+        can_pack: true,
         fill_waste_max: rng.random_range(0.0..1.0),
         group: if rng.random_bool(0.25) { Group::Inline } else { Group::Executors },
         queue,
@@ -374,12 +376,13 @@ impl World {
         let model = ModelHandle(self.rng.random_range(0..self.contracts.len() as u16));
         let mut knob = || {
             let rng = &mut self.rng;
-            let (knob, value) = match rng.random_range(0..7) {
+            let (knob, value) = match rng.random_range(0..8) {
                 0 => ("policy", PolicyKind::ALL[rng.random_range(0..4)].name().to_owned()),
                 1 => ("rows_max", rng.random_range(1..10).to_string()),
                 2 => ("cells_max", rng.random_range(16..120).to_string()),
                 3 => ("buckets", ["16", "4,8,16", "1,2,3,5,16", "auto", "1"][rng.random_range(0..5)].to_owned()),
                 4 => ("pad_to", ["bucket", "longest"][rng.random_range(0..2)].to_owned()),
+                6 => ("layout", ["padded", "packed"][rng.random_range(0..2)].to_owned()),
                 5 => ("shapes_max", rng.random_range(1..5).to_string()),
                 _ => ("queue_delay_max_us", rng.random_range(0..3000).to_string()),
             };

@@ -14,11 +14,12 @@ mod reference;
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use self::checkpoint::{Between, Checkpoint, Dense, Norm};
 use self::reference::Reference;
 use super::manifest::{Activation, BertParams, Manifest, Pooling};
+use super::repository::LoadOptions;
 use super::weights::{Weights, WeightsError};
 use crate::contract::{Contract, Dim, TensorSpec};
 use crate::executor::batch::{BatchOutput, BatchView};
@@ -41,6 +42,7 @@ pub struct Bert {
     weight_bytes: u64,
     /// Largest batch: places, rows, and longest row.
     largest: (usize, usize, usize),
+    threads: usize,
 }
 
 impl Bert {
@@ -49,8 +51,9 @@ impl Bert {
         manifest: &Manifest,
         params: &BertParams,
         weights: &mut Weights,
-        device: &Device,
+        options: &LoadOptions,
     ) -> Result<Bert, WeightsError> {
+        let device = &options.device;
         let contract = manifest.contract.clone();
         let checkpoint = Checkpoint::take(params, contract.inputs.len() == 2, weights)?;
         let network = if device.is_cpu() {
@@ -69,6 +72,7 @@ impl Bert {
             params: params.clone(),
             network: Arc::new(network),
             weight_bytes,
+            threads: options.threads.max(1),
             largest: (places, batching.rows_max as usize, longest),
         })
     }
@@ -182,12 +186,15 @@ impl LoadedModel for Bert {
     }
 
     fn instantiate(&self) -> Result<Box<dyn Model>, ModelError> {
-        let mut scratch = Scratch::default();
+        let mut scratches = Vec::new();
+        scratches.resize_with(self.threads, Scratch::default);
         if let Network::Kernels(encoder) = &*self.network {
             let (places, rows, longest) = self.largest;
-            encoder.reserve(&mut scratch, places, rows, longest);
+            // A share can be longer than its part of the batch by not much less than a row.
+            let share = (places / self.threads + longest).min(places);
+            scratches.iter_mut().for_each(|scratch| encoder.reserve(scratch, share, rows, longest));
         }
-        Ok(Box::new(Instance { network: self.network.clone(), scratch }))
+        Ok(Box::new(Instance { network: self.network.clone(), scratches }))
     }
 
     fn weight_bytes(&self) -> u64 {
@@ -211,7 +218,36 @@ impl LoadedModel for Bert {
 
 struct Instance {
     network: Arc<Network>,
-    scratch: Scratch,
+    /// One for each thread that shares a batch.
+    scratches: Vec<Scratch>,
+}
+
+/// Computes one batch on as many threads as there are scratches: rows do not need each other, so each takes a share of about
+/// the same places.
+fn share_out(encoder: &Encoder, scratches: &mut [Scratch], batch: encoder::Batch<'_>, out: &mut [f32]) {
+    let (first, others) = scratches.split_first_mut().expect("an instance has at least one thread");
+    if others.is_empty() || batch.lens.len() == 1 {
+        return encoder.forward(kernels::arch(), first, batch, out);
+    }
+    let span = |row: usize| batch.padded_len.unwrap_or(batch.lens[row]) as usize;
+    let (mut rows, mut places) = (0, 0);
+    while rows < batch.lens.len() && (rows == 0 || (places + span(rows)) * (others.len() + 1) <= batch.ids.len()) {
+        places += span(rows);
+        rows += 1;
+    }
+    let (lens, lens_rest) = batch.lens.split_at(rows);
+    let (ids, ids_rest) = batch.ids.split_at(places);
+    let segments = batch.segments.map(|segments| segments.split_at(places));
+    let (out, out_rest) = out.split_at_mut(rows * encoder.outputs());
+    let mine = encoder::Batch { ids, lens, segments: segments.map(|(mine, _)| mine), ..batch };
+    let rest = encoder::Batch { ids: ids_rest, lens: lens_rest, segments: segments.map(|(_, rest)| rest), ..batch };
+    if lens_rest.is_empty() {
+        return encoder.forward(kernels::arch(), first, mine, out);
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(move || encoder.forward(kernels::arch(), first, mine, out));
+        share_out(encoder, others, rest, out_rest);
+    });
 }
 
 impl Model for Instance {
@@ -222,7 +258,7 @@ impl Model for Instance {
             Network::Kernels(encoder) => {
                 let padded_len = (batch.layout == Layout::Padded).then_some(batch.padded_len);
                 let batch = encoder::Batch { ids, segments, lens: batch.lens, padded_len };
-                encoder.forward(kernels::arch(), &mut self.scratch, batch, out.output_mut(0));
+                share_out(encoder, &mut self.scratches, batch, out.output_mut(0));
                 Ok(())
             }
             Network::Candle(reference) => {
@@ -236,6 +272,8 @@ impl Model for Instance {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+
+    use candle_core::Device;
 
     use super::*;
     use crate::models::weights::WeightNames;
