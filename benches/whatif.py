@@ -126,9 +126,9 @@ def one_round(folder, rate, lengths, seconds, seed):
 
 def main():
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    seconds = int(sys.argv[2]) if len(sys.argv) > 2 else 45
-    rate = float(sys.argv[3]) if len(sys.argv) > 3 else 50
-    lengths = sys.argv[4] if len(sys.argv) > 4 else "lognormal:20,0.8,128"
+    seconds = int(sys.argv[2]) if len(sys.argv) > 2 else 35
+    rate = float(sys.argv[3]) if len(sys.argv) > 3 else 60
+    lengths = sys.argv[4] if len(sys.argv) > 4 else "lognormal:12,0.8,96"
     found, pairs = [], []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(1, rounds + 1):

@@ -7,13 +7,23 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
-use common::{Ask, Event, Numbers, Raw, Server, bare_frame, get, wait_until};
-use ferry::capture::{Cancelled, CaptureEnd, TraceReader};
+use common::{Ask, Event, Numbers, Raw, Server, bare_frame, control, get, wait_until};
+use ferry::batcher::{Batcher, ExecutorLink, ThreadOutlet};
+use ferry::capture::{self, Cancelled, CaptureEnd, TraceReader};
+use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
+use ferry::executor::sim::{Faults, SimExecutor};
+use ferry::executor::worker::Worker;
+use ferry::mail::{Burst, Part, Request, ToBatcher};
+use ferry::mailbox::mailbox;
 use ferry::replay::exact::{self, Verified};
 use ferry::replay::whatif::{Recording, Setting};
-use ferry::vocab::DType;
+use ferry::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
+use ferry::telemetry::{ModelLabels, Telemetry};
+use ferry::vocab::{DType, ModelHandle, Moment, TicketKey};
 use ferry::wire::Kind;
 
 /// Requests of several models, lengths, rows, classes and deadlines, some of them cancelled, until told to stop.
@@ -253,4 +263,191 @@ fn what_is_no_capture_is_refused_and_a_drain_ends_one() {
 
 fn open_if(trace: &Path) -> Option<TraceReader<BufReader<File>>> {
     trace.exists().then(|| open(trace))
+}
+
+/// Sets knobs of a model on the control port; returns the policy's generation.
+fn set(server: &Server, model: &str, knobs: serde_json::Value) -> u64 {
+    let body = serde_json::json!({ "set": knobs }).to_string();
+    let path = format!("/v1/models/{model}/policy");
+    let (status, answer) = control(server.control, "PATCH", &path, "Content-Type: application/json\r\n", &body);
+    assert_eq!(status, 200, "{answer:#}");
+    answer["generation"].as_u64().expect("a number")
+}
+
+/// Goal: a replay is equal when policies change and requests are run in parts while the capture is on. Method: batches of at
+/// most three rows, set in the middle, while callers ask for up to eight rows, cancel some and give others little time.
+#[test]
+fn a_capture_over_policy_changes_and_requests_in_parts_is_replayed_decision_for_decision() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("trace");
+    let server = Server::start(&["threads.shards=2", "threads.executors=2"]);
+    let (stop, ended) = (AtomicBool::new(false), AtomicU64::new(0));
+    let in_parts = |mut raw: Raw, seed: u64| {
+        let mut numbers = Numbers(seed);
+        let [faulty, tiny_bert] = ["faulty", "tiny_bert"].map(|name| raw.handle(name));
+        while !stop.load(Ordering::Relaxed) {
+            let mut open = BTreeSet::new();
+            for _ in 0..1 + numbers.below(6) {
+                let rows = 1 + numbers.below(8) as u32;
+                let ask = if numbers.below(2) == 0 {
+                    Ask::words(faulty, &vec![4 + numbers.below(3) as u32; rows as usize])
+                } else {
+                    let len = 1 + numbers.below(64) as u32;
+                    let ids: Vec<u32> = (0..rows * len).map(|at| at % 90).collect();
+                    Ask::new(tiny_bert, DType::U32, &[rows, len], bytemuck::cast_slice(&ids))
+                };
+                let hurried = numbers.below(3) == 0;
+                open.insert(raw.ask(&if hurried { ask.deadline_us(300 + numbers.below(20_000)) } else { ask }));
+            }
+            if numbers.below(2) == 0 {
+                let id = *open.last().expect("some were asked");
+                raw.send(&bare_frame(Kind::Cancel, id));
+            }
+            while !open.is_empty() {
+                let event = raw.recv();
+                assert_ne!(std::mem::discriminant(&event), std::mem::discriminant(&Event::End), "the server closed");
+                if let Some(id) = event.ends() {
+                    open.remove(&id);
+                    ended.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        }
+    };
+    let changes = [
+        ("faulty", serde_json::json!({ "rows_max": "3" })),
+        ("tiny_bert", serde_json::json!({ "policy": "window", "rows_max": "3", "queue_delay_max_us": "2000" })),
+        ("tiny_bert", serde_json::json!({ "buckets": "auto", "shapes_max": "3" })),
+        ("faulty", serde_json::json!({ "policy": "greedy_tokens" })),
+        ("tiny_bert", serde_json::json!({ "policy": "cost", "queue_delay_max_us": "auto", "rows_max": "5" })),
+    ];
+    let output = std::thread::scope(|scope| {
+        for seed in 0..4 {
+            let raw = server.connect();
+            scope.spawn(move || in_parts(raw, seed));
+        }
+        let moved_on = |by: u64| {
+            let target = ended.load(Ordering::Relaxed) + by;
+            wait_until("requests are answered", || ended.load(Ordering::Relaxed) > target);
+        };
+        moved_on(50);
+        let (control, path) = (server.control.to_string(), text_of(&trace).to_owned());
+        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "3", "-o", &path]));
+        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
+        for (model, knobs) in &changes {
+            moved_on(30);
+            set(&server, model, knobs.clone());
+        }
+        let output = capture.join().expect("it does not panic");
+        stop.store(true, Ordering::Relaxed);
+        output
+    });
+    assert!(output.status.success(), "{output:?}");
+    let verified = exact::replay(&mut open(&trace), &mut ()).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(verified.end, CaptureEnd::Complete);
+
+    let (mut policies, mut cancelled, mut parts, mut hurried) = (0, 0, 0, 0);
+    let mut reader = open(&trace);
+    let mut before = None;
+    while let Some(event) = reader.next_event().expect("a trace") {
+        match &event {
+            ferry::capture::Event::Policy(_) => policies += 1,
+            ferry::capture::Event::Cancel { .. } => cancelled += 1,
+            // What is admitted at the same moment, as long and as hurried, with all the rows that a batch takes.
+            ferry::capture::Event::Arrival { at, arrival } => {
+                hurried += u64::from(arrival.deadline.is_some());
+                let like = (*at, arrival.model, arrival.len, arrival.deadline);
+                parts += u64::from(before.replace((like, arrival.rows)) == Some((like, 3)));
+            }
+            _ => {}
+        }
+    }
+    assert!(
+        policies == changes.len() && cancelled > 0 && parts > 0 && hurried > 0,
+        "{policies} {cancelled} {parts} {hurried}"
+    );
+
+    // The changes of the trace come about in a what-if too, where nothing else was set.
+    let recording = Recording::read(open(&trace), 1).expect("a trace");
+    let report = recording.what_if(&[], 1).expect("it can be");
+    let (simulated, recorded) = (&report.models, &verified.report.models);
+    for (simulated, recorded) in simulated.iter().zip(recorded) {
+        assert_eq!(simulated.offered, recorded.offered, "{}", recorded.name);
+    }
+}
+
+/// Goal: buckets that the scheduler chose for itself are chosen again. Method: the real batcher in virtual time, 80 seconds
+/// whose lengths change in the middle, captured from behind the start.
+#[test]
+fn buckets_that_follow_the_lengths_follow_them_in_a_replay() {
+    let tokens = TensorSpec {
+        name: "ids".into(),
+        dtype: DType::U32,
+        shape: vec![Dim::Named("tokens".into())],
+        pad: 0.0,
+        range: None,
+        nonfinite: NonFinite::Allow,
+    };
+    let contract = Contract {
+        name: "copy".into(),
+        version: "1".into(),
+        architecture: "sim".into(),
+        outputs: vec![TensorSpec { name: "out".into(), ..tokens.clone() }],
+        inputs: vec![tokens],
+        length: Some(Length { name: "tokens".into(), min: 1, max: 64 }),
+        text: None,
+        rows_max: 8,
+    };
+    let contract = Arc::new(contract.checked().expect("a contract"));
+    let labels = [ModelLabels { name: "copy".into(), version: "1".into() }];
+    let telemetry = Telemetry::new(&labels, 1, 1);
+    let (shard, inbox) = mailbox(64);
+    let device = Box::new(SimExecutor::new(Arc::new(Faults::default())));
+    let worker = Worker::new(0, device, vec![Arc::clone(&contract)], vec![shard], Arc::clone(&telemetry));
+    let outlet = ThreadOutlet { executors: vec![ExecutorLink::Inline(Box::new(worker))], shards: Vec::new() };
+    let lone = Policy { group: Group::Inline, ..Policy::new(8, 512, Buckets::geometric(64)) };
+    let policy = lone.with([("buckets", "auto"), ("shapes_max", "2"), ("pad_to", "bucket")]).expect("such knobs");
+    let seats = SeatSpec::separate(Group::Inline, 1, 1);
+    let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy], &seats);
+    let mut batcher = Batcher::new(scheduler, outlet, &[contract], 1, telemetry);
+
+    let (sink, source) = capture::channel();
+    let mut sink = Some(sink);
+    let mut trace = Vec::new();
+    for slot in 0..4000u32 {
+        let now = Moment(1_000_000_000 + u64::from(slot) * 20_000_000);
+        if slot == 100 {
+            let sink = sink.take().expect("it begins once");
+            batcher.take(now, ToBatcher::Capture { time: Duration::from_secs(600), sink });
+        }
+        let len = if slot < 2000 { 9 } else { 33 };
+        let request = Request {
+            key: TicketKey { shard: 0, slot: slot % 8, generation: slot / 8 },
+            model: ModelHandle(0),
+            rows: 1,
+            len,
+            part: Part::whole(1),
+            payload: vec![0; 4 * len as usize].into(),
+            received_at: now,
+            deadline: None,
+            compose: None,
+            class: Default::default(),
+            tenant: Default::default(),
+            truncated: false,
+        };
+        batcher.take(now, ToBatcher::Burst(Burst { arrivals: vec![request], cancelled: Vec::new() }));
+        batcher.turn(now);
+        while inbox.try_recv().is_some() {}
+        trace.extend(source.chunks.try_iter().flatten());
+    }
+    batcher.take(Moment(90_000_000_000), ToBatcher::Stop);
+    trace.extend(source.chunks.try_iter().flatten());
+    trace.extend(capture::end_chunk(source.ended().expect("it was stopped")));
+
+    let generation = batcher.scheduler().generation(ModelHandle(0));
+    assert!(generation >= 3, "buckets were chosen {generation} times");
+    let mut reader = TraceReader::open(&trace[..]).expect("a trace");
+    let verified = exact::replay(&mut reader, &mut ()).unwrap_or_else(|error| panic!("{error}"));
+    let log = batcher.scheduler().log();
+    assert_eq!((verified.decisions, verified.hash, verified.arrivals), (log.count(), log.hash(), 3900));
+    assert_eq!(verified.end, CaptureEnd::Stopped);
 }

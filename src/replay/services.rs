@@ -1,9 +1,15 @@
-//! How long batches would take: the cost model fitted to the recorded ones, times how far those were from it.
+//! How long batches would take: what the cost model, fitted to the recorded ones, says of their shape, at the pace that the
+//! machine had about then.
+//!
+//! The pace is that of the recorded batches, one behind the other: time taken ÷ time expected. A machine is slow for a while,
+//! not for a batch, and queues grow in such a while: drawn from anywhere in the trace, slow batches would come one by one,
+//! and the predicted p99 would be too low. A batch of a long expected time goes on at the pace of as many recorded ones as it
+//! lasts, because what holds up a short one for long is little of a long one.
 //!
 //! Always true
 //! - Equal traces and seeds give equal times.
-//! - A shape like recorded ones (same octave of rows and of length) takes a time that one of them took, scaled by the fit. A
-//!   shape unlike all of them takes what the fit says, times how far the nearest were from it: that is a guess, and counted.
+//! - A shape like recorded ones (same octave of rows and of length) is expected to take what those took, scaled by the fit. A
+//!   shape unlike all of them is expected to take what the fit says, as far off as the nearest: that is a guess, and counted.
 
 use std::time::Duration;
 
@@ -13,8 +19,11 @@ use crate::scheduler::cost::{Coefficients, CostModel, Work};
 use crate::vocab::Moment;
 
 const OCTAVES: usize = 24;
-/// Times kept for each octave of rows and of length.
-const KEPT: usize = 512;
+/// Batches that an octave's correction takes from the fit: one slow batch is not yet a slow shape.
+const DOUBT: f64 = 4.0;
+/// A batch goes at the pace of one of so many that began next. Not of the one that ran then: at any moment, that is more
+/// likely a slow one.
+const NEXT: i128 = 4;
 /// Batches that are looked at, at most.
 const BATCHES_MAX: usize = 1 << 20;
 /// Hand-overs kept for each group.
@@ -23,6 +32,8 @@ const HANDOVERS: usize = 4096;
 /// A batch of the trace, as far as its time is concerned.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
+    /// It began.
+    at: Moment,
     model: u16,
     work: Work,
     nanos: u64,
@@ -67,7 +78,13 @@ impl Observer {
             }
         }
         let nanos = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
-        let sample = Sample { model: done.model.0, work: done.work(), nanos, alone };
+        let sample = Sample {
+            at: Moment(at.nanos().saturating_sub(nanos)),
+            model: done.model.0,
+            work: done.work(),
+            nanos,
+            alone,
+        };
         self.samples.push(sample);
     }
 
@@ -75,7 +92,7 @@ impl Observer {
         self.handovers[group].add(u64::try_from(late.as_nanos()).unwrap_or(u64::MAX));
     }
 
-    pub fn fit(self, header: &Header, seed: u64) -> Services {
+    pub fn fit(self, header: &Header) -> Services {
         let models = header.models.iter().enumerate().map(|(index, model)| {
             let [batch, cell, square] = model.cost;
             let learned = Coefficients { batch, cell, square };
@@ -87,13 +104,23 @@ impl Observer {
                 cost.observe_work(sample.work, Duration::from_nanos(sample.nanos), sample.alone);
             }
             let fit = cost.coefficients();
-            let mut ratios: Vec<Reservoir<f64>> =
-                (0..OCTAVES * OCTAVES).map(|octave| Reservoir::new(KEPT, seed + octave as u64)).collect();
+            let mut sums = vec![(0.0, 0u64); OCTAVES * OCTAVES];
             for sample in mine().filter(|sample| sample.alone) {
-                let expected = fit.work_time(sample.work).max(1.0);
-                ratios[octave(sample.work)].add(sample.nanos as f64 / expected);
+                let (sum, count) = &mut sums[octave(sample.work)];
+                *sum += sample.nanos as f64 / fit.work_time(sample.work).max(1.0);
+                *count += 1;
             }
-            ModelServices { fit, ratios: ratios.into_iter().map(|ratios| ratios.kept).collect() }
+            let corrected = |(sum, count): (f64, u64)| (count > 0).then(|| (sum + DOUBT) / (count as f64 + DOUBT));
+            let mut services =
+                ModelServices { fit, corrections: sums.into_iter().map(corrected).collect(), paces: Vec::new() };
+            let paces = mine().filter(|sample| sample.alone).map(|sample| Pace {
+                at: sample.at,
+                took: sample.nanos as f64,
+                expected: services.expected(sample.work).0,
+            });
+            services.paces = paces.collect();
+            services.paces.sort_by_key(|pace| pace.at);
+            services
         });
         Services { models: models.collect(), handovers: self.handovers.map(|handovers| handovers.kept) }
     }
@@ -112,11 +139,21 @@ pub fn shared_devices(header: &Header) -> Vec<Option<usize>> {
         .collect()
 }
 
+/// A recorded batch: when it began, and its time in ns.
+#[derive(Clone, Copy, Debug)]
+struct Pace {
+    at: Moment,
+    took: f64,
+    expected: f64,
+}
+
 #[derive(Debug)]
 struct ModelServices {
     fit: Coefficients,
-    /// By octave: observed ÷ fitted.
-    ratios: Vec<Vec<f64>>,
+    /// By octave: observed ÷ fitted, where any was observed.
+    corrections: Vec<Option<f64>>,
+    /// In the order of their moments.
+    paces: Vec<Pace>,
 }
 
 /// A batch's time, in ns.
@@ -141,13 +178,12 @@ impl Services {
         self.models[model].fit
     }
 
-    pub fn draw(&self, rng: &mut Rng, model: usize, work: Work) -> Drawn {
+    /// For a batch that is sealed at `now`.
+    pub fn draw(&self, rng: &mut Rng, now: Moment, model: usize, work: Work) -> Drawn {
         let services = &self.models[model];
-        let own = &services.ratios[octave(work)];
-        let guessed = own.is_empty();
-        let known = if guessed { services.nearest(work) } else { Some(own) };
-        let ratio = known.map_or(1.0, |ratios| ratios[pick(rng, ratios.len())]);
+        let (expected, guessed) = services.expected(work);
         let fit = services.fit;
+        let ratio = expected / fit.work_time(work).max(1.0) * services.pace(rng, now, expected);
         Drawn { fixed: fit.batch * ratio, rows: (fit.work_time(work) - fit.batch) * ratio, guessed }
     }
 
@@ -162,12 +198,33 @@ impl Services {
 }
 
 impl ModelServices {
-    /// The times of the nearest octave that has any.
-    fn nearest(&self, work: Work) -> Option<&Vec<f64>> {
+    /// ns of such a batch at the trace's usual pace, and whether that is a guess.
+    fn expected(&self, work: Work) -> (f64, bool) {
         let at = octave(work);
+        let fitted = self.fit.work_time(work).max(1.0);
+        if let Some(own) = self.corrections[at] {
+            return (fitted * own, false);
+        }
         let far = |other: usize| (at / OCTAVES).abs_diff(other / OCTAVES) + (at % OCTAVES).abs_diff(other % OCTAVES);
-        let known = self.ratios.iter().enumerate().filter(|(_, ratios)| !ratios.is_empty());
-        known.min_by_key(|(other, _)| far(*other)).map(|(_, ratios)| ratios)
+        let known = self.corrections.iter().enumerate().filter_map(|(other, factor)| Some((far(other), (*factor)?)));
+        (fitted * known.min_by_key(|(far, _)| *far).map_or(1.0, |(_, factor)| factor), true)
+    }
+
+    /// Time taken ÷ time expected, about `now`, over `expected` ns of batches.
+    fn pace(&self, rng: &mut Rng, now: Moment, expected: f64) -> f64 {
+        let Some(last) = self.paces.len().checked_sub(1) else { return 1.0 };
+        let next = self.paces.partition_point(|pace| pace.at < now);
+        let first = (next + rng.between(0, NEXT - 1) as usize).min(last);
+        let (mut took, mut done) = (0.0, 0.0);
+        for pace in &self.paces[first..] {
+            let part = ((expected - done) / pace.expected).min(1.0);
+            took += part * pace.took;
+            done += part * pace.expected;
+            if part < 1.0 {
+                break;
+            }
+        }
+        took / done
     }
 }
 
@@ -204,5 +261,49 @@ impl<T> Reservoir<T> {
                 self.kept[at] = value;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn services(paces: Vec<Pace>) -> Services {
+        let fit = Coefficients { batch: 100.0, cell: 10.0, square: 0.0 };
+        let mut corrections = vec![None; OCTAVES * OCTAVES];
+        corrections[octave(4, 8)] = Some(2.0);
+        Services { models: vec![ModelServices { fit, corrections, paces }], handovers: [Vec::new(), Vec::new()] }
+    }
+
+    #[test]
+    fn a_slow_while_of_the_trace_is_slow_in_the_replay_and_the_rest_is_not() {
+        let slow = |at: u64| if (100..200).contains(&at) { 3.0 } else { 1.0 };
+        let paces = (0..300).map(|at| Pace { at: Moment(at), took: 840.0 * slow(at), expected: 840.0 });
+        let services = services(paces.collect());
+        let mut rng = Rng::new(1, 1);
+        for (now, pace) in [(20, 1.0), (150, 3.0), (280, 1.0), (9999, 1.0)] {
+            let drawn = services.draw(&mut rng, Moment(now), 0, 4, 8);
+            assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 640.0 * pace, guessed: false });
+            // A shape that never ran: as far off the fit as those that did.
+            let drawn = services.draw(&mut rng, Moment(now), 0, 1, 8);
+            assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 160.0 * pace, guessed: true });
+        }
+    }
+
+    #[test]
+    fn what_holds_up_a_short_batch_is_little_of_a_long_one() {
+        // Every tenth short batch takes ten times as long.
+        let pace = |at: u64| Pace { at: Moment(at), took: if at % 10 == 0 { 50.0 } else { 5.0 }, expected: 5.0 };
+        let services = services((0..1000).map(pace).collect());
+        let mut rng = Rng::new(1, 1);
+        let drawn = services.draw(&mut rng, Moment(300), 0, 7, 12);
+        let ratio = (drawn.fixed + drawn.rows) / (2.0 * (100.0 + 7.0 * 120.0));
+        assert!((1.8..2.0).contains(&ratio), "{ratio}");
+    }
+
+    #[test]
+    fn without_a_recorded_batch_the_fit_is_all_there_is() {
+        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, 4, 8);
+        assert_eq!(drawn, Drawn { fixed: 200.0, rows: 640.0, guessed: false });
     }
 }

@@ -189,7 +189,7 @@ impl Recording {
             return Err(ReplayError::Setting("the trace has inputs for a model that it does not name".into()));
         }
         let Collector { calls, composed, others, before, now, observer, .. } = collector;
-        let services = observer.fit(&header, seed);
+        let services = observer.fit(&header);
         let state = reader.state().to_vec();
         Ok(Recording { header, state, calls, composed, others, before, end: now, services, recorded })
     }
@@ -473,7 +473,7 @@ impl<'a> World<'a> {
     fn submit(&mut self, batch: SealedBatch) {
         let seat = usize::from(batch.executor);
         let group = self.scheduler.seats()[seat].group;
-        let drawn = self.recording.services.draw(&mut self.rng, batch.model.index(), batch.work());
+        let drawn = self.recording.services.draw(&mut self.rng, self.now, batch.model.index(), batch.work());
         self.ledger.guessed += u64::from(drawn.guessed);
         let nanos = |nanos: f64| Duration::from_nanos(nanos.max(1.0) as u64);
         if group == Group::Inline {
