@@ -2,8 +2,14 @@
 //! long as the name says all the time; lengths are uneven, as those of texts are, over 56 buckets. `far` deadlines press
 //! nobody; `near` ones make every decision look at the whole queue's deadlines.
 //!
-//! After criterion's figures: how long single decisions take. `-- callgrind` runs one case 20,000 times and nothing else,
-//! for `valgrind --tool=callgrind --toggle-collect='*Scheduler*poll_batch*'` and the like.
+//! After criterion's figures: how long single decisions take. `callgrind WAITING [near]` runs one case 5,000 times and nothing
+//! else, so that instructions can be counted, which a busy machine does not change:
+//!
+//!     cargo bench --bench scheduler --no-run
+//!     valgrind --tool=callgrind --toggle-collect='*counted*' target/release/deps/scheduler-HASH callgrind 10000
+//!
+//! What it says it collected, divided by the requests that the bench prints, is instructions per request, from its admission
+//! to the end of its batch; with `--toggle-collect='*Scheduler*poll_batch*'` those of its share of a decision.
 
 use std::time::Duration;
 
@@ -161,12 +167,19 @@ fn decisions(count: usize) {
     }
 }
 
+/// What callgrind counts. Rows of so many batches.
+#[inline(never)]
+fn counted(rig: &mut Rig, batches: u32) -> u64 {
+    (0..batches).map(|_| u64::from(rig.round())).sum()
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    if arguments.iter().any(|argument| argument == "callgrind") {
-        let mut rig = Rig::new(PolicyKind::Cost, 10_000, false);
-        let rows: u64 = (0..20_000).map(|_| u64::from(rig.round())).sum();
-        println!("{rows} requests in 20000 batches");
+    if let Some(at) = arguments.iter().position(|argument| argument == "callgrind") {
+        let waiting = arguments.get(at + 1).and_then(|count| count.parse().ok()).filter(|count| *count > 0);
+        let near = arguments.get(at + 2).is_some_and(|word| word == "near");
+        let mut rig = Rig::new(PolicyKind::Cost, waiting.expect("callgrind WAITING [near]"), near);
+        println!("{} requests in 5000 batches", counted(&mut rig, 5000));
         return;
     }
     let mut criterion = Criterion::default().configure_from_args();

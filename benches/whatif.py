@@ -31,7 +31,6 @@ SETTINGS = {
     "window of 20 ms": {"policy": "window", "queue_delay_max_us": "20000"},
     "greedy_tokens": {"policy": "greedy_tokens"},
     "cost, 4 rows": {"rows_max": "4"},
-    "cost, 20 ms": {"queue_delay_max_us": "20000"},
     "A again": {},
 }
 FIGURES = ["p50", "p99", "fill", "waste"]
