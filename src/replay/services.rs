@@ -293,7 +293,8 @@ mod tests {
     #[test]
     fn what_holds_up_a_short_batch_is_little_of_a_long_one() {
         // Every tenth short batch takes ten times as long.
-        let pace = |at: u64| Pace { at: Moment(at), took: if at % 10 == 0 { 50.0 } else { 5.0 }, expected: 5.0 };
+        let pace =
+            |at: u64| Pace { at: Moment(at), took: if at.is_multiple_of(10) { 50.0 } else { 5.0 }, expected: 5.0 };
         let services = services((0..1000).map(pace).collect());
         let mut rng = Rng::new(1, 1);
         let drawn = services.draw(&mut rng, Moment(300), 0, 7, 12);

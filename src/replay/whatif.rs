@@ -260,15 +260,13 @@ impl Recording {
         for at in 0..scheduler.models() {
             let model = ModelHandle(at as u16);
             let policy = self.changed(settings, model, scheduler.policy(model))?;
-            if policy != *scheduler.policy(model) {
-                if scheduler.set_policy(model, policy.clone()).is_err() {
-                    // Something that waits would fit no batch. What waited at the start is in nobody's books: without it.
-                    for id in scheduler.waiting_tickets(model) {
-                        scheduler.handle_cancel(id);
-                    }
-                    let refused = |refusal: crate::vocab::Refusal| ReplayError::Setting(refusal.message);
-                    scheduler.set_policy(model, policy).map_err(refused)?;
+            if policy != *scheduler.policy(model) && scheduler.set_policy(model, policy.clone()).is_err() {
+                // Something that waits would fit no batch. What waited at the start is in nobody's books: without it.
+                for id in scheduler.waiting_tickets(model) {
+                    scheduler.handle_cancel(id);
                 }
+                let refused = |refusal: crate::vocab::Refusal| ReplayError::Setting(refusal.message);
+                scheduler.set_policy(model, policy).map_err(refused)?;
             }
         }
         let before = scheduler.log().count();
