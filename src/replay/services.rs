@@ -271,7 +271,7 @@ mod tests {
     fn services(paces: Vec<Pace>) -> Services {
         let fit = Coefficients { batch: 100.0, cell: 10.0, square: 0.0 };
         let mut corrections = vec![None; OCTAVES * OCTAVES];
-        corrections[octave(4, 8)] = Some(2.0);
+        corrections[octave(Work::padded(4, 8))] = Some(2.0);
         Services { models: vec![ModelServices { fit, corrections, paces }], handovers: [Vec::new(), Vec::new()] }
     }
 
@@ -282,10 +282,10 @@ mod tests {
         let services = services(paces.collect());
         let mut rng = Rng::new(1, 1);
         for (now, pace) in [(20, 1.0), (150, 3.0), (280, 1.0), (9999, 1.0)] {
-            let drawn = services.draw(&mut rng, Moment(now), 0, 4, 8);
+            let drawn = services.draw(&mut rng, Moment(now), 0, Work::padded(4, 8));
             assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 640.0 * pace, guessed: false });
             // A shape that never ran: as far off the fit as those that did.
-            let drawn = services.draw(&mut rng, Moment(now), 0, 1, 8);
+            let drawn = services.draw(&mut rng, Moment(now), 0, Work::padded(1, 8));
             assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 160.0 * pace, guessed: true });
         }
     }
@@ -297,14 +297,14 @@ mod tests {
             |at: u64| Pace { at: Moment(at), took: if at.is_multiple_of(10) { 50.0 } else { 5.0 }, expected: 5.0 };
         let services = services((0..1000).map(pace).collect());
         let mut rng = Rng::new(1, 1);
-        let drawn = services.draw(&mut rng, Moment(300), 0, 7, 12);
+        let drawn = services.draw(&mut rng, Moment(300), 0, Work::padded(7, 12));
         let ratio = (drawn.fixed + drawn.rows) / (2.0 * (100.0 + 7.0 * 120.0));
         assert!((1.8..2.0).contains(&ratio), "{ratio}");
     }
 
     #[test]
     fn without_a_recorded_batch_the_fit_is_all_there_is() {
-        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, 4, 8);
+        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, Work::padded(4, 8));
         assert_eq!(drawn, Drawn { fixed: 200.0, rows: 640.0, guessed: false });
     }
 }
