@@ -2,25 +2,27 @@
 //! to run and mail, not to answer.
 #![allow(unsafe_code)] // GlobalAlloc can only be implemented with it; nothing but the counter is added to the system's
 
-use std::alloc::{GlobalAlloc, Layout, System};
+use std::alloc::{GlobalAlloc, System};
 use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ferry::batcher::{Batcher, ExecutorLink, ThreadOutlet};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
+use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use ferry::executor::pack::{Pads, Row, pack};
 use ferry::executor::sim::{Faults, SimExecutor};
 use ferry::executor::slot::VacantSlot;
 use ferry::executor::worker::Worker;
 use ferry::mail::{Burst, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
+use ferry::models::repository::{self, LoadOptions, Loaded};
 use ferry::scatter::append_result;
 use ferry::scheduler::{
     Arrival, Buckets, Class, Group, Policy, PolicyKind, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
 };
 use ferry::telemetry::{ModelLabels, Telemetry};
-use ferry::vocab::{DType, ModelHandle, Moment, SealReason, TicketKey};
+use ferry::vocab::{DType, Layout, ModelHandle, Moment, SealReason, TicketKey};
 
 struct Counting;
 
@@ -35,22 +37,22 @@ fn count() {
 
 // SAFETY: every call is handed on unchanged to the system's allocator, which keeps the contract.
 unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+    unsafe fn alloc(&self, layout: std::alloc::Layout) -> *mut u8 {
         count();
         unsafe { System.alloc(layout) }
     }
 
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+    unsafe fn alloc_zeroed(&self, layout: std::alloc::Layout) -> *mut u8 {
         count();
         unsafe { System.alloc_zeroed(layout) }
     }
 
-    unsafe fn realloc(&self, place: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+    unsafe fn realloc(&self, place: *mut u8, layout: std::alloc::Layout, size: usize) -> *mut u8 {
         count();
         unsafe { System.realloc(place, layout, size) }
     }
 
-    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+    unsafe fn dealloc(&self, place: *mut u8, layout: std::alloc::Layout) {
         unsafe { System.dealloc(place, layout) }
     }
 }
@@ -116,7 +118,7 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
         executor: 0,
         rows,
         rows_possible: ROWS,
-        layout: ferry::vocab::Layout::Padded,
+        layout: Layout::Padded,
         squares_real: 0,
         padded_len,
         cells_real: u64::from(rows),
@@ -186,6 +188,34 @@ fn policy(group: Group, kind: PolicyKind) -> Policy {
         queue_delay_max: Some(Duration::ZERO),
         group,
         ..Policy::new(ROWS, 64 * u64::from(ROWS), Buckets::geometric(64))
+    }
+}
+
+/// Every size of batch up to the largest, after none but what instantiating reserves.
+#[test]
+fn an_encoders_batch_allocates_nothing_at_all() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let loaded = repository::load(&directory, "tiny_bert", &LoadOptions::default()).expect("loads");
+    let Loaded::Model(entry) = loaded else { panic!("its weights are committed") };
+    let contract = entry.model.contract();
+    let mut model = entry.model.instantiate().expect("makes an instance");
+    for layout in [Layout::Packed, Layout::Padded] {
+        for (rows, padded_len) in [(16, 64), (1, 1), (3, 17), (16, 8)] {
+            let lens: Vec<u32> = (0..rows).map(|row| padded_len - row * 5 % padded_len).collect();
+            let places = match layout {
+                Layout::Packed => lens.iter().sum(),
+                Layout::Padded => rows * padded_len,
+            };
+            let mut input = AlignedBytes::default();
+            input.set_len(places as usize * 4);
+            input.as_mut_slice::<u32>().fill(7);
+            let inputs = [input];
+            let mut out = BatchOutput::default();
+            out.prepare(contract, layout, &lens, padded_len);
+            let view = BatchView { contract, layout, rows, padded_len, lens: &lens, inputs: &inputs };
+            let made = allocations(|| model.run(view, &mut out).expect("runs"));
+            assert_eq!(made, 0, "{layout:?} {rows} rows of {padded_len}");
+        }
     }
 }
 

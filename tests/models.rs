@@ -9,10 +9,12 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType as CandleDType, Device, Tensor};
 use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
-use ferry::executor::model::ModelError;
+use ferry::executor::model::{Model, ModelError};
 use ferry::models::repository::{self, LoadOptions, Loaded, ModelEntry};
 use ferry::models::weights::WeightsFault;
 use ferry::vocab::Layout;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -83,6 +85,59 @@ where
     };
     entry.model.instantiate()?.run(batch, &mut out)?;
     Ok(out)
+}
+
+/// Answers of one batch in one layout, by an instance that is kept.
+fn answers(entry: &ModelEntry, model: &mut dyn Model, rows: &[&(Vec<u32>, Vec<f32>)], layout: Layout) -> Vec<f32> {
+    let contract = entry.model.contract();
+    let lens: Vec<u32> = rows.iter().map(|(ids, _)| ids.len() as u32).collect();
+    let padded_len = *lens.iter().max().expect("a batch has rows");
+    let mut ids: Vec<u32> = Vec::new();
+    for (row, _) in rows {
+        ids.extend(row);
+        if layout == Layout::Padded {
+            ids.extend(std::iter::repeat_n(42, padded_len as usize - row.len()));
+        }
+    }
+    let mut input = AlignedBytes::default();
+    input.set_len(ids.len() * 4);
+    input.as_mut_slice::<u32>().copy_from_slice(&ids);
+    let mut out = BatchOutput::default();
+    out.prepare(contract, layout, &lens, padded_len);
+    out.outputs[0].bytes_mut().fill(0xFF);
+    let inputs = [input];
+    let batch = BatchView { contract, layout, rows: rows.len() as u32, padded_len, lens: &lens, inputs: &inputs };
+    model.run(batch, &mut out).expect("runs");
+    out.output_mut::<f32>(0).to_vec()
+}
+
+/// Goal: in whatever company, in either layout and on however many threads, a sentence has its reference's embedding.
+/// Method: random batches, 30 or as many as AGREE_BATCHES says.
+#[test]
+fn minilm_in_random_company_equals_its_reference_in_both_layouts() {
+    let batches: usize = std::env::var("AGREE_BATCHES").ok().map_or(30, |count| count.parse().expect("a number"));
+    let rows: Vec<_> = minilm_rows().into_iter().map(|(_, ids, embedding)| (ids, embedding)).collect();
+    let mut rng = StdRng::seed_from_u64(4);
+    for threads in [1, 2] {
+        let options = LoadOptions { threads, ..LoadOptions::default() };
+        let loaded = repository::load(&root().join("models"), "minilm", &options).expect("loads or is skipped");
+        let Loaded::Model(entry) = loaded else { return println!("not compared: minilm is not there") };
+        let mut model = entry.model.instantiate().expect("makes an instance");
+        for layout in [Layout::Packed, Layout::Padded] {
+            let (mut worst, mut apart) = (1.0f64, 0.0f32);
+            for _ in 0..batches {
+                let batch: Vec<_> =
+                    (0..rng.random_range(1..9)).map(|_| &rows[rng.random_range(0..rows.len())]).collect();
+                let got = answers(&entry, &mut *model, &batch, layout);
+                for ((_, want), got) in batch.iter().zip(got.chunks_exact(384)) {
+                    worst = worst.min(cosine(want, got));
+                    apart = want.iter().zip(got).map(|(want, got)| (want - got).abs()).fold(apart, f32::max);
+                }
+            }
+            println!("{} on {threads} thread(s): worst cosine {worst:.8}, at most {apart:.1e} apart", layout.name());
+            assert!(worst >= 0.9999, "{layout:?}: {worst}");
+        }
+    }
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {

@@ -11,6 +11,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use nix::sys::resource::{UsageWho, getrusage};
 use serde::Serialize;
 
 use super::payload::Inputs;
@@ -85,6 +86,8 @@ pub struct OfflineReport {
     pub tokens_per_cpu_s: f64,
     pub padding_waste: f64,
     pub batch_rows_mean: f64,
+    /// Pages that were touched for the first time, per batch, in all rounds together.
+    pub page_faults_per_batch: f64,
     /// 10^9 floating point operations that real tokens need, per second of CPU time. None where the model does not say.
     pub gflops: Option<f64>,
     /// The same of one product of the size that encoders have, in the same kernels.
@@ -145,9 +148,12 @@ pub fn run(
         (0..options.requests).map(|request| inputs.entry(inputs.of_request(request as u64)).len).collect();
     let batches = plan(&lens, options);
     let mut times: Vec<(Duration, Duration)> = Vec::with_capacity(options.rounds);
+    let mut faults = 0;
     for round in 0..options.rounds {
         let done = |at: usize| progress(round * batches.len() + at, options.rounds * batches.len());
-        times.push(run_round(model, inputs, options, &lens, &batches, &done)?);
+        let round = run_round(model, inputs, options, &lens, &batches, &done)?;
+        times.push((round.wall, round.cpu));
+        faults += round.faults;
     }
     times.sort();
     let (duration, cpu) = times[times.len() / 2];
@@ -171,12 +177,26 @@ pub fn run(
         tokens_per_cpu_s: tokens as f64 / cpu_s,
         padding_waste: 1.0 - tokens as f64 / cells.max(1) as f64,
         batch_rows_mean: options.requests as f64 / batches.len().max(1) as f64,
+        page_faults_per_batch: faults as f64 / (options.rounds * batches.len()).max(1) as f64,
         gflops: operations.map(|operations| operations / cpu_s / 1e9),
         gemm_gflops_peak: peak,
     })
 }
 
-/// Wall time and CPU time of all batches, once.
+/// What running all batches once took: wall time, and the CPU time and minor page faults of all threads.
+#[derive(Default)]
+struct Round {
+    wall: Duration,
+    cpu: Duration,
+    faults: i64,
+}
+
+/// Minor page faults of the calling thread so far.
+fn thread_faults() -> i64 {
+    getrusage(UsageWho::RUSAGE_THREAD).map_or(0, |usage| usage.minor_page_faults())
+}
+
+/// Runs all batches once.
 fn run_round(
     model: &Arc<dyn LoadedModel>,
     inputs: &Inputs,
@@ -184,11 +204,11 @@ fn run_round(
     lens: &[u32],
     batches: &[Planned],
     progress: &(dyn Fn(usize) + Sync),
-) -> Result<(Duration, Duration), ModelError> {
+) -> Result<Round, ModelError> {
     let contract = model.contract();
     let next = AtomicUsize::new(0);
     let failed: Mutex<Option<ModelError>> = Mutex::new(None);
-    let cpu: Mutex<Duration> = Mutex::new(Duration::ZERO);
+    let used: Mutex<Round> = Mutex::default();
     // Each thread makes and warms its instance before the clock starts.
     let barrier = std::sync::Barrier::new(options.threads + 1);
     let mut duration = Duration::ZERO;
@@ -209,7 +229,7 @@ fn run_round(
                         Ok(instance)
                     });
                     barrier.wait();
-                    let before = clock::thread_cpu();
+                    let before = (clock::thread_cpu(), thread_faults());
                     while let Ok(instance) = &mut work {
                         let at = next.fetch_add(1, Ordering::Relaxed);
                         let Some(batch) = batches.get(at) else { break };
@@ -218,7 +238,11 @@ fn run_round(
                             Err(error) => work = Err(Some(error)),
                         }
                     }
-                    *cpu.lock().expect("nothing panics while it holds this") += clock::thread_cpu() - before;
+                    let after = (clock::thread_cpu(), thread_faults());
+                    let mut used = used.lock().expect("nothing panics while it holds this");
+                    used.cpu += after.0 - before.0;
+                    used.faults += after.1 - before.1;
+                    drop(used);
                     if let Err(Some(error)) = work {
                         *failed.lock().expect("nothing panics while it holds this") = Some(error);
                     }
@@ -234,7 +258,7 @@ fn run_round(
     });
     match failed.into_inner().expect("nothing panics while it holds this") {
         Some(error) => Err(error),
-        None => Ok((duration, cpu.into_inner().expect("nothing panics while it holds this"))),
+        None => Ok(Round { wall: duration, ..used.into_inner().expect("nothing panics while it holds this") }),
     }
 }
 

@@ -377,8 +377,9 @@ impl<'de> Deserialize<'de> for WrittenCells {
     }
 }
 
-/// The most cells that an automatic budget can come to. Nothing that was measured gains by more.
-const CELLS_AUTO_MAX: u64 = 1024;
+/// The most cells that an automatic budget can come to, if the longest row has not more. Nothing that was measured on a CPU
+/// gains by more, and all sizes up to there are run twice at each start.
+const CELLS_AUTO_MAX: u64 = 512;
 
 /// Bucket lengths, or "auto".
 enum WrittenBuckets {

@@ -294,6 +294,7 @@ impl Queue<'_> {
             return Some(Plan {
                 reason: SealReason::Urgent,
                 cells: cells.clamp(1, plan.cells),
+                full: false,
                 efficiency,
                 predicted: fixed + fits,
                 ..plan
@@ -820,7 +821,7 @@ impl Queue<'_> {
             let mut heads = std::mem::take(&mut self.packer.heads);
             heads.clear();
             let holding = (plan.shortest..=plan.longest).filter(|bucket| self.lanes.sums(*class, *bucket).tickets > 0);
-            heads.extend(holding.map(|bucket| (self.lanes.head_due(*class, bucket), bucket)));
+            heads.extend(holding.map(|bucket| (self.turn_of(*class, bucket), bucket)));
             while !room.is_used_up() {
                 let soonest = (0..heads.len()).reduce(|a, b| if heads[b].0 <= heads[a].0 { b } else { a });
                 let Some(at) = soonest else { break };
@@ -829,7 +830,7 @@ impl Queue<'_> {
                 if !taken || self.lanes.sums(*class, bucket).tickets == 0 {
                     heads.swap_remove(at);
                 } else {
-                    heads[at].0 = self.lanes.head_due(*class, bucket);
+                    heads[at].0 = self.turn_of(*class, bucket);
                 }
             }
             self.packer.heads = heads;
@@ -841,6 +842,18 @@ impl Queue<'_> {
             let id = self.lanes.oldest(self.tickets, bucket).expect("it holds rows");
             self.take_one(id, &mut room, tenants, members);
         }
+    }
+
+    /// When the first of a bucket's rows is due, those without a deadline at the end of their slack: among them it is age that
+    /// counts, not the bucket.
+    fn turn_of(&self, class: Class, bucket: u16) -> Moment {
+        let heads = (0..self.lanes.tenants).filter_map(|tenant| {
+            let lane = self.lanes.lane(tenant, class, bucket);
+            let head = &self.tickets[lane.oldest()?];
+            let patience = || after(head.admitted_at, 1.0 / f64::from(head.urgency));
+            Some(if lane.head_due == Moment::FAR { patience() } else { lane.head_due })
+        });
+        heads.min().unwrap_or(Moment::FAR)
     }
 
     /// Takes one ticket of a bucket that fits. False when none does.
