@@ -25,6 +25,7 @@ pub mod clock;
 pub mod config;
 pub mod contract;
 pub mod control;
+pub mod device;
 pub mod executor;
 pub mod frontend;
 pub mod kernels;

@@ -254,6 +254,70 @@ fn minilm_tokenizes_as_its_reference_does() {
     }
 }
 
+/// The same model, its layers computed in 8 bits.
+fn in_int8(directory: &Path, name: &str) -> (tempfile::TempDir, ModelEntry) {
+    let manifest = std::fs::read_to_string(directory.join(name).join("model.toml")).expect("has a manifest");
+    assert_eq!(manifest.matches("\n[model]\n").count(), 1, "a table of parameters");
+    let manifest = manifest.replace("\n[model]\n", "\n[model]\nprecision = \"int8\"\n");
+    let quantised = directory_with(name, &manifest);
+    std::os::unix::fs::symlink(directory.join(name).join("1"), quantised.path().join(name).join("1")).expect("links");
+    let entry = load(quantised.path(), name);
+    (quantised, entry)
+}
+
+/// The worst cosine of rows alone and in mixed batches, padded and packed, with their references.
+fn worst_cosines(entry: &ModelEntry, rows: &[(Vec<u32>, Vec<f32>)]) -> (f64, f64) {
+    let mut worst = [1.0f64, 1.0];
+    for (at, together) in [1, 5].into_iter().enumerate() {
+        for batch in rows.chunks(together) {
+            let longest = batch.iter().map(|(ids, _)| ids.len()).max().expect("chunks are not empty") as u32;
+            worst[at] = worst[at].min(worst_cosine(entry, batch, longest, 42)).min(worst_cosine_packed(entry, batch));
+        }
+    }
+    println!("{} in int8: worst cosine alone {:.5}, in mixed batches {:.5}", entry.name(), worst[0], worst[1]);
+    (worst[0], worst[1])
+}
+
+/// As `worst_cosine`, with the rows end to end.
+fn worst_cosine_packed(entry: &ModelEntry, rows: &[(Vec<u32>, Vec<f32>)]) -> f64 {
+    let contract = entry.model.contract();
+    let ids: Vec<u32> = rows.iter().flat_map(|(ids, _)| ids.iter().copied()).collect();
+    let lens: Vec<u32> = rows.iter().map(|(ids, _)| ids.len() as u32).collect();
+    let padded_len = *lens.iter().max().expect("there are rows");
+    let mut input = AlignedBytes::default();
+    input.set_len(ids.len() * 4);
+    input.as_mut_slice::<u32>().copy_from_slice(&ids);
+    let (inputs, layout) = ([input], Layout::Packed);
+    let mut out = BatchOutput::default();
+    out.prepare(contract, layout, &lens, padded_len);
+    let view = BatchView { contract, layout, rows: rows.len() as u32, padded_len, lens: &lens, inputs: &inputs };
+    entry.model.instantiate().expect("makes an instance").run(view, &mut out).expect("runs");
+    let answers = out.output_mut::<f32>(0).chunks_exact(rows[0].1.len());
+    rows.iter().zip(answers).map(|((_, want), got)| cosine(want, got)).fold(1.0, f64::min)
+}
+
+#[test]
+fn tiny_bert_in_int8_is_near_its_reference_alone_and_in_mixed_batches() {
+    let (_directory, entry) = in_int8(&root().join("tests/fixtures"), "tiny_bert");
+    let (alone, together) = worst_cosines(&entry, &tiny_bert_rows());
+    assert!(alone >= 0.999 && together >= 0.999, "{alone}, {together}");
+}
+
+#[test]
+fn minilm_in_int8_is_near_its_reference_and_smaller_alone_and_in_mixed_batches() {
+    let Some(whole) = minilm() else { return };
+    let (_directory, entry) = in_int8(&root().join("models"), "minilm");
+    let rows: Vec<_> = minilm_rows().into_iter().map(|(_, ids, embedding)| (ids, embedding)).collect();
+    let (alone, together) = worst_cosines(&entry, &rows);
+    assert!(alone >= 0.99 && together >= 0.99, "{alone}, {together}");
+    // Each token has its own range, so that its batch does not matter.
+    assert!((alone - together).abs() <= 1e-6, "{alone}, {together}");
+    let (whole, small) = (whole.model.weight_bytes(), entry.model.weight_bytes());
+    println!("minilm: {whole} bytes of weights, {small} in int8");
+    // The embeddings stay as they are, and are half of it; the rest is a quarter.
+    assert!(small * 10 < whole * 7, "{small} of {whole}");
+}
+
 /// The scheduler never makes such a row, but a batch whose rows were all cancelled may look like it.
 #[test]
 fn a_row_without_any_real_token_gives_zeros_and_leaves_its_mates_alone() {

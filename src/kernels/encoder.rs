@@ -11,6 +11,7 @@ use super::attention::{self, Attend, Sequence};
 use super::buffer::Floats;
 use super::linear::{Packed, Then, linear};
 use super::math;
+use super::product::{self, Product, product};
 use super::rows::{self, AddNorm, Norm};
 
 /// Tokens that go through the products of a layer together: their activations stay in a core's second-level cache (1 MiB, at
@@ -30,11 +31,11 @@ pub enum Pooling {
 #[derive(Debug)]
 pub struct Layer {
     /// Query, key and value in one product, the queries' weights divided by the root of the head size.
-    pub qkv: Packed,
-    pub attention_out: Packed,
+    pub qkv: Product,
+    pub attention_out: Product,
     pub attention_norm: Norm,
-    pub inner: Packed,
-    pub out: Packed,
+    pub inner: Product,
+    pub out: Product,
     pub norm: Norm,
 }
 
@@ -89,6 +90,7 @@ pub struct Scratch {
     y: Floats,
     inner: Floats,
     attention: Floats,
+    product: product::Scratch,
     row: Vec<f32>,
     pooled: Floats,
     headed: Floats,
@@ -105,7 +107,8 @@ impl Encoder {
         let layers: usize = (self.layers.iter())
             .map(|l| [&l.qkv, &l.attention_out, &l.inner, &l.out].iter().map(|p| p.bytes()).sum::<usize>())
             .sum();
-        floats(&self.words) + floats(&self.places) + floats(&self.segments) + layers
+        let head: usize = self.head.iter().map(|(product, _)| product.bytes()).sum();
+        floats(&self.words) + floats(&self.places) + floats(&self.segments) + layers + head
     }
 
     /// Makes room for batches of `tokens` places and `rows` sequences of up to `longest`.
@@ -119,6 +122,11 @@ impl Encoder {
         scratch.context.reserve(places * self.hidden);
         scratch.y.reserve(group * self.hidden);
         scratch.inner.reserve(group * inner);
+        for layer in &self.layers {
+            for product in [&layer.qkv, &layer.attention_out, &layer.inner, &layer.out] {
+                scratch.product.reserve(product, group);
+            }
+        }
         scratch.attention.reserve(self.shape(longest).scratch());
         if scratch.row.len() < self.hidden {
             scratch.row.resize(self.hidden, 0.0);
@@ -212,7 +220,7 @@ fn project<S: Simd>(simd: S, encoder: &Encoder, layer: &Layer, scratch: &mut Scr
     let (h, n) = (encoder.hidden, layer.qkv.outputs());
     let (x, qkv) = (scratch.x.as_slice(), scratch.qkv.as_mut_slice());
     for (at, count) in groups::<S>(tokens) {
-        linear(simd, &layer.qkv, &x[at * h..], &mut qkv[at * n..], count, Then::Nothing);
+        product(simd, &layer.qkv, &mut scratch.product, &x[at * h..], &mut qkv[at * n..], count, Then::Nothing);
     }
 }
 
@@ -234,13 +242,14 @@ fn finish<S: Simd>(simd: S, encoder: &Encoder, layer: &Layer, scratch: &mut Scra
     let h = encoder.hidden;
     let (context, x) = (scratch.context.as_slice(), scratch.x.as_mut_slice());
     let (y, inner) = (scratch.y.as_mut_slice(), scratch.inner.as_mut_slice());
+    let memory = &mut scratch.product;
     for (at, count) in groups::<S>(tokens) {
         let places = count.next_multiple_of(math::width::<S>());
         let (context, x) = (&context[at * h..(at + places) * h], &mut x[at * h..(at + places) * h]);
-        linear(simd, &layer.attention_out, context, y, count, Then::Nothing);
+        product(simd, &layer.attention_out, memory, context, y, count, Then::Nothing);
         simd.vectorize(AddNorm { norm: &layer.attention_norm, x, y: Some(y) });
-        linear(simd, &layer.inner, x, inner, count, encoder.activation);
-        linear(simd, &layer.out, inner, y, count, Then::Nothing);
+        product(simd, &layer.inner, memory, x, inner, count, encoder.activation);
+        product(simd, &layer.out, memory, inner, y, count, Then::Nothing);
         simd.vectorize(AddNorm { norm: &layer.norm, x, y: Some(y) });
     }
 }

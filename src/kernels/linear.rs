@@ -184,7 +184,7 @@ fn outputs<S: Simd, const M: usize, const V: usize>(
 
 /// On what was stored a moment ago, still in the nearest cache; inside the tile it would need its registers.
 #[inline(always)]
-fn apply<S: Simd, const V: usize>(simd: S, y: &mut [[S::f32s; VECTORS]], then: Then) {
+pub fn apply<S: Simd, const V: usize>(simd: S, y: &mut [[S::f32s; VECTORS]], then: Then) {
     // No closures here or anywhere between the dispatch and an instruction: one that the compiler does not inline would be
     // compiled without the instruction set.
     if then == Then::Nothing {

@@ -7,15 +7,17 @@
 //! - The instruction set is chosen at run time (AVX-512, AVX2 with FMA, NEON, or none), and the same source is compiled for
 //!   each: what is right on one is right on all but for the last bits.
 //! - No allocation and no first touch of a page in a batch no larger than what was reserved.
-//! - There is no unsafe code here: pulp is where vectors are loaded.
+//! - There is no unsafe code here: pulp is where vectors are loaded, and the one instruction that it lacks is in the room device.
 //!
 //! Elsewhere: where parameters come from (models/bert), which rows share a batch (scheduler).
 
 pub mod attention;
 pub mod buffer;
 pub mod encoder;
+pub mod int8;
 pub mod linear;
 pub mod math;
+pub mod product;
 pub mod rows;
 
 use pulp::Arch;

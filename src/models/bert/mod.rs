@@ -18,7 +18,7 @@ use candle_core::Tensor;
 
 use self::checkpoint::{Between, Checkpoint, Dense, Norm};
 use self::reference::Reference;
-use super::manifest::{Activation, BertParams, Manifest, Pooling};
+use super::manifest::{Activation, BertParams, Manifest, Pooling, Precision};
 use super::repository::LoadOptions;
 use super::weights::{Weights, WeightsError};
 use crate::contract::{Contract, Dim, TensorSpec};
@@ -26,7 +26,8 @@ use crate::executor::batch::{BatchOutput, BatchView};
 use crate::executor::model::{LoadedModel, Model, ModelError};
 use crate::kernels::encoder::{self, Encoder, Scratch};
 use crate::kernels::linear::{Packed, Then};
-use crate::kernels::{self, rows};
+use crate::kernels::product::Product;
+use crate::kernels::{self, int8, rows};
 use crate::vocab::{DType, Layout};
 
 enum Network {
@@ -59,6 +60,9 @@ impl Bert {
         let network = if device.is_cpu() {
             let encoder = pack(params, checkpoint).map_err(|error| weights.device_error("encoder", error))?;
             Network::Kernels(encoder)
+        } else if params.precision == Precision::Int8 {
+            let error = candle_core::Error::Msg("int8 is computed on a CPU only".to_owned());
+            return Err(weights.device_error("[model] precision", error));
         } else {
             Network::Candle(Reference::new(params.clone(), checkpoint, device.clone()))
         };
@@ -66,7 +70,10 @@ impl Bert {
         let longest = batching.bucket_longest() as usize;
         let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
         let places = places.min(batching.rows_max as usize * longest);
-        let weight_bytes = weights.taken_bytes();
+        let weight_bytes = match &network {
+            Network::Kernels(encoder) if params.precision == Precision::Int8 => encoder.bytes() as u64,
+            _ => weights.taken_bytes(),
+        };
         Ok(Bert {
             contract,
             params: params.clone(),
@@ -89,6 +96,15 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
         let inputs = dense.weight.dim(1)?;
         Ok::<_, candle_core::Error>(Packed::new(&values(&dense.weight)?, &values(&dense.bias)?, inputs))
     };
+    let product = |dense: &Dense| {
+        Ok::<_, candle_core::Error>(match params.precision {
+            Precision::F32 => Product::F32(packed(dense)?),
+            Precision::Int8 => {
+                let inputs = dense.weight.dim(1)?;
+                Product::Int8(int8::Packed::new(&values(&dense.weight)?, &values(&dense.bias)?, inputs))
+            }
+        })
+    };
     let scale = 1.0 / ((params.hidden / params.heads) as f64).sqrt();
     let mut layers = Vec::with_capacity(params.layers);
     // One after the other, so that no more than one layer is in memory twice.
@@ -100,11 +116,11 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
             bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
         };
         layers.push(encoder::Layer {
-            qkv: packed(&qkv)?,
-            attention_out: packed(&layer.attention_out)?,
+            qkv: product(&qkv)?,
+            attention_out: product(&layer.attention_out)?,
             attention_norm: norm(&layer.attention_norm)?,
-            inner: packed(&layer.inner)?,
-            out: packed(&layer.out)?,
+            inner: product(&layer.inner)?,
+            out: product(&layer.out)?,
             norm: norm(&layer.norm)?,
         });
     }
