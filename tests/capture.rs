@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::ScopedJoinHandle;
 use std::time::Duration;
 
 use common::{Ask, Event, Numbers, Raw, Server, bare_frame, control, get, wait_until};
 use ferry::batcher::{Batcher, ExecutorLink, ThreadOutlet};
 use ferry::capture::{self, Cancelled, CaptureEnd, TraceReader};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
+use ferry::control::admin::RATE;
 use ferry::executor::sim::{Faults, SimExecutor};
 use ferry::executor::worker::Worker;
 use ferry::mail::{Burst, Part, Request, ToBatcher};
@@ -74,27 +76,74 @@ fn text_of(path: &Path) -> &str {
     path.to_str().expect("a path of ASCII")
 }
 
-/// A server under load, captured for a second.
-fn captured(directory: &Path) -> PathBuf {
-    let trace = directory.join("trace");
-    let server = Server::start(&["threads.shards=2", "threads.executors=2", "queue.rows_max=64"]);
-    let (stop, ended) = (AtomicBool::new(false), AtomicU64::new(0));
-    std::thread::scope(|scope| {
-        for seed in 0..4 {
-            let raw = server.connect();
-            let (stop, ended) = (&stop, &ended);
-            scope.spawn(move || offer(raw, seed, stop, ended));
+/// All who ask the control port share its rate: whoever takes all of it has `ferry capture` itself refused.
+const LOOKS_PER_SECOND: u32 = 20;
+const _: () = assert!(2 * LOOKS_PER_SECOND <= RATE);
+
+/// Looks at the control port until it says what is waited for.
+fn wait_for_control(what: &str, mut holds: impl FnMut() -> bool) {
+    wait_until(what, || {
+        let held = holds();
+        if !held {
+            std::thread::sleep(Duration::from_secs(1) / LOOKS_PER_SECOND);
         }
-        wait_until("requests are answered", || ended.load(Ordering::Relaxed) > 200);
-        let control = server.control.to_string();
-        let output = ferry(&["capture", "--control", &control, "--seconds", "1", "-o", text_of(&trace)]);
-        stop.store(true, Ordering::Relaxed);
-        assert!(output.status.success(), "{output:?}");
-        assert!(String::from_utf8_lossy(&output.stdout).contains("complete"), "{output:?}");
+        held
     });
-    wait_until("the capture is counted", || server.metric("ferry_captures_total", &["complete"]) == 1.0);
-    assert_eq!(server.metric("ferry_captures_total", &[]), 1.0);
-    trace
+}
+
+/// Runs `ferry capture`, and says so where it fails: whoever waits for the capture would not hear of it.
+fn capture(server: &Server, seconds: u32, trace: &Path) -> Output {
+    let (control, seconds) = (server.control.to_string(), seconds.to_string());
+    let output = ferry(&["capture", "--control", &control, "--seconds", &seconds, "-o", text_of(trace)]);
+    if !output.status.success() {
+        eprintln!("{output:?}");
+    }
+    output
+}
+
+/// Waits until a capture is on; false when it has ended before it was seen.
+fn wait_for_capture(server: &Server, capture: &ScopedJoinHandle<'_, Output>) -> bool {
+    let mut on = false;
+    wait_for_control("the capture is on", || {
+        let ended = capture.is_finished();
+        on = get(server.control, "/v1/capture").starts_with("HTTP/1.1 409");
+        on || ended
+    });
+    on
+}
+
+/// Tries what has to be done within the time of a capture: with longer captures, where the machine is too busy for a short one.
+fn within_a_capture<T>(mut attempt: impl FnMut(u32) -> Option<T>) -> T {
+    [1, 5, 25].into_iter().find_map(&mut attempt).expect("what takes a second is done in half a minute")
+}
+
+/// A server under load, captured for a second, or for longer until a hundred requests ended meanwhile.
+fn captured(directory: &Path) -> PathBuf {
+    within_a_capture(|times| {
+        let trace = directory.join(format!("trace{times}"));
+        let server = Server::start(&["threads.shards=2", "threads.executors=2", "queue.rows_max=64"]);
+        let (stop, ended) = (AtomicBool::new(false), AtomicU64::new(0));
+        let count = || ended.load(Ordering::Relaxed);
+        let enough = std::thread::scope(|scope| {
+            let _stop = Stop(&stop);
+            for seed in 0..4 {
+                let raw = server.connect();
+                let (stop, ended) = (&stop, &ended);
+                scope.spawn(move || offer(raw, seed, stop, ended));
+            }
+            wait_until("requests are answered", || count() > 200);
+            let before = count();
+            let output = capture(&server, times, &trace);
+            let enough = count() - before > 100;
+            assert!(output.status.success(), "{output:?}");
+            assert!(String::from_utf8_lossy(&output.stdout).contains("complete"), "{output:?}");
+            enough
+        });
+        wait_until("the capture is counted", || server.metric("ferry_captures_total", &["complete"]) == 1.0);
+        assert_eq!(server.metric("ferry_captures_total", &[]), 1.0);
+        assert!(!trace.with_added_extension("part").exists());
+        enough.then_some(trace)
+    })
 }
 
 fn open(trace: &Path) -> TraceReader<BufReader<File>> {
@@ -105,7 +154,6 @@ fn open(trace: &Path) -> TraceReader<BufReader<File>> {
 fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let trace = captured(directory.path());
-    assert!(!directory.path().join("trace.part").exists());
 
     let mut reader = open(&trace);
     let verified = exact::replay(&mut reader, &mut ()).unwrap_or_else(|error| panic!("{error}"));
@@ -194,25 +242,30 @@ fn longer_windows_make_larger_batches() {
 fn cancels_reach_the_trace_of_those_that_wait_and_of_those_that_run() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let trace = directory.path().join("trace");
-    let server = Server::start(&["executor.slots=1"]);
-    let mut raw = server.connect();
-    let faulty = raw.handle("faulty");
-    let capture = std::thread::scope(|scope| {
-        let control = server.control.to_string();
-        let path = text_of(&trace).to_owned();
-        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "3", "-o", &path]));
-        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
-        let running = raw.ask(&Ask::word(faulty, 2000));
-        wait_until("the executor is busy", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
-        let waiting = raw.ask(&Ask::word(faulty, 4));
-        wait_until("it waits", || server.metric("ferry_queue_rows", &["model=\"faulty\""]) == 1.0);
-        raw.send(&[bare_frame(Kind::Cancel, waiting), bare_frame(Kind::Cancel, running)].concat());
-        for _ in 0..2 {
-            raw.recv().ends().expect("an end");
-        }
-        capture.join().expect("it does not panic")
+    within_a_capture(|times| {
+        let server = Server::start(&["executor.slots=1"]);
+        let mut raw = server.connect();
+        let faulty = raw.handle("faulty");
+        let of_faulty = |name: &str| server.metric(name, &["model=\"faulty\""]);
+        let (capture, in_time) = std::thread::scope(|scope| {
+            let capture = scope.spawn(|| capture(&server, 3 * times, &trace));
+            if !wait_for_capture(&server, &capture) {
+                return (capture.join().expect("it does not panic"), false);
+            }
+            let running = raw.ask(&Ask::word(faulty, 2000 * times));
+            wait_until("the executor is busy", || of_faulty("ferry_batches_total") == 1.0);
+            let waiting = raw.ask(&Ask::word(faulty, 4));
+            let waits = || of_faulty("ferry_queue_rows") == 1.0;
+            wait_until("it waits, or it was too late to", || waits() || of_faulty("ferry_batches_total") == 2.0);
+            raw.send(&[bare_frame(Kind::Cancel, waiting), bare_frame(Kind::Cancel, running)].concat());
+            let cancelled = [(); 2].map(|()| matches!(raw.recv(), Event::Error { .. }));
+            wait_until("the batcher knows", || of_faulty("ferry_queue_rows") == 0.0);
+            let in_time = cancelled == [true; 2] && !capture.is_finished();
+            (capture.join().expect("it does not panic"), in_time)
+        });
+        assert!(capture.status.success(), "{capture:?}");
+        in_time.then_some(())
     });
-    assert!(capture.status.success(), "{capture:?}");
     let mut reader = open(&trace);
     let mut cancels = Vec::new();
     while let Some(event) = reader.next_event().expect("a trace") {
@@ -240,11 +293,9 @@ fn what_is_no_capture_is_refused_and_a_drain_ends_one() {
     }
     let directory = tempfile::tempdir().expect("a temporary directory");
     let trace = directory.path().join("trace");
-    let control = server.control.to_string();
     let output = std::thread::scope(|scope| {
-        let path = text_of(&trace).to_owned();
-        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "60", "-o", &path]));
-        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
+        let capture = scope.spawn(|| capture(&server, 600, &trace));
+        assert!(wait_for_capture(&server, &capture), "it lasts ten minutes");
         server.drain();
         capture.join().expect("it does not panic")
     });
@@ -265,13 +316,14 @@ fn open_if(trace: &Path) -> Option<TraceReader<BufReader<File>>> {
     trace.exists().then(|| open(trace))
 }
 
-/// Sets knobs of a model on the control port; tried again where something waits that would fit no batch.
+/// Sets knobs of a model on the control port; tried again where something waits that would fit no batch, and where the batcher
+/// takes long to answer: a change that was made meanwhile is not made twice.
 fn set(server: &Server, model: &str, knobs: &serde_json::Value) {
     let body = serde_json::json!({ "set": knobs }).to_string();
     let path = format!("/v1/models/{model}/policy");
-    wait_until("the policy is taken", || {
+    wait_for_control("the policy is taken", || {
         let (status, answer) = control(server.control, "PATCH", &path, "Content-Type: application/json\r\n", &body);
-        assert!(status == 200 || status == 409 || status == 429, "{status}: {answer:#}");
+        assert!([200, 409, 429, 503].contains(&status), "{status}: {answer:#}");
         status == 200
     });
 }
@@ -285,12 +337,8 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Goal: a replay is equal when policies change and requests are run in parts while the capture is on. Method: batches of at
-/// most three rows, while callers ask for up to eight, cancel some and give others little time.
-#[test]
-fn a_capture_over_policy_changes_and_requests_in_parts_is_replayed_decision_for_decision() {
-    let directory = tempfile::tempdir().expect("a temporary directory");
-    let trace = directory.path().join("trace");
+/// A capture over these changes, of callers who ask for more rows than fit a batch. `None` when it ended before the last change.
+fn captured_with_changes(trace: &Path, seconds: u32, changes: &[(&str, serde_json::Value)]) -> Option<()> {
     let server = Server::start(&["threads.shards=2", "threads.executors=2"]);
     for model in ["faulty", "tiny_bert"] {
         set(&server, model, &serde_json::json!({ "rows_max": "3" }));
@@ -327,14 +375,7 @@ fn a_capture_over_policy_changes_and_requests_in_parts_is_replayed_decision_for_
             }
         }
     };
-    // None that makes batches smaller: it would be refused for as long as there are callers.
-    let changes = [
-        ("tiny_bert", serde_json::json!({ "policy": "window", "queue_delay_max_us": "2000" })),
-        ("tiny_bert", serde_json::json!({ "buckets": "auto", "shapes_max": "3" })),
-        ("faulty", serde_json::json!({ "policy": "greedy_tokens" })),
-        ("tiny_bert", serde_json::json!({ "policy": "cost", "queue_delay_max_us": "auto", "rows_max": "5" })),
-    ];
-    let output = std::thread::scope(|scope| {
+    let (output, in_time) = std::thread::scope(|scope| {
         let _stop = Stop(&stop);
         for seed in 0..4 {
             let raw = server.connect();
@@ -345,16 +386,37 @@ fn a_capture_over_policy_changes_and_requests_in_parts_is_replayed_decision_for_
             wait_until("requests are answered", || ended.load(Ordering::Relaxed) > target);
         };
         moved_on(50);
-        let (control, path) = (server.control.to_string(), text_of(&trace).to_owned());
-        let capture = scope.spawn(move || ferry(&["capture", "--control", &control, "--seconds", "3", "-o", &path]));
-        wait_until("the capture is on", || get(server.control, "/v1/capture").contains("409"));
-        for (model, knobs) in &changes {
+        let capture = scope.spawn(|| capture(&server, seconds, trace));
+        let mut in_time = wait_for_capture(&server, &capture);
+        for (model, knobs) in changes {
             moved_on(30);
-            set(&server, model, knobs);
+            in_time = in_time && !capture.is_finished();
+            if in_time {
+                set(&server, model, knobs);
+            }
         }
-        capture.join().expect("it does not panic")
+        moved_on(30);
+        in_time = in_time && !capture.is_finished();
+        (capture.join().expect("it does not panic"), in_time)
     });
     assert!(output.status.success(), "{output:?}");
+    in_time.then_some(())
+}
+
+/// Goal: a replay is equal when policies change and requests are run in parts while the capture is on. Method: batches of at
+/// most three rows, while callers ask for up to eight, cancel some and give others little time.
+#[test]
+fn a_capture_over_policy_changes_and_requests_in_parts_is_replayed_decision_for_decision() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let trace = directory.path().join("trace");
+    // None that makes batches smaller: it would be refused for as long as there are callers.
+    let changes = [
+        ("tiny_bert", serde_json::json!({ "policy": "window", "queue_delay_max_us": "2000" })),
+        ("tiny_bert", serde_json::json!({ "buckets": "auto", "shapes_max": "3" })),
+        ("faulty", serde_json::json!({ "policy": "greedy_tokens" })),
+        ("tiny_bert", serde_json::json!({ "policy": "cost", "queue_delay_max_us": "auto", "rows_max": "5" })),
+    ];
+    within_a_capture(|times| captured_with_changes(&trace, 3 * times, &changes));
     let verified = exact::replay(&mut open(&trace), &mut ()).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(verified.end, CaptureEnd::Complete);
 
