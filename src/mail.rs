@@ -17,6 +17,7 @@ use crate::mailbox::Reply;
 use crate::scheduler::cost::CostModel;
 use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
+use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
@@ -145,6 +146,11 @@ pub enum Question {
     Cost {
         model: ModelHandle,
         reply: Reply<CostModel>,
+    },
+    /// What the linter looks at.
+    Facts {
+        model: ModelHandle,
+        reply: Reply<Facts>,
     },
     /// The last decisions about all models, oldest first; at most [`Question::DECISIONS_MAX`].
     Decisions {

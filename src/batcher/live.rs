@@ -129,7 +129,7 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
-    pub(super) fn answer(&self, question: Question) {
+    pub(super) fn answer(&self, now: Moment, question: Question) {
         let scheduler = &self.scheduler;
         match question {
             Question::Policy { model, reply } => {
@@ -140,6 +140,7 @@ impl<O: Outlet> Batcher<O> {
             }
             Question::Lengths { model, reply } => reply.give(scheduler.lengths(model).clone()),
             Question::Cost { model, reply } => reply.give(scheduler.cost(model).clone()),
+            Question::Facts { model, reply } => reply.give(scheduler.facts(model, now)),
             Question::Decisions { last, reply } => {
                 reply.give(scheduler.log().last(last.min(Question::DECISIONS_MAX)).copied().collect());
             }

@@ -128,7 +128,7 @@ impl<O: Outlet> Batcher<O> {
                 self.scheduler.drain();
             }
             ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
-            ToBatcher::Ask(question) => self.answer(question),
+            ToBatcher::Ask(question) => self.answer(now, question),
             ToBatcher::Capture { time, sink } => self.start_capture(now, time, sink),
             ToBatcher::Stop => self.end_capture(CaptureEnd::Stopped),
         }

@@ -42,12 +42,27 @@ pub fn run(args: &Args) -> ExitCode {
         false => http::request(addr, "PATCH", &path, Some(&json!({ "set": set }))),
     };
     match answer {
+        // A server that finds nothing, or does not know how to look, has shown its knobs all the same.
+        Ok((200, mut answer)) if shows => {
+            let path = format!("/v1/models/{}/findings", http::segment(&args.model));
+            let found = http::request(addr, "GET", &path, None);
+            let found = found.ok().filter(|(status, _)| *status == 200).map_or(Value::Null, |(_, found)| found);
+            if args.json {
+                for key in ["observed", "attainable", "closed_mostly", "findings"] {
+                    answer[key] = found[key].clone();
+                }
+                println!("{}", serde_json::to_string_pretty(&answer).expect("plain data"));
+            } else {
+                print!("{}{}", table(&answer), findings(&found));
+            }
+            ExitCode::SUCCESS
+        }
         Ok((200, answer)) if args.json => {
             println!("{}", serde_json::to_string_pretty(&answer).expect("plain data"));
             ExitCode::SUCCESS
         }
         Ok((200, answer)) => {
-            print!("{}", if shows { table(&answer) } else { changes(&answer) });
+            print!("{}", changes(&answer));
             ExitCode::SUCCESS
         }
         Ok((status @ (400 | 404), answer)) => wrong_use(&format!("{} ({status})", text(&answer["error"]))),
@@ -80,6 +95,34 @@ fn table(answer: &Value) -> String {
     table + &format!("  buckets in force: {}\n", buckets.join(","))
 }
 
+/// What batches can reach, what closes them, and what to look at.
+fn findings(answer: &Value) -> String {
+    let number = |value: &Value| value.as_f64().unwrap_or(0.0);
+    let mut lines = String::new();
+    let attainable = &answer["attainable"];
+    if attainable.is_object() {
+        lines += &format!(
+            "  at {:.1} rows a second batches can have {:.1} of the {:.1} rows that fit ({:.0} %)\n",
+            number(&attainable["rows_per_second"]),
+            number(&attainable["rows"]),
+            number(&attainable["rows_possible"]),
+            100.0 * number(&attainable["fill_ratio"])
+        );
+    }
+    let mostly = &answer["closed_mostly"];
+    if mostly.is_object() {
+        let share = 100.0 * number(&mostly["share"]);
+        let batches = &answer["observed"]["batches"];
+        lines +=
+            &format!("  {share:.0} % of the last {batches} batches were closed for: {}\n", text(&mostly["reason"]));
+    }
+    for finding in list(&answer["findings"]) {
+        let [code, message, knob] = ["code", "message", "knob"].map(|key| text(&finding[key]));
+        lines += &format!("  {code}: {message} [change {knob}]\n");
+    }
+    lines
+}
+
 /// Old and new values, and the generation.
 fn changes(answer: &Value) -> String {
     let changes = list(&answer["changes"]);
@@ -103,6 +146,21 @@ mod tests {
         let answer = json!({ "generation": 3, "changes": [{ "knob": "rows_max", "from": "8", "to": "4" }] });
         assert_eq!(changes(&answer), "rows_max: 8 -> 4\ngeneration 3\n");
         assert_eq!(changes(&json!({ "generation": 3, "changes": [] })), "nothing changed\ngeneration 3\n");
+    }
+
+    #[test]
+    fn what_was_found_is_told_below_the_table() {
+        assert_eq!(findings(&Value::Null), "", "of a server that does not look");
+        let answer = json!({
+            "observed": { "batches": 812 },
+            "attainable": { "rows_per_second": 120.0, "rows": 1.24, "rows_possible": 32.0, "fill_ratio": 0.039 },
+            "closed_mostly": { "reason": "queue_delay", "share": 0.97 },
+            "findings": [{ "code": "delay_above_slo", "message": "it is", "knob": "slo_ms" }],
+        });
+        let expected = "  at 120.0 rows a second batches can have 1.2 of the 32.0 rows that fit (4 %)\n  \
+                        97 % of the last 812 batches were closed for: queue_delay\n  \
+                        delay_above_slo: it is [change slo_ms]\n";
+        assert_eq!(findings(&answer), expected);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! | `GET /v1/capture?seconds=N` | a trace of the scheduler's inputs, as it is made (capture.rs) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
-//! | `/v1/models/{model}/lengths`, `/cost`, `/v1/decisions` | insight.rs |
+//! | `/v1/models/{model}/lengths`, `/cost`, `/findings`, `/v1/decisions` | insight.rs |
 //!
 //! Always true
 //! - Connections, bytes of a request, time of a request and requests per second are bounded: a caller that hammers,
@@ -173,6 +173,10 @@ impl Shared {
         })
     }
 
+    pub(super) fn telemetry(&self) -> &Telemetry {
+        &self.options.telemetry
+    }
+
     pub(super) fn name(&self, model: ModelHandle) -> &str {
         self.options.models.get(model.index()).and_then(|contract| contract["name"].as_str()).unwrap_or_default()
     }
@@ -291,8 +295,8 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 
 async fn unknown() -> Response {
     let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
-                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/decisions, /v1/capture, /metrics /stats /config, and \
-                 POST /drain\n";
+                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/models/{model}/findings, /v1/decisions, \
+                 /v1/capture, /metrics /stats /config, and POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()
 }
 

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `GET /v1/models/{model}/lengths` | histogram of admitted lengths, padding forecast for the buckets in force and for the best 1 to 16 |
 //! | `GET /v1/models/{model}/cost` | coefficients of the batch time, how well they predict, and predictions for some shapes |
+//! | `GET /v1/models/{model}/findings` | what batches can reach with what comes, and knobs that contradict it or each other |
 //! | `GET /v1/decisions?last=N` | the last N decisions about all models, oldest first; N at most 1000 |
 //!
 //! Always true
@@ -26,12 +27,16 @@ use crate::mail::Question;
 use crate::scheduler::cost::CostModel;
 use crate::scheduler::decision::{Decision, Verdict};
 use crate::scheduler::edges::best_edges;
+use crate::scheduler::lint::{Facts, Finding, Lint, lint};
 use crate::scheduler::{Edges, Policy};
+use crate::telemetry::Telemetry;
+use crate::vocab::{ModelHandle, SealReason};
 
 pub fn routes() -> Router<Arc<Shared>> {
     Router::new()
         .route("/v1/models/{model}/lengths", get(lengths))
         .route("/v1/models/{model}/cost", get(cost))
+        .route("/v1/models/{model}/findings", get(findings))
         .route("/v1/decisions", get(decisions))
 }
 
@@ -106,6 +111,50 @@ fn grid(learned: &CostModel, policy: &Policy) -> Vec<Value> {
         }
     }
     shapes
+}
+
+async fn findings(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Result<Response, Unanswered> {
+    let model = shared.model(&name)?;
+    let facts = shared.ask(|reply| Question::Facts { model, reply }).await?;
+    let facts = Facts { in_flight_max: in_flight_max(shared.telemetry(), model), ..facts };
+    let mut body = json_of_lint(&facts, &lint(&facts));
+    body["model"] = name.into();
+    Ok(Json(body).into_response())
+}
+
+/// Most rows of a model that the callers who are connected can have in flight, if its requests go on as they were. `None` where
+/// none is connected.
+fn in_flight_max(telemetry: &Telemetry, model: ModelHandle) -> Option<u64> {
+    let requests = telemetry.connections().checked_mul(telemetry.limit("frontend.credit_requests")?)?;
+    (requests > 0).then(|| (requests as f64 * telemetry.rows_per_request(model)).ceil() as u64)
+}
+
+fn json_of_lint(facts: &Facts, lint: &Lint) -> Value {
+    let observed = &facts.observed;
+    let reasons = SealReason::ALL.iter().zip(observed.closed).filter(|(_, batches)| *batches > 0);
+    let reasons: serde_json::Map<String, Value> =
+        reasons.map(|(reason, batches)| (reason.name().to_owned(), batches.into())).collect();
+    let finding =
+        |finding: &Finding| json!({ "code": finding.kind.code(), "message": finding.message, "knob": finding.knob });
+    json!({
+        "generation": facts.generation,
+        "observed": {
+            "seconds": observed.span.as_secs_f64(),
+            "rows": observed.rows,
+            "batches": observed.batches(),
+            "close_reasons": reasons,
+            "waiting_rows_peak": observed.waiting_peak,
+            "in_flight_rows_max": facts.in_flight_max,
+        },
+        "attainable": lint.attainable.map(|attainable| json!({
+            "rows_per_second": observed.rate(),
+            "rows": attainable.rows,
+            "rows_possible": attainable.rows_possible,
+            "fill_ratio": attainable.fill(),
+        })),
+        "closed_mostly": observed.mostly().map(|(reason, share)| json!({ "reason": reason.name(), "share": share })),
+        "findings": lint.findings.iter().map(finding).collect::<Vec<_>>(),
+    })
 }
 
 #[derive(Deserialize)]

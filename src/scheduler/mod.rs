@@ -25,6 +25,7 @@ mod fifo;
 pub mod knobs;
 mod lane;
 mod lengths;
+pub mod lint;
 mod packing;
 mod policy;
 mod seats;

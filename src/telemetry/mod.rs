@@ -141,6 +141,26 @@ impl Telemetry {
         let _ = self.limits.set(limits);
     }
 
+    /// A bound that the server runs with, by its key.
+    pub fn limit(&self, key: &str) -> Option<u64> {
+        self.limits.get()?.iter().find(|(known, _)| known == key).map(|(_, value)| *value)
+    }
+
+    /// Connections that are open now.
+    pub fn connections(&self) -> u64 {
+        // Closed first: what is opened in between makes the answer too large, never negative.
+        let closed: u64 = self.shards.iter().map(|shard| shard.connections_closed.get()).sum();
+        let opened: u64 = self.shards.iter().map(|shard| shard.connections_opened.get()).sum();
+        opened.saturating_sub(closed)
+    }
+
+    /// Mean rows of a request of this model; 1 before the first.
+    pub fn rows_per_request(&self, model: ModelHandle) -> f64 {
+        let place = model.index().min(self.labels.len());
+        let requests: u64 = self.shards.iter().map(|shard| shard.models[place].accepted.get()).sum();
+        (self.models[place].rows.get() as f64 / requests.max(1) as f64).max(1.0)
+    }
+
     /// OpenMetrics text of everything.
     pub fn encode(self: &Arc<Self>) -> String {
         let mut registry = Registry::default();

@@ -258,6 +258,43 @@ fn what_was_learned_and_decided_is_shown() {
     server.wait_until_at_rest();
 }
 
+/// Goal: who sets knobs is told what comes of them. Method: a window that one caller, who waits for each answer, cannot fill, and
+/// that is longer than a request may take.
+#[test]
+fn what_a_policy_can_reach_and_what_contradicts_it_is_told() {
+    let server = Server::start(&["frontend.credit_requests=20"]);
+    let path = "/v1/models/queued/findings";
+    let codes = |value: &Value| -> Vec<String> {
+        let findings = value["findings"].as_array().expect("a list");
+        findings.iter().map(|finding| finding["code"].as_str().expect("a code").to_owned()).collect()
+    };
+    let before = get(&server, path);
+    assert_eq!((codes(&before), &before["attainable"]), (Vec::new(), &Value::Null), "nobody has asked for anything");
+    let knobs = json!({ "policy": "window", "queue_delay_max_us": 2000, "slo_ms": 1 });
+    assert_eq!(set(&server, "queued", knobs).0, 200);
+    let mut raw = server.connect();
+    let queued = raw.handle("queued");
+    for _ in 0..25 {
+        raw.round(&Ask::floats(queued, &[0.5; 10])).expect_result();
+    }
+    let found = get(&server, path);
+    let observed = &found["observed"];
+    assert_eq!((&found["model"], &found["generation"]), (&json!("queued"), &json!(2)));
+    assert_eq!((&observed["batches"], &observed["close_reasons"]), (&json!(25), &json!({ "queue_delay": 25 })));
+    assert_eq!(observed["in_flight_rows_max"], 20);
+    assert_eq!(found["closed_mostly"], json!({ "reason": "queue_delay", "share": 1.0 }));
+    assert_eq!(found["attainable"]["rows_possible"], 64.0);
+    assert_eq!(codes(&found), ["window_never_fills", "rows_max_above_in_flight", "delay_above_slo"]);
+
+    let addr = server.control.to_string();
+    let (status, out, _) = ferry(&["set", "queued", "--control", &addr]);
+    assert!(status == Some(0) && out.contains("of the 64.0 rows that fit"), "{out}");
+    assert!(out.contains("rows_max is 64, but callers can have at most 20 rows in flight [change rows_max]"), "{out}");
+    let (_, out, _) = ferry(&["set", "queued", "--json", "--control", &addr]);
+    let shown: Value = serde_json::from_str(&out).expect("one JSON document");
+    assert_eq!((codes(&shown), &shown["generation"]), (codes(&found), &json!(2)));
+}
+
 #[test]
 fn buckets_that_are_left_to_the_server_are_chosen_and_shown() {
     let server = Server::start(&[]);
