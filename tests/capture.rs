@@ -171,6 +171,19 @@ fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
     assert_eq!(value["equal"], true);
     assert_eq!(value["replay"]["requests"], arrivals);
     assert_eq!(value["replay"]["hash"], format!("{:016x}", verified.hash));
+    let is_regret = |regret: &serde_json::Value| {
+        let number = |key: &str| regret[key].as_f64().expect("a number");
+        let (used, least) = (number("device_ms_used"), number("device_ms_least"));
+        assert!(0.0 < least && least <= used, "{regret}");
+        assert!((number("lost_share") - (1.0 - least / used)).abs() < 1e-6, "{regret}");
+        // Rows of several lengths and callers came at the same time, and not all of them shared a batch.
+        assert!(regret["worst_interval"]["device_ms_used"].as_f64().expect("a number") <= used, "{regret}");
+    };
+    is_regret(&value["regret"]);
+    assert_eq!(value["regret"]["device_ms_used"].as_f64(), {
+        let used: Duration = verified.report.regret.total.used;
+        Some(used.as_secs_f64() * 1e3)
+    });
 
     // What if: the same requests, whatever is set.
     let output =
@@ -178,6 +191,7 @@ fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
     assert!(output.status.success(), "{output:?}");
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
     for run in ["recorded", "simulated", "changed"] {
+        is_regret(&value["runs"][run]["regret"]);
         let models = value["runs"][run]["models"].as_object().expect("models");
         let requests: u64 = models.values().map(|model| model["requests"].as_u64().expect("a count")).sum();
         assert_eq!(requests, arrivals, "{run}: {value:#}");

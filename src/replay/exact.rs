@@ -291,6 +291,8 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.batches += 1;
             self.ledger.sealed(&batch, &members);
+            let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
+            self.ledger.regret.sealed(batch.id, members.iter().map(shape));
             let seat = &self.scheduler.seats()[usize::from(batch.executor)];
             self.sealed.push((batch, seat.running.len() == 1));
             if seat.group == Group::Inline {
@@ -346,6 +348,9 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
         };
         self.scheduler.handle_finished(at, &batch, done.service);
         self.ledger.finished(at, done.id, usize::from(done.executor), done.service);
+        let policy = (self.scheduler.generation(batch.model), self.scheduler.policy(batch.model));
+        let fit = self.scheduler.cost(batch.model).coefficients();
+        self.ledger.regret.finished(at, &batch, done.service, policy, fit);
         Ok(())
     }
 

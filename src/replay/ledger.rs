@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
+use super::regret::{self, Account, Regret};
 use crate::scheduler::{Arrival, SealedBatch, TicketId};
 use crate::vocab::{Code, ModelHandle, Moment, SealReason};
 
@@ -106,6 +107,7 @@ pub struct Report {
     pub decisions: u64,
     /// Of the replayed: batches whose shape was so unlike all recorded ones that their time is a guess.
     pub guessed: u64,
+    pub regret: Regret,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -130,12 +132,15 @@ pub struct Ledger {
     running: Vec<(u64, Vec<Call>)>,
     spare: Vec<Vec<Call>>,
     pub guessed: u64,
+    pub regret: Account,
 }
 
 impl Ledger {
     pub fn new(models: impl IntoIterator<Item = (String, Duration)>, executors: usize, begin: Moment) -> Ledger {
-        let (models, slos) = models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
+        let (models, slos): (Vec<_>, Vec<_>) =
+            models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
         Ledger {
+            regret: Account::new(models.len(), begin, regret::EVERY),
             models,
             slos,
             busy: vec![Duration::ZERO; executors],
@@ -246,7 +251,8 @@ impl Ledger {
             model.judged += u64::from(call.due <= end);
         }
         let span = end.since(self.begin);
-        Report { models: self.models, busy: self.busy, span, decisions, guessed: self.guessed }
+        let regret = self.regret.close();
+        Report { models: self.models, busy: self.busy, span, decisions, guessed: self.guessed, regret }
     }
 }
 

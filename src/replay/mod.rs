@@ -12,6 +12,7 @@ pub mod bound;
 pub mod compare;
 pub mod exact;
 pub mod ledger;
+pub mod regret;
 pub mod services;
 pub mod whatif;
 pub mod world;

@@ -453,6 +453,9 @@ impl<'a> World<'a> {
     fn finish(&mut self, batch: &SealedBatch, service: Duration) {
         self.scheduler.handle_finished(self.now, batch, service);
         self.ledger.finished(self.now, batch.id, usize::from(batch.executor), service);
+        let policy = (self.scheduler.generation(batch.model), self.scheduler.policy(batch.model));
+        let fit = self.scheduler.cost(batch.model).coefficients();
+        self.ledger.regret.finished(self.now, batch, service, policy, fit);
     }
 
     /// As the batcher does it: see `Batcher::turn`.
@@ -462,6 +465,8 @@ impl<'a> World<'a> {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.ledger.sealed(&batch, &members);
+            let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
+            self.ledger.regret.sealed(batch.id, members.iter().map(shape));
             self.submit(batch);
         }
         self.members = members;

@@ -875,6 +875,11 @@ impl Scheduler {
         self.tickets[id].admitted_at
     }
 
+    /// Rows of a ticket and how long they are. Known until the next arrival, also of a ticket that was just sealed.
+    pub fn rows_and_len(&self, id: TicketId) -> (u32, u32) {
+        (self.tickets[id].rows, self.tickets[id].len)
+    }
+
     pub fn cost(&self, model: ModelHandle) -> &CostModel {
         &self.models[model.index()].cost
     }

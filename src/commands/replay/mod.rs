@@ -89,7 +89,14 @@ fn verify(trace: &Path, json: bool) -> ExitCode {
     match outcome {
         Ok(verified) => {
             if json {
-                println!("{}", json!({ "equal": true, "replay": counts(&verified, reader.bytes()) }));
+                println!(
+                    "{}",
+                    json!({
+                        "equal": true,
+                        "replay": counts(&verified, reader.bytes()),
+                        "regret": report::regret_json(&verified.report.regret),
+                    })
+                );
             } else {
                 let Verified { arrivals, cancels, batches, turns, checkpoints, decisions, hash, .. } = verified;
                 let each = reader.bytes() as f64 / arrivals.max(1) as f64;
@@ -102,6 +109,7 @@ fn verify(trace: &Path, json: bool) -> ExitCode {
                 );
                 println!("equal: {} decisions, {checkpoints} checkpoints, hash {hash:016x}", verified.report.decisions);
                 println!("since the server's start: {decisions} decisions");
+                println!("{}", report::regret_text(&verified.report.regret));
             }
             ExitCode::SUCCESS
         }

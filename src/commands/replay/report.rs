@@ -1,6 +1,7 @@
 //! Runs side by side, as text and as JSON.
 
 use ferry::replay::ledger::{ModelReport, Report};
+use ferry::replay::regret::Regret;
 use ferry::vocab::SealReason;
 use serde_json::json;
 
@@ -70,6 +71,11 @@ pub fn text(runs: &[(&str, &Report)]) -> String {
         let busy = |report: &Report| report.busy[executor].as_secs_f64() / report.span.as_secs_f64().max(1e-9);
         line(&format!("executor {executor} busy"), runs.iter().map(|(_, report)| percent(busy(report))).collect());
     }
+    let of_time =
+        |time: &dyn Fn(&Regret) -> f64| runs.iter().map(|(_, report)| format!("{:.1}", time(&report.regret))).collect();
+    line("executor time used, ms", of_time(&|regret| regret.total.used.as_secs_f64() * 1e3));
+    line("  cheapest batches, ms", of_time(&|regret| regret.total.least.as_secs_f64() * 1e3));
+    line("  lost", runs.iter().map(|(_, report)| percent(report.regret.lost_share())).collect());
     line("batches of a guessed time", runs.iter().map(|(_, report)| report.guessed.to_string()).collect());
     out
 }
@@ -84,7 +90,40 @@ pub fn json(report: &Report) -> serde_json::Value {
         "batches_of_a_guessed_time": report.guessed,
         "executors_busy_seconds": busy,
         "models": models,
+        "regret": regret_json(&report.regret),
     })
+}
+
+/// What the batches took beside the cheapest of the same rows.
+pub fn regret_json(regret: &Regret) -> serde_json::Value {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    json!({
+        "device_ms_used": ms(regret.total.used),
+        "device_ms_least": ms(regret.total.least),
+        "lost_share": regret.lost_share(),
+        "worst_interval": regret.worst.map(|worst| json!({
+            "at_s": worst.at.as_secs_f64(),
+            "device_ms_used": ms(worst.used),
+            "device_ms_least": ms(worst.least),
+        })),
+    })
+}
+
+pub fn regret_text(regret: &Regret) -> String {
+    let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let (total, share) = (&regret.total, percent(regret.lost_share()));
+    let worst = regret.worst.map_or(String::new(), |worst| {
+        format!(
+            "; the most in the interval at {:.0} s: {:.1} of {:.1} ms",
+            worst.at.as_secs_f64(),
+            ms(worst.lost()),
+            ms(worst.used)
+        )
+    });
+    let (used, least) = (ms(total.used), ms(total.least));
+    format!(
+        "executors used {used:.1} ms; the cheapest batches of the same rows take {least:.1} ms ({share} lost{worst})"
+    )
 }
 
 fn json_of(model: &ModelReport) -> serde_json::Value {
@@ -113,4 +152,34 @@ fn json_of(model: &ModelReport) -> serde_json::Value {
         "queue_and_run_ms": times,
         "close_reasons": reasons,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use ferry::replay::regret::Times;
+
+    use super::*;
+
+    #[test]
+    fn regret_is_told_as_a_sentence_and_as_numbers() {
+        let times = |at: u64, used: u64, least: u64| Times {
+            at: Duration::from_secs(at),
+            used: Duration::from_millis(used),
+            least: Duration::from_millis(least),
+        };
+        let regret = Regret { total: times(0, 400, 300), worst: Some(times(7, 40, 10)) };
+        assert_eq!(
+            regret_text(&regret),
+            "executors used 400.0 ms; the cheapest batches of the same rows take 300.0 ms (25.00 % lost; the most in the \
+             interval at 7 s: 30.0 of 40.0 ms)"
+        );
+        let value = regret_json(&regret);
+        assert_eq!((&value["device_ms_used"], &value["lost_share"]), (&json!(400.0), &json!(0.25)));
+        assert_eq!(value["worst_interval"], json!({ "at_s": 7.0, "device_ms_used": 40.0, "device_ms_least": 10.0 }));
+        let nothing = Regret::default();
+        assert_eq!(regret_json(&nothing)["worst_interval"], json!(null));
+        assert!(regret_text(&nothing).ends_with("(0.00 % lost)"));
+    }
 }
