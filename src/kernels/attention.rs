@@ -175,9 +175,9 @@ fn scaled<S: Simd, const M: usize, const V: usize>(
     scale: [S::f32s; V],
     place: &mut [[S::f32s; VECTORS]],
 ) -> usize {
-    for m in 0..M {
+    for sums in &mut sums {
         for v in 0..V {
-            sums[m][v] = simd.mul_f32s(sums[m][v], scale[v]);
+            sums[v] = simd.mul_f32s(sums[v], scale[v]);
         }
     }
     store::<S, M, V>(sums, place);

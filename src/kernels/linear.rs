@@ -98,7 +98,7 @@ pub enum Then {
     Tanh,
 }
 
-/// M rows of `a` times the first V vectors of each row of `b`, over `k` rows of both: the sums Σ a[p][m]·b[p][v].
+/// M rows of `a` times the first V vectors of each row of `b`, over `k` rows of both: the sums `Σ a[p][m]·b[p][v]`.
 ///
 /// `a` has a row each `a_row` floats, `b` each `b_row` vectors. Hot: nearly all time of a forward pass is spent here.
 #[inline(always)]

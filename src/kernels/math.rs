@@ -58,7 +58,7 @@ pub fn gelu_erf<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let c = simd.max_f32s(simd.min_f32s(x, limit), simd.neg_f32s(limit));
     let t = simd.mul_f32s(c, c);
     let p =
-        polynomial(simd, t, [0.398_942, 0.035_125_263, 0.004_760_484_2, 1.826_648_5e-4, 6.527_524e-6, 2.221_876_4e-8]);
+        polynomial(simd, t, [0.398_942, 0.035_125_263, 0.004_760_484, 1.826_648_5e-4, 6.527_524e-6, 2.221_876_4e-8]);
     let q = polynomial(simd, t, [1.0, 0.254_709_63, 0.029_388_668, 0.001_961_386, 7.853_727e-5, 1.195_234_2e-6]);
     let phi = simd.mul_add_e_f32s(simd.div_f32s(p, q), c, simd.splat_f32s(0.5));
     simd.mul_f32s(x, phi)

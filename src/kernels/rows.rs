@@ -124,8 +124,8 @@ pub fn max_columns<S: Simd>(x: &[f32], start: usize, tokens: usize, out: &mut [f
         let block = &x[token / width * out.len() * width..];
         for (largest, row) in out.iter_mut().zip(block.chunks_exact(width)) {
             let value = row[token % width];
-            // Written so that a NaN stays one.
-            if !(value <= *largest) {
+            // A NaN stays one.
+            if value > *largest || value.is_nan() {
                 *largest = value;
             }
         }

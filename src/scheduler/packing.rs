@@ -12,10 +12,10 @@
 //!    alone, take the most urgent part instead, unless that is much less efficient.
 //! 4. If the batch would miss a deadline of its own, shrink it, unless that is much less efficient; otherwise give up those
 //!    who cannot make it.
+//! 5. Hold it only while the next row is expected sooner than it is worth, or for the explicit window.
+//!
 //! Where rows lie end to end no row makes another dearer: 2 and 3 are then the soonest deadlines of the highest class, as many
 //! as the budget holds, and 4 and 5 are the same.
-//!
-//! 5. Hold it only while the next row is expected sooner than it is worth, or for the explicit window.
 //!
 //! Always true
 //! - A decision is O(K²) in the buckets that hold rows, whatever the length of the queue, and allocates nothing.
