@@ -418,6 +418,10 @@ fn worker_maker(
     let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
     let layouts: Vec<Layout> =
         plan.models.iter().map(|model| layout_of(&model.manifest, model.model.layouts())).collect();
+    // A model on the batcher's own thread is there because it takes no time; nobody should wait for its check.
+    let may_repeat = |model: &ModelEntry| group == Group::Executors && model.model.can_repeat();
+    let repeatable: Vec<bool> = plan.models.iter().map(may_repeat).collect();
+    let canary_every = plan.config.executor.canary_every;
     let (contracts, shards) = (plan.contracts.clone(), plan.shards.clone());
     let telemetry = Arc::clone(&plan.telemetry);
     move || {
@@ -425,6 +429,7 @@ fn worker_maker(
             .map_err(|error| StartError::Thread(format!("executor {index}: {error}")))?;
         let mut warmed = Vec::new();
         let mut worker = Worker::new(index, Box::new(executor), contracts.clone(), shards, telemetry);
+        worker.watch(canary_every, repeatable);
         for (at, contract) in contracts.iter().enumerate() {
             if mine[at] {
                 let model = ModelHandle(at as u16);

@@ -48,7 +48,8 @@ fn without_a_file_every_default_is_the_documented_one() {
     assert_eq!(config.frontend.idle_timeout, Duration::from_secs(300));
     assert_eq!(config.frontend.spin, Duration::ZERO);
     assert_eq!((config.queue.rows_max, config.queue.bytes_max), (65_536, 1 << 30));
-    assert_eq!((config.executor.slots, config.executor.threads), (2, 1));
+    let executor = &config.executor;
+    assert_eq!((executor.slots, executor.threads, executor.canary_every), (2, 1, 1000));
     assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Text, "info"));
 }
 

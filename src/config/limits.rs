@@ -211,6 +211,12 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 1, max: 64, at: |c| &mut c.executor.threads },
     },
     Setting {
+        key: "executor.canary_every",
+        about: "One answered row in so many is run once more, alone, and compared (ferry_canary_rows_total); 0: none.
+                It costs that share of the executors' time, and finds answers that depend on a row's company.",
+        access: Access::U32 { min: 0, max: 1_000_000_000, at: |c| &mut c.executor.canary_every },
+    },
+    Setting {
         key: "log.format",
         about: "text or json, on standard error.",
         access: Access::Format(|c| &mut c.log.format),

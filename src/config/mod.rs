@@ -78,6 +78,8 @@ pub struct Executor {
     pub slots: u32,
     /// Threads that share a batch.
     pub threads: u32,
+    /// One row in so many is run again, alone, and compared; 0: none.
+    pub canary_every: u32,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -153,7 +155,7 @@ impl Config {
                 spin: Duration::ZERO,
             },
             queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
-            executor: Executor { slots: 2, threads: 1 },
+            executor: Executor { slots: 2, threads: 1, canary_every: 1000 },
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }

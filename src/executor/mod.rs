@@ -7,6 +7,7 @@
 //! Elsewhere: which rows share a batch (scheduler), who gets which answer (scatter.rs).
 
 pub mod batch;
+pub mod canary;
 pub mod cpu;
 pub mod model;
 pub mod pack;

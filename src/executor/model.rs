@@ -38,6 +38,11 @@ pub trait LoadedModel: Send + Sync {
     /// Makes an instance. Called once per executor at start, and again after a panic.
     fn instantiate(&self) -> Result<Box<dyn Model>, ModelError>;
 
+    /// The same row always gets the same answer, at a cost that may be spent once more to check it.
+    fn can_repeat(&self) -> bool {
+        true
+    }
+
     /// How the rows of a batch may lie.
     fn layouts(&self) -> &'static [Layout] {
         &[Layout::Padded]

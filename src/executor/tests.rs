@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bytes::Bytes;
 use proptest::prelude::*;
 
-use super::Executor;
 use super::batch::{BatchOutput, BatchView};
 use super::cpu::CpuExecutor;
 use super::model::{LoadedModel, Model, ModelError};
@@ -14,6 +13,7 @@ use super::pack::{Pads, Row, pack};
 use super::sim::{Faults, SimExecutor};
 use super::slot::VacantSlot;
 use super::worker::Worker;
+use super::{Executor, Failure};
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use crate::mail::{FinishedBatch, Request, ToShard};
 use crate::mailbox::{Receiver, mailbox};
@@ -61,6 +61,7 @@ fn contracts() -> Vec<Arc<Contract>> {
 struct Rig {
     contracts: Vec<Arc<Contract>>,
     worker: Worker,
+    telemetry: Arc<Telemetry>,
     inboxes: Vec<Receiver<ToShard>>,
     slot: Option<VacantSlot>,
     batches: u64,
@@ -72,8 +73,8 @@ impl Rig {
         let labels: Vec<ModelLabels> =
             contracts.iter().map(|_| ModelLabels { name: "test".into(), version: "1".into() }).collect();
         let telemetry = Telemetry::new(&labels, SHARDS.into(), 1);
-        let worker = Worker::new(0, executor, contracts.clone(), senders, telemetry);
-        Rig { contracts, worker, inboxes, slot: Some(VacantSlot::default()), batches: 0 }
+        let worker = Worker::new(0, executor, contracts.clone(), senders, Arc::clone(&telemetry));
+        Rig { contracts, worker, telemetry, inboxes, slot: Some(VacantSlot::default()), batches: 0 }
     }
 
     fn simulated() -> (Rig, Arc<Faults>) {
@@ -342,4 +343,42 @@ fn warming_up_runs_every_shape_twice_on_padding_and_mails_nobody() {
         rig.worker.warm(ModelHandle(0), Layout::Padded, &[(1, 8)]).expect_err("it fails").code,
         Code::ExecutorFailed
     );
+}
+
+/// The identity, but for a mask that leaks: the first byte of each row also has what stands in the row before.
+struct Leaky;
+
+impl Executor for Leaky {
+    fn run(&mut self, _: ModelHandle, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), Failure> {
+        let mut before = 0;
+        for (row, place) in out.output_mut::<u8>(0).chunks_exact_mut(batch.padded_len as usize).enumerate() {
+            let real = batch.row::<u8>(0, row);
+            place[..real.len()].copy_from_slice(real);
+            place[0] ^= before;
+            before = real[0];
+        }
+        Ok(())
+    }
+}
+
+/// Goal: a planted leak is found, and nothing else is (N12). Method: batches of four through both executors, every row due.
+#[test]
+fn the_canary_finds_a_row_that_its_mates_leak_into() {
+    let contract = contract(vec![spec("bytes", DType::U8, vec![Dim::Named("tokens".into())], 0.0)]);
+    let looks = |executor: Box<dyn Executor>, every: u32| {
+        let mut rig = Rig::new(vec![Arc::clone(&contract)], executor);
+        rig.worker.watch(every, vec![true]);
+        for round in 0..40u8 {
+            let one = |n: u8| request(&contract, ModelHandle(0), n.into(), 1, n.into(), n * 5 + round % 7);
+            let requests: Vec<Request> = (1..5).map(one).collect();
+            rig.run(ModelHandle(0), &requests, 8);
+        }
+        rig.telemetry.model(ModelHandle(0)).looks()
+    };
+    let (equal, apart) = looks(Box::new(Leaky), 4);
+    // The first row of a batch has nobody before it.
+    assert!(apart >= 20 && equal + apart == 40, "{equal} equal, {apart} apart");
+    assert_eq!(looks(Box::new(Leaky), 0), (0, 0));
+    assert_eq!(looks(Box::new(SimExecutor::new(Arc::default())), 4), (40, 0));
+    assert_eq!(looks(Box::new(SimExecutor::new(Arc::default())), 40), (4, 0));
 }

@@ -18,6 +18,7 @@ use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
 
 use super::Executor;
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
+use super::canary::{Canary, Outcome};
 use super::slot::{FilledSlot, Staging};
 
 /// An executor with what it needs to answer.
@@ -28,6 +29,9 @@ pub struct Worker {
     shards: Vec<Sender<ToShard>>,
     telemetry: Arc<Telemetry>,
     pool: Vec<Arc<FinishedBatch>>,
+    canary: Canary,
+    /// By model: rows of it may be run again.
+    repeatable: Vec<bool>,
 }
 
 /// Finished batches kept for reuse. Shards let go within microseconds, so a few suffice; beyond them one is allocated.
@@ -41,7 +45,13 @@ impl Worker {
         shards: Vec<Sender<ToShard>>,
         telemetry: Arc<Telemetry>,
     ) -> Worker {
-        Worker { index, executor, contracts, shards, telemetry, pool: Vec::with_capacity(POOL_MAX) }
+        let (pool, canary) = (Vec::with_capacity(POOL_MAX), Canary::default());
+        Worker { index, executor, contracts, shards, telemetry, pool, canary, repeatable: Vec::new() }
+    }
+
+    /// Runs one row in so many once more, alone, and compares; of the models that are `repeatable`. 0: none.
+    pub fn watch(&mut self, every: u32, repeatable: Vec<bool>) {
+        (self.canary, self.repeatable) = (Canary::new(every), repeatable);
     }
 
     /// Runs one batch and answers its members.
@@ -82,8 +92,31 @@ impl Worker {
         metrics.busy(service);
         self.telemetry.model(batch.model).service_time(service);
         scatter::send(&shared, &self.shards);
+        if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
+            self.look_again(&slot, &shared);
+        }
         self.keep(shared);
         Finished { executor: self.index, slot: slot.vacate(), batch, service }
+    }
+
+    /// After the answers are on their way.
+    fn look_again(&mut self, slot: &FilledSlot, finished: &FinishedBatch) {
+        let batch = &finished.batch;
+        let view = view_of(slot.staging(), &finished.contract, batch);
+        let outcome = self.canary.look(&mut *self.executor, batch.model, view, &finished.output);
+        if outcome == Outcome::NotLooked {
+            return;
+        }
+        let metrics = self.telemetry.model(batch.model);
+        metrics.looked_again(outcome == Outcome::Equal);
+        if let Outcome::Apart { row, output, element, together, alone } = outcome {
+            let (model, id, lens) = (&finished.contract.name, batch.id, &slot.staging().lens);
+            let output = &finished.contract.outputs[output].name;
+            tracing::error!(
+                %model, batch = id, row, %output, element, together, alone, layout = batch.layout.name(), ?lens,
+                "a row was answered otherwise in its batch than alone: one caller's data may be in another's answer"
+            );
+        }
     }
 
     /// Runs what arrives until the batcher is gone.

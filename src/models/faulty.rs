@@ -45,6 +45,11 @@ impl LoadedModel for Faulty {
         &self.contract
     }
 
+    /// Waiting once more would tell nothing.
+    fn can_repeat(&self) -> bool {
+        false
+    }
+
     fn instantiate(&self) -> Result<Box<dyn Model>, ModelError> {
         Ok(Box::new(Instance))
     }

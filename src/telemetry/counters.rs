@@ -191,6 +191,8 @@ pub struct ModelMetrics {
     pub(super) held: Count,
     pub(super) shed: Count,
     pub(super) refused: Count,
+    pub(super) looks_equal: Count,
+    pub(super) looks_apart: Count,
     pub(super) policy_generation: Count,
     /// Bits of an f64.
     pub(super) cost_error: Count,
@@ -215,6 +217,8 @@ impl ModelMetrics {
             held: Count::default(),
             shed: Count::default(),
             refused: Count::default(),
+            looks_equal: Count::default(),
+            looks_apart: Count::default(),
             policy_generation: Count::default(),
             cost_error: Count::default(),
         }
@@ -248,6 +252,16 @@ impl ModelMetrics {
     /// One batch took this long from submission to its results.
     pub fn service_time(&self, time: Duration) {
         self.service_time.observe_time(time);
+    }
+
+    /// A row of a batch was run once more, alone.
+    pub fn looked_again(&self, equal: bool) {
+        if equal { &self.looks_equal } else { &self.looks_apart }.add(1);
+    }
+
+    /// Rows that were run once more and got the same answer, and those that got another.
+    pub fn looks(&self) -> (u64, u64) {
+        (self.looks_equal.get(), self.looks_apart.get())
     }
 
     /// What waits for a batch now.

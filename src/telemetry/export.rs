@@ -284,6 +284,18 @@ impl Telemetry {
             }
             Ok(())
         })?;
+        let help = "Answered rows that were run once more, alone";
+        page.open("ferry_canary_rows", help, MetricType::Counter, &mut |mut metric| {
+            for (place, model) in self.models.iter().enumerate() {
+                for (outcome, count) in [("equal", &model.looks_equal), ("apart", &model.looks_apart)] {
+                    if count.get() > 0 {
+                        let labels = [("model", self.model_name(place)), ("outcome", outcome)];
+                        metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+                    }
+                }
+            }
+            Ok(())
+        })?;
         let help = "Mean relative error of predicted batch times";
         page.open("ferry_cost_model_error_ratio", help, MetricType::Gauge, &mut |mut metric| {
             // Models without a label of their own have no error in common.

@@ -30,6 +30,7 @@
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
 //! | `ferry_queue_cells` | gauge | model | cells waiting for a batch |
 //! | `ferry_queue_bytes` | gauge | model | payload bytes waiting for a batch |
+//! | `ferry_canary_rows_total` | counter | model, outcome | answered rows that were run once more, alone: `equal`, or `apart`, which is an alarm |
 //! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |

@@ -1,0 +1,132 @@
+//! Runs one answered row in a thousand once more, alone, and compares. A mask or an offset that lets one caller's tokens into
+//! another's answer gives answers that look right; this notices.
+//!
+//! Always true
+//! - Answers are on their way before a row is run again: nobody waits for it but the next batch.
+//! - Allocates nothing once its buffers have grown. A row that failed, or that was alone already, is not looked at.
+
+use super::Executor;
+use super::batch::{AlignedBytes, BatchOutput, BatchView};
+use crate::vocab::{DType, Layout, ModelHandle};
+
+/// Largest difference between two f32 results of one row, as a share of the larger of them and 1: sums are rounded in another
+/// order in another batch, a leak is a thousand times that.
+const APART: f64 = 1e-3;
+
+/// What came of looking at a batch.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Outcome {
+    /// No row's turn, or none that can be compared.
+    NotLooked,
+    Equal,
+    /// One element of one output of this row.
+    Apart {
+        row: u32,
+        output: usize,
+        element: usize,
+        together: f64,
+        alone: f64,
+    },
+}
+
+/// One executor's.
+#[derive(Debug, Default)]
+pub struct Canary {
+    every: u64,
+    /// Rows that ran since the last one that was looked at.
+    passed: u64,
+    turns: u64,
+    inputs: Vec<AlignedBytes>,
+    output: BatchOutput,
+}
+
+impl Canary {
+    /// Looks at one row in so many; 0: at none.
+    pub fn new(every: u32) -> Canary {
+        Canary { every: every.into(), ..Canary::default() }
+    }
+
+    /// Looks at a batch that ran. At most one row of it.
+    pub fn look(
+        &mut self,
+        executor: &mut dyn Executor,
+        model: ModelHandle,
+        batch: BatchView<'_>,
+        out: &BatchOutput,
+    ) -> Outcome {
+        self.passed += u64::from(batch.rows);
+        if self.every == 0 || self.passed < self.every {
+            return Outcome::NotLooked;
+        }
+        // More than one can be due where batches are larger than that; one a batch is enough.
+        self.passed %= self.every;
+        self.turns += 1;
+        // A row that nobody can foresee from its place.
+        let row = (self.turns.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % u64::from(batch.rows);
+        let row = row as u32;
+        let len = batch.lens[row as usize];
+        let alone = batch.rows == 1 && (batch.layout == Layout::Packed || len == batch.padded_len);
+        if alone || out.row_errors.iter().any(|error| error.row == row) {
+            return Outcome::NotLooked;
+        }
+        self.inputs.resize_with(batch.inputs.len(), AlignedBytes::default);
+        for (index, input) in self.inputs.iter_mut().enumerate() {
+            let bytes = batch.row::<u8>(index, row as usize);
+            input.set_len(bytes.len());
+            input.bytes_mut().copy_from_slice(bytes);
+        }
+        let lens = [len];
+        self.output.prepare(batch.contract, Layout::Padded, &lens, len);
+        let view = BatchView {
+            contract: batch.contract,
+            layout: Layout::Padded,
+            rows: 1,
+            padded_len: len,
+            lens: &lens,
+            inputs: &self.inputs,
+        };
+        match executor.run(model, view, &mut self.output) {
+            Ok(()) if self.output.row_errors.is_empty() => self.compare(batch, out, row),
+            _ => Outcome::NotLooked,
+        }
+    }
+
+    fn compare(&self, batch: BatchView<'_>, out: &BatchOutput, row: u32) -> Outcome {
+        let len = batch.lens[row as usize];
+        for (index, spec) in batch.contract.outputs.iter().enumerate() {
+            let together = out.row_bytes(spec, index, row, len);
+            let alone = self.output.row_bytes(spec, index, 0, len);
+            let size = spec.dtype.size();
+            let elements = together.chunks_exact(size).zip(alone.chunks_exact(size));
+            for (element, (together, alone)) in elements.enumerate() {
+                if let Some((together, alone)) = apart(spec.dtype, together, alone) {
+                    return Outcome::Apart { row, output: index, element, together, alone };
+                }
+            }
+        }
+        Outcome::Equal
+    }
+}
+
+/// Both values of an element, if they are further apart than another order of sums explains. Half precision is not compared.
+fn apart(dtype: DType, together: &[u8], alone: &[u8]) -> Option<(f64, f64)> {
+    let (together, alone) = match dtype {
+        DType::F16 | DType::BF16 => return None,
+        DType::F32 => (f64::from(float(together)), f64::from(float(alone))),
+        DType::F64 => (double(together), double(alone)),
+        _ if together == alone => return None,
+        _ => (f64::from(together[0]), f64::from(alone[0])),
+    };
+    let near = (together - alone).abs() <= APART * together.abs().max(alone.abs()).max(1.0);
+    let exact = !matches!(dtype, DType::F32 | DType::F64);
+    let same = near || together == alone || (together.is_nan() && alone.is_nan());
+    (exact || !same).then_some((together, alone))
+}
+
+fn float(bytes: &[u8]) -> f32 {
+    f32::from_le_bytes(bytes.try_into().expect("the dtype's size"))
+}
+
+fn double(bytes: &[u8]) -> f64 {
+    f64::from_le_bytes(bytes.try_into().expect("the dtype's size"))
+}
