@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{DType as CandleDType, Device, Tensor};
 use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use ferry::executor::model::{Model, ModelError};
+use ferry::models::manifest::Precision;
 use ferry::models::repository::{self, LoadOptions, Loaded, ModelEntry};
 use ferry::models::weights::WeightsFault;
 use ferry::vocab::Layout;
@@ -563,4 +564,20 @@ fn folders_that_are_no_models_are_refused_by_name() {
 
     let error = repository::names(&directory.path().join("nowhere")).expect_err("is not there");
     assert!(error.to_string().contains("nowhere: cannot be read"), "{error}");
+}
+
+#[test]
+fn a_precision_given_at_the_load_takes_the_place_of_the_manifests() {
+    let rows = tiny_bert_rows();
+    let all: Vec<_> = rows.iter().take(5).collect();
+    let answer = |precision| {
+        let options = LoadOptions { precision: Some(precision), ..LoadOptions::default() };
+        let loaded = repository::load(&root().join("tests/fixtures"), "tiny_bert", &options).expect("loads");
+        let Loaded::Model(entry) = loaded else { panic!("its weights are committed") };
+        let mut model = entry.model.instantiate().expect("makes an instance");
+        answers(&entry, &mut *model, &all, Layout::Packed)
+    };
+    let (f32s, int8s) = (answer(Precision::F32), answer(Precision::Int8));
+    assert_ne!(f32s, int8s);
+    assert!(cosine(&f32s, &int8s) >= 0.999, "{}", cosine(&f32s, &int8s));
 }

@@ -7,6 +7,7 @@ use clap::ValueEnum;
 use ferry::load::lengths::Lengths;
 use ferry::load::offline::{self, OfflineReport, Options, Order};
 use ferry::load::payload::{Common, Inputs};
+use ferry::models::manifest::Precision;
 use ferry::models::repository::{self, LoadOptions, Loaded};
 use ferry::server::layout_of;
 use ferry::vocab::Layout;
@@ -34,6 +35,9 @@ pub struct Args {
     /// Without it: packed where the model can.
     #[arg(long, value_enum)]
     layout: Option<LayoutArg>,
+    /// Of an encoder's products. Without it: what the manifest says.
+    #[arg(long, value_enum)]
+    precision: Option<PrecisionArg>,
     #[arg(long, value_enum, default_value_t = OrderArg::Sorted)]
     order: OrderArg,
     /// Most cells in a batch, padding included. Without it: the model's own limit.
@@ -58,6 +62,12 @@ enum LayoutArg {
     Padded,
     /// All tokens end to end, no padding.
     Packed,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum PrecisionArg {
+    F32,
+    Int8,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -90,11 +100,19 @@ pub fn run(args: &Args) -> ExitCode {
 }
 
 fn measure(args: &Args) -> Result<OfflineReport, String> {
-    let loaded = repository::load(&args.models, &args.model, &LoadOptions::default()).map_err(|e| e.to_string())?;
+    let precision = args.precision.map(|precision| match precision {
+        PrecisionArg::F32 => Precision::F32,
+        PrecisionArg::Int8 => Precision::Int8,
+    });
+    let options = LoadOptions { precision, ..LoadOptions::default() };
+    let loaded = repository::load(&args.models, &args.model, &options).map_err(|e| e.to_string())?;
     let entry = match loaded {
         Loaded::Model(entry) => entry,
         Loaded::Skipped(skipped) => return Err(format!("model {}: {}", skipped.name, skipped.reason)),
     };
+    if args.precision.is_some() && entry.manifest.bert.is_none() {
+        return Err(format!("model {} is no encoder; expected no --precision", args.model));
+    }
     let contract = entry.model.contract();
     let layouts = entry.model.layouts();
     let layout = match args.layout {

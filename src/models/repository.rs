@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::manifest::{Manifest, ManifestError, WeightsSpec};
+use super::manifest::{Manifest, ManifestError, Precision, WeightsSpec};
 use super::weights::{Weights, WeightsError, WeightsFault};
 use super::{bert, digits, echo, faulty, sleep};
 use crate::contract::name_is_valid;
@@ -41,11 +41,13 @@ pub struct LoadOptions {
     pub weight_bytes_max: u64,
     /// Threads that share each batch, where the architecture can divide one.
     pub threads: usize,
+    /// Instead of what the manifest says, where the architecture has one.
+    pub precision: Option<Precision>,
 }
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { device: Device::Cpu, weight_bytes_max: 8 << 30, threads: 1 }
+        LoadOptions { device: Device::Cpu, weight_bytes_max: 8 << 30, threads: 1, precision: None }
     }
 }
 
@@ -220,7 +222,10 @@ pub fn read_manifest(directory: &Path, name: &str) -> Result<Manifest, Repositor
 
 /// Loads one model.
 pub fn load(directory: &Path, name: &str, options: &LoadOptions) -> Result<Loaded, RepositoryError> {
-    let manifest = read_manifest(directory, name)?;
+    let mut manifest = read_manifest(directory, name)?;
+    if let (Some(precision), Some(params)) = (options.precision, &mut manifest.bert) {
+        params.precision = precision;
+    }
     let folder = directory.join(name).join(&manifest.contract.version);
     let model = match build(&manifest, &folder, options) {
         Ok(model) => model,
