@@ -30,6 +30,10 @@ use crate::kernels::product::Product;
 use crate::kernels::{self, int8, rows};
 use crate::vocab::{DType, Layout};
 
+/// Places of a batch that an instance has memory for from the start. A manifest that sets no budget allows batches that no CPU
+/// should run, of hundreds of megabytes; who runs them pays for the memory with the first one.
+const RESERVED_MAX: usize = 2048;
+
 enum Network {
     Kernels(Encoder),
     Candle(Reference),
@@ -41,7 +45,7 @@ pub struct Bert {
     params: BertParams,
     network: Arc<Network>,
     weight_bytes: u64,
-    /// Largest batch: places, rows, and longest row.
+    /// What memory is reserved for: places, rows, and longest row.
     largest: (usize, usize, usize),
     threads: usize,
 }
@@ -69,7 +73,7 @@ impl Bert {
         let batching = &manifest.batching;
         let longest = batching.bucket_longest() as usize;
         let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
-        let places = places.min(batching.rows_max as usize * longest);
+        let places = places.min(batching.rows_max as usize * longest).min(RESERVED_MAX.max(longest));
         let weight_bytes = match &network {
             Network::Kernels(encoder) if params.precision == Precision::Int8 => encoder.bytes() as u64,
             _ => weights.taken_bytes(),
