@@ -69,8 +69,12 @@ impl Canary {
         if alone || out.row_errors.iter().any(|error| error.row == row) {
             return Outcome::NotLooked;
         }
-        self.inputs.resize_with(batch.inputs.len(), AlignedBytes::default);
-        for (index, input) in self.inputs.iter_mut().enumerate() {
+        // Kept for a model with more inputs, when this one has fewer.
+        let count = batch.inputs.len();
+        if self.inputs.len() < count {
+            self.inputs.resize_with(count, AlignedBytes::default);
+        }
+        for (index, input) in self.inputs[..count].iter_mut().enumerate() {
             let bytes = batch.row::<u8>(index, row as usize);
             input.set_len(bytes.len());
             input.bytes_mut().copy_from_slice(bytes);
@@ -83,7 +87,7 @@ impl Canary {
             rows: 1,
             padded_len: len,
             lens: &lens,
-            inputs: &self.inputs,
+            inputs: &self.inputs[..count],
         };
         match executor.run(model, view, &mut self.output) {
             Ok(()) if self.output.row_errors.is_empty() => self.compare(batch, out, row),

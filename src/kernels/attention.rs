@@ -136,7 +136,7 @@ fn head_of<S: Simd, const V: usize>(
     while d < size {
         let scores = scores.as_flattened();
         let values = (&v[d..], size);
-        // Sizes of heads are multiples of 4; 32 = 12 + 12 + 8, 64 = 5 · 12 + 4.
+        // 32 = 12 + 12 + 8, 64 = 5 · 12 + 4; the smallest tiles are for sizes that no published model has.
         d += match size - d {
             12.. if S::REGISTER_COUNT >= 32 || V == 1 => {
                 scaled::<S, 12, V>(simd, tile::<S, 12, V>(simd, real, values, (scores, VECTORS)), scale, &mut out[d..])

@@ -5,9 +5,9 @@
 //! So W·x ≈ scale · (step · Σ q_w·q_x + low · Σ q_w): whole numbers in the loop, and the rest once for each output.
 //!
 //! Layout: as linear.rs, but that a word of 32 bits holds several inputs of a token: four bytes `[inputs / 4][width][4]` where
-//! the processor multiplies bytes (AVX-512 VNNI), two of 16 bits elsewhere, `[2][inputs / 4][width][2]`. AVX2 does multiply bytes, but adds the products
-//! in 16 bits, where two of them do not fit. Values of 7 bits would fit, and take the worst cosine of minilm from 0.993 to 0.983
-//! (weights) or 0.975 (activations): the halves are slower, and their answers those of the others.
+//! the processor multiplies bytes (AVX-512 VNNI), two of 16 bits elsewhere, `[2][inputs / 4][width][2]`. AVX2 does multiply
+//! bytes, but adds the products in 16 bits, where two of them do not fit. Values of 7 bits would fit, and take the worst cosine
+//! of minilm from 0.993 to 0.983 (weights) or 0.975 (activations): the halves are slower, and their answers those of the others.
 //!
 //! Method: dynamic quantisation with a scale per channel, as in Wu et al., "Integer Quantization for Deep Learning Inference"
 //! (arXiv:2004.09602, 2020).

@@ -40,18 +40,5 @@ pub fn archs() -> Vec<Arch> {
     archs
 }
 
-/// Its name, for reports.
-pub fn arch_name(arch: Arch) -> &'static str {
-    match arch {
-        Arch::Scalar => "scalar",
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V3(_) => "avx2+fma",
-        #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
-        Arch::V4(_) => "avx512",
-        #[allow(unreachable_patterns)]
-        _ => "neon",
-    }
-}
-
 #[cfg(test)]
 mod tests;

@@ -34,7 +34,12 @@ const fn knob(name: &'static str, unit: &'static str, range: &'static str, meani
 pub const KNOBS: &[Knob] = &[
     knob("policy", "", "window, greedy_tokens, buckets or cost", "who decides"),
     knob("rows_max", "rows", "1 to 65536", "most rows in a batch"),
-    knob("cells_max", "cells", "the longest bucket to 2^40", "most padded cells (rows × padded length) in a batch"),
+    knob(
+        "cells_max",
+        "cells",
+        "the longest bucket to 2^40",
+        "most cells in a batch: rows × padded length, or the sum of their lengths where they lie end to end",
+    ),
     knob(
         "queue_delay_max_us",
         "µs",
