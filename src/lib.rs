@@ -29,6 +29,7 @@ pub mod control;
 pub mod device;
 pub mod executor;
 pub mod frontend;
+pub mod gpu;
 pub mod kernels;
 pub mod learned;
 pub mod load;
