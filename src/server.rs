@@ -5,6 +5,7 @@
 //! - Drain: shards stop accepting, what was accepted is answered, connections end, shards end, then the batcher, then
 //!   executors. A thread that ends before its turn is a fault: the rest drains and the process exits non-zero.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -18,15 +19,21 @@ use socket2::{Domain, Socket, Type};
 
 use crate::batcher::{self, Batcher, ExecutorLink, ThreadOutlet};
 use crate::clock;
-use crate::config::Config;
+use crate::config::{Config, Place};
 use crate::contract::Contract;
 use crate::control::admin::{self, ControlHandle, ControlOptions};
 use crate::control::lifecycle::Lifecycle;
+use crate::device::sim::SimDevice;
 use crate::executor::cpu::CpuExecutor;
+use crate::executor::device::{self, Program};
 use crate::executor::model::LoadedModel;
-use crate::executor::worker::Worker;
+use crate::executor::slot::VacantSlot;
+use crate::executor::worker::{Answers, Worker};
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, preflight, shard};
+use crate::gpu::driver::Driver;
+#[cfg(feature = "cuda")]
+use crate::gpu::driver::Fault;
 use crate::learned::{self, Identity, Keeper};
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender, mailbox};
@@ -53,6 +60,8 @@ pub enum StartError {
         refusal: Refusal,
     },
     Thread(String),
+    /// The device that batches should run on is not there, or has not enough memory. Exit status 78.
+    Device(String),
 }
 
 impl std::fmt::Display for StartError {
@@ -65,7 +74,7 @@ impl std::fmt::Display for StartError {
             StartError::Models(error) => error.fmt(f),
             StartError::NoModels(directory) => write!(f, "{directory} holds no model that can be served"),
             StartError::WarmUp { model, refusal } => write!(f, "model {model} failed its warm-up: {refusal}"),
-            StartError::Thread(message) => f.write_str(message),
+            StartError::Thread(message) | StartError::Device(message) => f.write_str(message),
         }
     }
 }
@@ -81,6 +90,9 @@ pub enum Ending {
     Aborted,
     /// A thread ended that should not have.
     Fault(String),
+    /// A device does nothing any more for this process: what was left was answered `executor_failed`, and another process may do
+    /// better. Exit status 75.
+    DeviceLost(String),
 }
 
 /// What the watching thread is told.
@@ -93,6 +105,7 @@ enum Event {
         thread: String,
         panicked: bool,
     },
+    DeviceLost(String),
 }
 
 /// Stops a running server, from any thread.
@@ -186,7 +199,9 @@ pub fn start(config: &Config) -> Result<ServerHandle, StartError> {
 pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, StartError> {
     preflight::run(&preflight_options(config)).map_err(StartError::Preflight)?;
     let repository = {
-        let options = LoadOptions { threads: config.executor.threads as usize, ..LoadOptions::default() };
+        let threads = config.executor.threads as usize;
+        let for_device = config.executor.device != Place::Cpu;
+        let options = LoadOptions { threads, for_device, ..LoadOptions::default() };
         repository::load_all(&config.models, &options).map_err(StartError::Models)?
     };
     if repository.models.is_empty() {
@@ -249,7 +264,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let control = start_control(&plan, &lifecycle, &catalog, &stopper)?;
 
     let mut others = Vec::new();
-    let started = start_executors(&plan, &mut others)?;
+    let started = start_executors(&plan, &lifecycle, &mut others)?;
     plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
     let batcher = start_batcher(&plan, started, batcher_mailbox)?;
@@ -353,22 +368,45 @@ pub fn layout_of(manifest: &Manifest, layouts: &[Layout]) -> Layout {
 const FILL_WASTE_MAX: f64 = 0.25;
 
 /// Starts the executor threads and the inline worker; returns when all of them are warm.
-fn start_executors(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Started, StartError> {
+fn start_executors(
+    plan: &Plan<'_>,
+    lifecycle: &Arc<Lifecycle>,
+    others: &mut Vec<JoinHandle<()>>,
+) -> Result<Started, StartError> {
+    let mut started = match &plan.config.executor.device {
+        Place::Cpu => start_on_cpu(plan, others)?,
+        Place::Sim(seed) => {
+            let device = SimDevice::new(*seed);
+            let drivers = (0..plan.config.threads.executors).map(|_| (device.driver(), 0)).collect();
+            start_on_devices(plan, lifecycle, drivers, others)?
+        }
+        Place::Cuda(numbers) => start_on_gpus(plan, lifecycle, numbers, others)?,
+    };
+    if plan.groups.contains(&Group::Inline) {
+        let index = started.links.len();
+        let (worker, warmed) = worker_maker(plan, index, Group::Inline)()?;
+        started.warmed.extend(warmed);
+        plan.telemetry.executor(index).set_inline();
+        started.links.push(ExecutorLink::Inline(Box::new(worker)));
+        started.seats.push(SeatSpec { group: Group::Inline, slots: 1, device: 0 });
+    }
+    Ok(started)
+}
+
+fn start_on_cpu(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Started, StartError> {
     let slots = plan.config.executor.slots;
     let spin = plan.config.frontend.spin;
-    let mut links = Vec::new();
-    let mut seats = Vec::new();
-    let mut timed = Vec::new();
+    let mut started = Started::default();
     let (warm_sender, warm) = flume::unbounded();
     for index in 0..plan.config.threads.executors {
         let (sender, receiver) = mailbox(slots as usize);
-        links.push(ExecutorLink::Thread(sender));
-        seats.push(SeatSpec { group: Group::Executors, slots, device: index as u16 });
+        started.links.push(ExecutorLink::Thread(sender));
+        started.seats.push(SeatSpec { group: Group::Executors, slots, device: index as u16 });
         let make = worker_maker(plan, index, Group::Executors);
         let (batcher, warm) = (plan.batcher.clone(), warm_sender.clone());
         others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || match make() {
             Ok((worker, warmed)) => {
-                let _ = warm.send(Ok(warmed));
+                let _ = warm.send(Ok(Warm { warmed, ..Warm::default() }));
                 drop(warm);
                 worker.run_thread(receiver, batcher, spin);
             }
@@ -376,27 +414,168 @@ fn start_executors(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<
         })?);
     }
     drop(warm_sender);
-    if plan.groups.contains(&Group::Inline) {
-        let (worker, warmed) = worker_maker(plan, links.len(), Group::Inline)()?;
-        timed.extend(warmed);
-        plan.telemetry.executor(links.len()).set_inline();
-        links.push(ExecutorLink::Inline(Box::new(worker)));
-        seats.push(SeatSpec { group: Group::Inline, slots: 1, device: 0 });
+    started.take_warm(&warm, plan.config.threads.executors)?;
+    Ok(started)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn start_on_gpus(
+    _plan: &Plan<'_>,
+    _lifecycle: &Arc<Lifecycle>,
+    _numbers: &[u16],
+    _others: &mut Vec<JoinHandle<()>>,
+) -> Result<Started, StartError> {
+    Err(StartError::Device(
+        "executor.device: this binary was built without CUDA; build it with `--features cuda` (see README.md), or take \
+         cpu"
+        .into(),
+    ))
+}
+
+#[cfg(feature = "cuda")]
+fn start_on_gpus(
+    plan: &Plan<'_>,
+    lifecycle: &Arc<Lifecycle>,
+    numbers: &[u16],
+    others: &mut Vec<JoinHandle<()>>,
+) -> Result<Started, StartError> {
+    use crate::device::cuda::{CudaDriver, Gpu};
+    let failed = |error: Fault| StartError::Device(format!("executor.device: {error}"));
+    let gpus: Vec<Gpu> = numbers.iter().map(|number| Gpu::open(*number)).collect::<Result<_, _>>().map_err(failed)?;
+    let mut drivers = Vec::new();
+    for index in 0..plan.config.threads.executors {
+        let at = index % gpus.len();
+        drivers.push((CudaDriver::new(&gpus[at]).map_err(failed)?, numbers[at]));
     }
-    for _ in 0..plan.config.threads.executors {
-        match warm.recv() {
-            Ok(warmed) => timed.extend(warmed?),
-            Err(_) => return Err(StartError::Thread("an executor ended while it was warmed".into())),
-        }
+    start_on_devices(plan, lifecycle, drivers, others)
+}
+
+/// Starts an executor for each driver, with the number of its device: two threads each, one that asks and one that waits.
+fn start_on_devices<D: Driver>(
+    plan: &Plan<'_>,
+    lifecycle: &Arc<Lifecycle>,
+    drivers: Vec<(D, u16)>,
+    others: &mut Vec<JoinHandle<()>>,
+) -> Result<Started, StartError> {
+    let slots = plan.config.executor.slots;
+    let spin = plan.config.frontend.spin;
+    let host: Vec<Option<Program<Vec<f32>>>> = (plan.models.iter().zip(&plan.groups))
+        .map(|(model, group)| model.model.program().filter(|_| *group == Group::Executors))
+        .collect();
+    let on_device: Vec<bool> = host.iter().map(Option::is_some).collect();
+    let mut put: BTreeMap<u16, Vec<Option<Program<D::Memory>>>> = BTreeMap::new();
+    let mut started = Started::default();
+    let (warm_sender, warm) = flume::unbounded();
+    let count = drivers.len();
+    for (index, (mut driver, number)) in drivers.into_iter().enumerate() {
+        tracing::info!(executor = index, device = driver.name(), "batches of encoders run on a device");
+        let programs = match put.get(&number) {
+            Some(programs) => programs.clone(),
+            None => {
+                let programs =
+                    device::put(&mut driver, &host).map_err(|fault| StartError::Device(fault.to_string()))?;
+                put.insert(number, programs.clone());
+                programs
+            }
+        };
+        let (sender, receiver) = mailbox(slots as usize);
+        started.links.push(ExecutorLink::Thread(sender));
+        started.seats.push(SeatSpec { group: Group::Executors, slots, device: number });
+        let mine: Vec<bool> =
+            (plan.groups.iter().zip(&on_device)).map(|(group, on)| *group == Group::Executors && !on).collect();
+        let make_others = worker_maker_of(plan, index, mine);
+        let answers = answers_of(plan, index);
+        let options =
+            device::Options { slots: slots as usize, graph_bytes_max: plan.config.executor.graph_bytes_max as usize };
+        let warm_ups: Vec<(ModelHandle, Vec<(u32, u32)>)> = (plan.models.iter().enumerate())
+            .filter(|(at, _)| on_device[*at])
+            .map(|(at, model)| (ModelHandle(at as u16), model.manifest.warmup.shapes.clone()))
+            .collect();
+        let (batcher, warm, events) = (plan.batcher.clone(), warm_sender.clone(), plan.events.clone());
+        let alarm: device::Alarm = {
+            let (lifecycle, events) = (Arc::clone(lifecycle), plan.events.clone());
+            Arc::new(move |fault| {
+                // Before anything else: whoever balances load must not send more here.
+                lifecycle.set_draining();
+                let _ = events.send(Event::DeviceLost(fault.to_string()));
+            })
+        };
+        others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || {
+            let make = || -> Result<_, StartError> {
+                let (worker, mut warmed) = make_others()?;
+                let contracts = answers.contracts.clone();
+                let mailbox = batcher.clone();
+                let mut made = device::make(driver, programs, worker, answers, options, mailbox, alarm)
+                    .map_err(|fault| StartError::Device(format!("executor {index}: {fault}")))?;
+                for (model, shapes) in warm_ups {
+                    let times = made.worker.warm(model, Layout::Packed, &shapes).map_err(|refusal| {
+                        StartError::WarmUp { model: contracts[model.index()].name.clone(), refusal }
+                    })?;
+                    warmed.extend(Warmed::all(model, &shapes, times));
+                }
+                Ok((made, warmed))
+            };
+            match make() {
+                Ok((made, warmed)) => {
+                    let completion = made.completion;
+                    let waiting = spawn_thread(format!("ferry-wait-{index}"), &events, || completion.run_thread());
+                    match waiting {
+                        Ok(waiting) => {
+                            let _ = warm.send(Ok(Warm { executor: index, warmed, slots: made.slots }));
+                            drop(warm);
+                            made.worker.run_thread(receiver, batcher, spin);
+                            // It ends when the worker is gone, after the last batch in flight.
+                            let _ = waiting.join();
+                        }
+                        Err(error) => drop(warm.send(Err(error))),
+                    }
+                }
+                Err(error) => drop(warm.send(Err(error))),
+            }
+        })?);
     }
-    Ok(Started { links, seats, warmed: timed })
+    drop(warm_sender);
+    started.take_warm(&warm, count)?;
+    Ok(started)
 }
 
 /// Executors that are warm.
+#[derive(Default)]
 struct Started {
     links: Vec<ExecutorLink>,
     seats: Vec<SeatSpec>,
     warmed: Vec<Warmed>,
+    /// Slots of an executor that are not the batcher's own.
+    slots: Vec<(usize, Vec<VacantSlot>)>,
+}
+
+/// What an executor says when it is warm.
+#[derive(Default)]
+struct Warm {
+    executor: usize,
+    warmed: Vec<Warmed>,
+    /// Empty: the batcher's own will do.
+    slots: Vec<VacantSlot>,
+}
+
+impl Started {
+    fn take_warm(
+        &mut self,
+        warm: &flume::Receiver<Result<Warm, StartError>>,
+        executors: usize,
+    ) -> Result<(), StartError> {
+        for _ in 0..executors {
+            let Ok(said) = warm.recv() else {
+                return Err(StartError::Thread("an executor ended while it was warmed".into()));
+            };
+            let Warm { executor, warmed, slots } = said?;
+            self.warmed.extend(warmed);
+            if !slots.is_empty() {
+                self.slots.push((executor, slots));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A batch that was run for warming up: its shape, and how long it took.
@@ -407,28 +586,54 @@ struct Warmed {
     took: Duration,
 }
 
-/// What makes and warms an executor's worker, on the thread that will run it: its memory is touched there first.
+impl Warmed {
+    fn all(model: ModelHandle, shapes: &[(u32, u32)], times: Vec<Duration>) -> impl Iterator<Item = Warmed> {
+        shapes.iter().zip(times).map(move |((rows, padded_len), took)| Warmed {
+            model,
+            rows: *rows,
+            padded_len: *padded_len,
+            took,
+        })
+    }
+}
+
+fn answers_of(plan: &Plan<'_>, index: usize) -> Answers {
+    let (contracts, shards) = (plan.contracts.clone(), plan.shards.clone());
+    Answers { index, contracts, shards, telemetry: Arc::clone(&plan.telemetry) }
+}
+
+/// [`worker_maker_of`] all models of a group.
 fn worker_maker(
     plan: &Plan<'_>,
     index: usize,
     group: Group,
 ) -> impl FnOnce() -> Result<(Worker, Vec<Warmed>), StartError> + Send + 'static {
+    worker_maker_of(plan, index, plan.groups.iter().map(|of_model| *of_model == group).collect())
+}
+
+/// What makes and warms an executor's worker for the models that are `mine`, on the thread that will run it: its memory is
+/// touched there first.
+fn worker_maker_of(
+    plan: &Plan<'_>,
+    index: usize,
+    mine: Vec<bool>,
+) -> impl FnOnce() -> Result<(Worker, Vec<Warmed>), StartError> + Send + 'static {
     let loaded: Vec<Arc<dyn LoadedModel>> = plan.models.iter().map(|model| Arc::clone(&model.model)).collect();
-    let mine: Vec<bool> = plan.groups.iter().map(|of_model| *of_model == group).collect();
     let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
     let layouts: Vec<Layout> =
         plan.models.iter().map(|model| layout_of(&model.manifest, model.model.layouts())).collect();
     // A model on the batcher's own thread is there because it takes no time; nobody should wait for its check.
-    let may_repeat = |model: &ModelEntry| group == Group::Executors && model.model.can_repeat();
-    let repeatable: Vec<bool> = plan.models.iter().map(may_repeat).collect();
+    let repeatable: Vec<bool> = (plan.models.iter().zip(&plan.groups))
+        .map(|(model, group)| *group == Group::Executors && model.model.can_repeat())
+        .collect();
     let canary_every = plan.config.executor.canary_every;
-    let (contracts, shards) = (plan.contracts.clone(), plan.shards.clone());
-    let telemetry = Arc::clone(&plan.telemetry);
+    let answers = answers_of(plan, index);
     move || {
         let executor = CpuExecutor::new(loaded, &mine)
             .map_err(|error| StartError::Thread(format!("executor {index}: {error}")))?;
         let mut warmed = Vec::new();
-        let mut worker = Worker::new(index, Box::new(executor), contracts.clone(), shards, telemetry);
+        let contracts = answers.contracts.clone();
+        let mut worker = Worker::new(answers, Box::new(executor));
         worker.watch(canary_every, repeatable);
         for (at, contract) in contracts.iter().enumerate() {
             if mine[at] {
@@ -436,13 +641,7 @@ fn worker_maker(
                 let times = worker
                     .warm(model, layouts[at], &shapes[at])
                     .map_err(|refusal| StartError::WarmUp { model: contract.name.clone(), refusal })?;
-                let shapes = shapes[at].iter().zip(times);
-                warmed.extend(shapes.map(|((rows, padded_len), took)| Warmed {
-                    model,
-                    rows: *rows,
-                    padded_len: *padded_len,
-                    took,
-                }));
+                warmed.extend(Warmed::all(model, &shapes[at], times));
             }
         }
         Ok((worker, warmed))
@@ -510,7 +709,8 @@ fn start_batcher(
     executors.warmed.iter().for_each(|batch| scheduler.prime(batch.model, batch.rows, batch.padded_len, batch.took));
     let outlet = ThreadOutlet { executors: executors.links, shards: plan.shards.clone() };
     let telemetry = Arc::clone(&plan.telemetry);
-    let batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
+    let mut batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
+    executors.slots.into_iter().for_each(|(executor, slots)| batcher.set_slots(executor, slots));
     let spin = plan.config.frontend.spin;
     spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))
 }
@@ -711,6 +911,15 @@ impl ServerHandle {
                             aborted = true;
                             self.abort_shards();
                         }
+                    }
+                }
+                Ok(Event::DeviceLost(message)) => {
+                    tracing::error!(message, "ending: another process may find the device well again");
+                    ending = Ending::DeviceLost(message);
+                    give_up_at.get_or_insert_with(|| clock::now() + self.drain_timeout);
+                    if !aborted {
+                        aborted = true;
+                        self.abort_shards();
                     }
                 }
                 Err(_) => {}

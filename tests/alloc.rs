@@ -13,7 +13,7 @@ use ferry::executor::batch::{AlignedBytes, BatchOutput, BatchView};
 use ferry::executor::pack::{Pads, Row, pack};
 use ferry::executor::sim::{Faults, SimExecutor};
 use ferry::executor::slot::VacantSlot;
-use ferry::executor::worker::Worker;
+use ferry::executor::worker::{Answers, Worker};
 use ferry::mail::{Burst, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
 use ferry::models::repository::{self, LoadOptions, Loaded};
@@ -131,7 +131,18 @@ fn worker(contract: &Arc<Contract>) -> (Worker, Receiver<ToShard>) {
     let labels = [ModelLabels { name: "echo".into(), version: "1".into() }];
     let (shard, inbox) = mailbox(64);
     let device = Box::new(SimExecutor::new(Arc::new(Faults::default())));
-    (Worker::new(0, device, vec![Arc::clone(contract)], vec![shard], Telemetry::new(&labels, 1, 1)), inbox)
+    (
+        Worker::new(
+            Answers {
+                index: 0,
+                contracts: vec![Arc::clone(contract)],
+                shards: vec![shard],
+                telemetry: Telemetry::new(&labels, 1, 1),
+            },
+            device,
+        ),
+        inbox,
+    )
 }
 
 /// Answers everything in the mailbox and says how many answers there were.

@@ -18,7 +18,7 @@ use ferry::capture::{self, Cancelled, CaptureEnd, TraceReader};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::control::admin::RATE;
 use ferry::executor::sim::{Faults, SimExecutor};
-use ferry::executor::worker::Worker;
+use ferry::executor::worker::{Answers, Worker};
 use ferry::mail::{Burst, Part, Request, ToBatcher};
 use ferry::mailbox::mailbox;
 use ferry::replay::exact::{self, Verified};
@@ -491,7 +491,15 @@ fn buckets_that_follow_the_lengths_follow_them_in_a_replay() {
     let telemetry = Telemetry::new(&labels, 1, 1);
     let (shard, inbox) = mailbox(64);
     let device = Box::new(SimExecutor::new(Arc::new(Faults::default())));
-    let worker = Worker::new(0, device, vec![Arc::clone(&contract)], vec![shard], Arc::clone(&telemetry));
+    let worker = Worker::new(
+        Answers {
+            index: 0,
+            contracts: vec![Arc::clone(&contract)],
+            shards: vec![shard],
+            telemetry: Arc::clone(&telemetry),
+        },
+        device,
+    );
     let outlet = ThreadOutlet { executors: vec![ExecutorLink::Inline(Box::new(worker))], shards: Vec::new() };
     let lone = Policy { group: Group::Inline, ..Policy::new(8, 512, Buckets::new(&[64]).expect("one")) };
     let policy = lone.with([("buckets", "auto"), ("shapes_max", "3"), ("pad_to", "bucket")]).expect("such knobs");

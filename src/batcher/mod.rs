@@ -116,6 +116,12 @@ impl<O: Outlet> Batcher<O> {
         batcher
     }
 
+    /// Fills these slots of an executor instead of empty ones: they lie where its device reads them.
+    pub fn set_slots(&mut self, executor: usize, slots: Vec<VacantSlot>) {
+        assert_eq!(slots.len(), self.vacant[executor].len(), "the scheduler counts on as many");
+        self.vacant[executor] = slots;
+    }
+
     /// Takes one message in. Decides nothing yet: [`Batcher::turn`] does, once for all that arrived together.
     pub fn take(&mut self, now: Moment, message: ToBatcher) {
         match message {

@@ -23,6 +23,8 @@ use ferry::config::{Config, ConfigErrors};
 
 /// The work failed.
 pub const EXIT_FAILED: u8 = 1;
+/// Not now, perhaps after a new start: sysexits' EX_TEMPFAIL. A device was lost.
+pub const EXIT_AGAIN: u8 = 75;
 /// The configuration or the machine does not allow it: starting again without a change would fail again.
 pub const EXIT_CONFIG: u8 = 78;
 

@@ -67,6 +67,10 @@ enum LayoutArg {
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum PrecisionArg {
     F32,
+    /// On a GPU.
+    F16,
+    /// On a GPU.
+    Bf16,
     Int8,
 }
 
@@ -102,6 +106,8 @@ pub fn run(args: &Args) -> ExitCode {
 fn measure(args: &Args) -> Result<OfflineReport, String> {
     let precision = args.precision.map(|precision| match precision {
         PrecisionArg::F32 => Precision::F32,
+        PrecisionArg::F16 => Precision::F16,
+        PrecisionArg::Bf16 => Precision::BF16,
         PrecisionArg::Int8 => Precision::Int8,
     });
     let options = LoadOptions { precision, ..LoadOptions::default() };

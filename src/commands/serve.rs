@@ -15,7 +15,7 @@ use ferry::telemetry::log;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::{ConfigArgs, EXIT_CONFIG, EXIT_FAILED, run_each_model_on_one_thread};
+use super::{ConfigArgs, EXIT_AGAIN, EXIT_CONFIG, EXIT_FAILED, run_each_model_on_one_thread};
 
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
@@ -30,13 +30,17 @@ pub struct Args {
     /// Directory where what was learned about batch times is kept [default: nowhere].
     #[arg(long, value_name = "DIR")]
     state: Option<String>,
+    /// Where batches run: cpu, cuda, cuda:0,1 [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Print which threads would run, and end.
     #[arg(long)]
     threads: bool,
 }
 
 pub fn run(args: Args) -> ExitCode {
-    let more = [("listen", args.listen), ("control", args.control), ("state", args.state)];
+    let more =
+        [("listen", args.listen), ("control", args.control), ("state", args.state), ("executor.device", args.device)];
     let config = match args.config.load(&more) {
         Ok(config) => config,
         Err(errors) => {
@@ -89,6 +93,10 @@ pub fn run(args: Args) -> ExitCode {
             eprintln!("{what}");
             ExitCode::from(EXIT_FAILED)
         }
+        Ending::DeviceLost(what) => {
+            eprintln!("{what}; start again");
+            ExitCode::from(EXIT_AGAIN)
+        }
     }
 }
 
@@ -111,7 +119,9 @@ fn how_to_try(server: &server::ServerHandle) -> String {
 
 fn status_of(error: &StartError) -> u8 {
     match error {
-        StartError::Preflight(_) | StartError::Models(_) | StartError::NoModels(_) => EXIT_CONFIG,
+        StartError::Preflight(_) | StartError::Models(_) | StartError::NoModels(_) | StartError::Device(_) => {
+            EXIT_CONFIG
+        }
         StartError::WarmUp { .. } | StartError::Thread(_) => EXIT_FAILED,
     }
 }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::file::Value;
-use super::{Config, LogFormat};
+use super::{Config, LogFormat, Place};
 use crate::wire::Limits as WireLimits;
 
 /// How a value is written, which values are allowed, and the field it goes to.
@@ -48,6 +48,7 @@ pub enum Access {
     Path(fn(&mut Config) -> &mut PathBuf),
     /// Empty: none.
     PathOrNone(fn(&mut Config) -> &mut Option<PathBuf>),
+    Place(fn(&mut Config) -> &mut Place),
     Format(fn(&mut Config) -> &mut LogFormat),
     Level(fn(&mut Config) -> &mut String),
 }
@@ -107,7 +108,7 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "threads.executors",
-        about: "Threads that run batches. Default: one for each physical core; shards need little of theirs.
+        about: "Threads that run batches. Default: one for each physical core (or GPU); shards need little of theirs.
                 More than the free cores makes each batch slower and no batch sooner.",
         access: Access::Count { min: 1, max: 1024, at: |c| &mut c.threads.executors },
     },
@@ -199,8 +200,22 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U64 { min: 4096, max: 1 << 44, at: |c| &mut c.queue.bytes_max },
     },
     Setting {
+        key: "executor.device",
+        about: "Where batches run: cpu; cuda or cuda:0,1 with a binary that was built with the feature cuda;
+                sim:SEED for tests. Models without a program for a device run on the CPU all the same.",
+        access: Access::Place(|c| &mut c.executor.device),
+    },
+    Setting {
+        key: "executor.graph_bytes_max",
+        about:
+            "Device memory of each executor for captured CUDA graphs, one per slot and size of batch. They save the host
+                a launch per kernel; 0 turns them off.",
+        access: Access::U64 { min: 0, max: 1 << 40, at: |c| &mut c.executor.graph_bytes_max },
+    },
+    Setting {
         key: "executor.slots",
-        about: "Staging sets of each executor. With 2, the next batch is packed while one runs; 1 saves memory.",
+        about: "Staging sets of each executor. With 2, the next batch is packed while one runs; 1 saves memory.
+                Default on a GPU: 3, so that one is uploaded, one computed and one read back.",
         access: Access::U32 { min: 1, max: 16, at: |c| &mut c.executor.slots },
     },
     Setting {
@@ -271,6 +286,7 @@ impl Setting {
             Access::PathOrNone(at) => {
                 quoted(&at(config).as_ref().map_or(String::new(), |path| path.display().to_string()))
             }
+            Access::Place(at) => quoted(&at(config).to_string()),
             Access::Format(at) => quoted(at(config).name()),
             Access::Level(at) => quoted(at(config)),
         }
@@ -280,7 +296,12 @@ impl Setting {
     pub fn json(&self, config: &Config) -> serde_json::Value {
         let text = self.read(config);
         match self.access {
-            Access::Addr(_) | Access::Path(_) | Access::PathOrNone(_) | Access::Format(_) | Access::Level(_) => {
+            Access::Addr(_)
+            | Access::Path(_)
+            | Access::PathOrNone(_)
+            | Access::Place(_)
+            | Access::Format(_)
+            | Access::Level(_) => {
                 let table: toml::Table = toml::from_str(&format!("value = {text}")).expect("quoted() writes TOML");
                 table["value"].as_str().into()
             }
@@ -319,6 +340,13 @@ impl Setting {
                 Value::Text(text) => *at(config) = (!text.is_empty()).then(|| PathBuf::from(text)),
                 _ => return Err(expected("a path, or \"\" for none")),
             },
+            Access::Place(at) => {
+                let place = match value {
+                    Value::Text(text) => Place::parse(text),
+                    _ => None,
+                };
+                *at(config) = place.ok_or_else(|| expected("\"cpu\", \"cuda\", \"cuda:0,1\" or \"sim:SEED\""))?;
+            }
             Access::Format(at) => match value {
                 Value::Text(text) if text == "text" => *at(config) = LogFormat::Text,
                 Value::Text(text) if text == "json" => *at(config) = LogFormat::Json,

@@ -73,8 +73,60 @@ pub struct Queue {
     pub bytes_max: u64,
 }
 
+/// Where batches run.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Place {
+    #[default]
+    Cpu,
+    /// GPUs by their numbers, in turn to the executors.
+    Cuda(Vec<u16>),
+    /// The simulated device, for tests of everything around one. The number is its seed.
+    Sim(u64),
+}
+
+impl Place {
+    /// From `cpu`, `cuda`, `cuda:0,1` or `sim:7`.
+    pub fn parse(text: &str) -> Option<Place> {
+        match text.split_once(':') {
+            None if text == "cpu" => Some(Place::Cpu),
+            None if text == "cuda" => Some(Place::Cuda(vec![0])),
+            Some(("cuda", numbers)) => {
+                let numbers: Vec<u16> = numbers.split(',').map(|number| number.parse().ok()).collect::<Option<_>>()?;
+                let twice = (1..numbers.len()).any(|at| numbers[..at].contains(&numbers[at]));
+                (!twice).then_some(Place::Cuda(numbers))
+            }
+            Some(("sim", seed)) => seed.parse().ok().map(Place::Sim),
+            _ => None,
+        }
+    }
+
+    /// How many devices that is.
+    pub fn devices(&self) -> usize {
+        match self {
+            Place::Cpu | Place::Sim(_) => 1,
+            Place::Cuda(numbers) => numbers.len(),
+        }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Cpu => f.write_str("cpu"),
+            Place::Cuda(numbers) => {
+                let numbers: Vec<String> = numbers.iter().map(u16::to_string).collect();
+                write!(f, "cuda:{}", numbers.join(","))
+            }
+            Place::Sim(seed) => write!(f, "sim:{seed}"),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Executor {
+    pub device: Place,
+    /// Device memory for captured graphs, each executor; 0: none are captured.
+    pub graph_bytes_max: u64,
     pub slots: u32,
     /// Threads that share a batch.
     pub threads: u32,
@@ -155,7 +207,13 @@ impl Config {
                 spin: Duration::ZERO,
             },
             queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
-            executor: Executor { slots: 2, threads: 1, canary_every: 1000 },
+            executor: Executor {
+                device: Place::Cpu,
+                graph_bytes_max: 256 << 20,
+                slots: 2,
+                threads: 1,
+                canary_every: 1000,
+            },
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }
@@ -182,6 +240,8 @@ impl Config {
             written.extend(file::read_set(set, &mut errors));
         }
         let mut config = Config::default_on(machine);
+        let was_written = |key: &str| written.iter().any(|item| item.key == key);
+        let (slots_written, executors_written) = (was_written("executor.slots"), was_written("threads.executors"));
         for item in written {
             match limits::setting(&item.key) {
                 None => errors.push(ConfigError::new(item.origin, limits::unknown_key(&item.key))),
@@ -190,6 +250,15 @@ impl Config {
                         errors.push(ConfigError::new(item.origin, message));
                     }
                 }
+            }
+        }
+        if config.executor.device != Place::Cpu {
+            // One uploads, one computes, one reads back; and a queue of a device runs its batches without a gap by itself.
+            if !slots_written {
+                config.executor.slots = 3;
+            }
+            if !executors_written {
+                config.threads.executors = config.executor.device.devices();
             }
         }
         // A contradiction is only worth reading when both numbers are the ones that were meant.

@@ -2,5 +2,6 @@
 //!
 //! Elsewhere: everything that gets by with safe wrappers of others (kernels).
 
+pub mod sim;
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 pub mod vnni;

@@ -6,20 +6,29 @@
 //!   packed one follow one another, and all bytes are.
 
 use crate::contract::{Contract, TensorSpec};
+use crate::gpu::driver::HostMemory;
 use crate::vocab::{Code, Layout};
 
 /// Bytes that can be viewed as any dtype. Grows when asked for more than ever before, never shrinks.
+///
+/// Where a device copies them, as much as it was made for lies in memory that it can reach; what is larger lies in ordinary memory.
 #[derive(Debug, Default)]
 pub struct AlignedBytes {
     words: Vec<u64>,
+    device: Option<Box<dyn HostMemory>>,
     len: usize,
 }
 
 impl AlignedBytes {
+    /// Bytes that a device copies, up to the size of `memory`.
+    pub fn for_device(memory: Box<dyn HostMemory>) -> AlignedBytes {
+        AlignedBytes { device: Some(memory), ..AlignedBytes::default() }
+    }
+
     /// Makes room for at least `bytes`, so that later use up to there does not allocate.
     pub fn reserve(&mut self, bytes: usize) {
         let words = bytes.div_ceil(8);
-        if self.words.len() < words {
+        if self.words.len() < words && self.device_words() < words {
             self.words.resize(words, 0);
         }
     }
@@ -40,15 +49,44 @@ impl AlignedBytes {
 
     /// Bytes held, used or not.
     pub fn capacity_bytes(&self) -> usize {
-        self.words.len() * 8
+        (self.words.len() + self.device_words()) * 8
     }
 
     pub fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.words)[..self.len]
+        let words = match self.device() {
+            Some(memory) => memory.words(),
+            None => &self.words,
+        };
+        &bytemuck::cast_slice(words)[..self.len]
     }
 
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..self.len]
+        let len = self.len;
+        let words = match self.is_in_device() {
+            true => self.device.as_mut().expect("just asked").words_mut(),
+            false => &mut self.words,
+        };
+        &mut bytemuck::cast_slice_mut(words)[..len]
+    }
+
+    /// The memory that a device copies, if the bytes lie there.
+    pub fn device(&self) -> Option<&dyn HostMemory> {
+        self.device.as_deref().filter(|_| self.is_in_device())
+    }
+
+    pub fn device_mut(&mut self) -> Option<&mut dyn HostMemory> {
+        match self.is_in_device() {
+            true => self.device.as_deref_mut().map(|memory| memory as &mut dyn HostMemory),
+            false => None,
+        }
+    }
+
+    fn is_in_device(&self) -> bool {
+        self.len.div_ceil(8) <= self.device_words()
+    }
+
+    fn device_words(&self) -> usize {
+        self.device.as_ref().map_or(0, |memory| memory.len_words())
     }
 
     /// Viewed as elements of `T`. Panics when the length is no multiple of `T`'s size: a bug of ours.
@@ -114,6 +152,11 @@ pub struct BatchOutput {
 }
 
 impl BatchOutput {
+    /// With buffers of its own, instead of those that it would grow.
+    pub fn in_buffers(outputs: Vec<AlignedBytes>) -> BatchOutput {
+        BatchOutput { outputs, ..BatchOutput::default() }
+    }
+
     /// Sizes every output for rows of these lengths. Contents are left as they were: the model writes all.
     pub fn prepare(&mut self, contract: &Contract, layout: Layout, lens: &[u32], padded_len: u32) {
         let rows = lens.len();

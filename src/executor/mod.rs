@@ -9,6 +9,7 @@
 pub mod batch;
 pub mod canary;
 pub mod cpu;
+pub mod device;
 pub mod model;
 pub mod pack;
 pub mod sim;

@@ -1,6 +1,7 @@
 //! A model, as executors see it.
 
 use super::batch::{BatchOutput, BatchView};
+use super::device::Program;
 use crate::contract::Contract;
 use crate::vocab::Layout;
 
@@ -46,6 +47,11 @@ pub trait LoadedModel: Send + Sync {
     /// How the rows of a batch may lie.
     fn layouts(&self) -> &'static [Layout] {
         &[Layout::Padded]
+    }
+
+    /// What it computes on a device, where it was loaded for one.
+    fn program(&self) -> Option<Program<Vec<f32>>> {
+        None
     }
 
     /// Floating point operations that one row of this length needs, a multiplication and an addition counting as two. None

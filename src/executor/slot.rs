@@ -32,6 +32,10 @@ pub struct FilledSlot {
 }
 
 impl VacantSlot {
+    pub fn new(staging: Staging) -> VacantSlot {
+        VacantSlot(Box::new(staging))
+    }
+
     /// The staging set now holds `batch`.
     pub fn fill(self, batch: SealedBatch, packed_at: Moment) -> FilledSlot {
         FilledSlot { staging: self.0, batch, packed_at }

@@ -12,7 +12,7 @@ use super::model::{LoadedModel, Model, ModelError};
 use super::pack::{Pads, Row, pack};
 use super::sim::{Faults, SimExecutor};
 use super::slot::VacantSlot;
-use super::worker::Worker;
+use super::worker::{Answers, Worker};
 use super::{Executor, Failure};
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use crate::mail::{FinishedBatch, Request, ToShard};
@@ -73,7 +73,10 @@ impl Rig {
         let labels: Vec<ModelLabels> =
             contracts.iter().map(|_| ModelLabels { name: "test".into(), version: "1".into() }).collect();
         let telemetry = Telemetry::new(&labels, SHARDS.into(), 1);
-        let worker = Worker::new(0, executor, contracts.clone(), senders, Arc::clone(&telemetry));
+        let worker = Worker::new(
+            Answers { index: 0, contracts: contracts.clone(), shards: senders, telemetry: Arc::clone(&telemetry) },
+            executor,
+        );
         Rig { contracts, worker, telemetry, inboxes, slot: Some(VacantSlot::default()), batches: 0 }
     }
 

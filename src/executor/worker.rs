@@ -16,18 +16,25 @@ use crate::scheduler::SealedBatch;
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
 
-use super::Executor;
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
 use super::slot::{FilledSlot, Staging};
+use super::{Executor, Failure};
+
+/// What answering a batch takes.
+#[derive(Clone)]
+pub struct Answers {
+    /// Of the executor.
+    pub index: usize,
+    pub contracts: Vec<Arc<Contract>>,
+    pub shards: Vec<Sender<ToShard>>,
+    pub telemetry: Arc<Telemetry>,
+}
 
 /// An executor with what it needs to answer.
 pub struct Worker {
-    index: usize,
+    answers: Answers,
     executor: Box<dyn Executor>,
-    contracts: Vec<Arc<Contract>>,
-    shards: Vec<Sender<ToShard>>,
-    telemetry: Arc<Telemetry>,
     pool: Vec<Arc<FinishedBatch>>,
     canary: Canary,
     /// By model: rows of it may be run again.
@@ -38,15 +45,9 @@ pub struct Worker {
 const POOL_MAX: usize = 8;
 
 impl Worker {
-    pub fn new(
-        index: usize,
-        executor: Box<dyn Executor>,
-        contracts: Vec<Arc<Contract>>,
-        shards: Vec<Sender<ToShard>>,
-        telemetry: Arc<Telemetry>,
-    ) -> Worker {
+    pub fn new(answers: Answers, executor: Box<dyn Executor>) -> Worker {
         let (pool, canary) = (Vec::with_capacity(POOL_MAX), Canary::default());
-        Worker { index, executor, contracts, shards, telemetry, pool, canary, repeatable: Vec::new() }
+        Worker { answers, executor, pool, canary, repeatable: Vec::new() }
     }
 
     /// Runs one row in so many once more, alone, and compares; of the models that are `repeatable`. 0: none.
@@ -60,43 +61,19 @@ impl Worker {
     pub fn run(&mut self, mut slot: FilledSlot) -> Finished {
         let started_at = clock::now();
         let batch = slot.batch;
-        let contract = Arc::clone(&self.contracts[batch.model.index()]);
-        let mut shared = self.take_finished(&contract, &slot);
+        let mut shared = self.take_finished(&slot);
         let finished = Arc::get_mut(&mut shared).expect("the pool gives only what nobody else holds");
-        finished.output.prepare(&contract, batch.layout, &slot.staging().lens, batch.padded_len);
-        let view = view_of(slot.staging(), &contract, &batch);
+        self.answers.prepare(finished, &slot);
+        let view = view_of(slot.staging(), &finished.contract, &batch);
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
-        let metrics = self.telemetry.executor(self.index);
-        finished.failure = match result {
-            Ok(()) => {
-                mark_non_finite_rows(&contract, &slot.staging().lens, &mut finished.output);
-                None
-            }
-            Err(failure) => {
-                match failure.panicked {
-                    true => metrics.panicked(),
-                    false => metrics.failed(),
-                }
-                Some(failure.refusal)
-            }
-        };
-        finished.contract = contract;
-        finished.batch = batch;
-        finished.packed_at = slot.packed_at;
-        finished.started_at = started_at;
-        finished.finished_at = finished_at;
-        std::mem::swap(&mut finished.members, &mut slot.staging_mut().members);
         let service = finished_at.since(started_at);
-        // Counted before the send: a client that has its answer may ask for the count.
-        metrics.busy(service);
-        self.telemetry.model(batch.model).service_time(service);
-        scatter::send(&shared, &self.shards);
+        self.answers.send(&mut shared, &mut slot, result, [started_at, finished_at], service);
         if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
-        Finished { executor: self.index, slot: slot.vacate(), batch, service }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
     }
 
     /// After the answers are on their way.
@@ -107,7 +84,7 @@ impl Worker {
         if outcome == Outcome::NotLooked {
             return;
         }
-        let metrics = self.telemetry.model(batch.model);
+        let metrics = self.answers.telemetry.model(batch.model);
         metrics.looked_again(outcome == Outcome::Equal);
         if let Outcome::Apart { row, output, element, together, alone } = outcome {
             let (model, id, lens) = (&finished.contract.name, batch.id, &slot.staging().lens);
@@ -137,7 +114,7 @@ impl Worker {
         shapes: &[(u32, u32)],
     ) -> Result<Vec<Duration>, Refusal> {
         let mut times = Vec::with_capacity(shapes.len());
-        let contract = Arc::clone(&self.contracts[model.index()]);
+        let contract = Arc::clone(&self.answers.contracts[model.index()]);
         let pads: Vec<Vec<u8>> = contract.inputs.iter().map(|spec| spec.pad_bytes()).collect();
         for (rows, len) in shapes.iter().copied() {
             let mut inputs: Vec<AlignedBytes> = Vec::new();
@@ -162,19 +139,10 @@ impl Worker {
         Ok(times)
     }
 
-    fn take_finished(&mut self, contract: &Arc<Contract>, slot: &FilledSlot) -> Arc<FinishedBatch> {
+    fn take_finished(&mut self, slot: &FilledSlot) -> Arc<FinishedBatch> {
         match self.pool.iter().position(|shared| Arc::strong_count(shared) == 1) {
             Some(at) => self.pool.swap_remove(at),
-            None => Arc::new(FinishedBatch {
-                contract: Arc::clone(contract),
-                batch: slot.batch,
-                members: Vec::new(),
-                output: BatchOutput::default(),
-                failure: None,
-                packed_at: Moment::ZERO,
-                started_at: Moment::ZERO,
-                finished_at: Moment::ZERO,
-            }),
+            None => Arc::new(self.answers.empty(slot.batch, BatchOutput::default())),
         }
     }
 
@@ -185,7 +153,65 @@ impl Worker {
     }
 }
 
-fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
+impl Answers {
+    /// A finished batch to be reused for others.
+    pub fn empty(&self, batch: SealedBatch, output: BatchOutput) -> FinishedBatch {
+        FinishedBatch {
+            contract: Arc::clone(&self.contracts[batch.model.index()]),
+            batch,
+            members: Vec::new(),
+            output,
+            failure: None,
+            packed_at: Moment::ZERO,
+            started_at: Moment::ZERO,
+            finished_at: Moment::ZERO,
+        }
+    }
+
+    /// Sizes the outputs for the batch of a slot.
+    pub fn prepare(&self, finished: &mut FinishedBatch, slot: &FilledSlot) {
+        let batch = slot.batch;
+        finished.contract = Arc::clone(&self.contracts[batch.model.index()]);
+        finished.output.prepare(&finished.contract, batch.layout, &slot.staging().lens, batch.padded_len);
+    }
+
+    /// Sends a batch that has run to the shards of its members. Nobody else may hold `shared`.
+    pub fn send(
+        &self,
+        shared: &mut Arc<FinishedBatch>,
+        slot: &mut FilledSlot,
+        result: Result<(), Failure>,
+        [started_at, finished_at]: [Moment; 2],
+        service: Duration,
+    ) {
+        let finished = Arc::get_mut(shared).expect("whoever ran the batch holds it alone");
+        let metrics = self.telemetry.executor(self.index);
+        finished.failure = match result {
+            Ok(()) => {
+                mark_non_finite_rows(&finished.contract, &slot.staging().lens, &mut finished.output);
+                None
+            }
+            Err(failure) => {
+                match failure.panicked {
+                    true => metrics.panicked(),
+                    false => metrics.failed(),
+                }
+                Some(failure.refusal)
+            }
+        };
+        finished.batch = slot.batch;
+        finished.packed_at = slot.packed_at;
+        finished.started_at = started_at;
+        finished.finished_at = finished_at;
+        std::mem::swap(&mut finished.members, &mut slot.staging_mut().members);
+        // Counted before the send: a client that has its answer may ask for the count.
+        metrics.busy(service);
+        self.telemetry.model(slot.batch.model).service_time(service);
+        scatter::send(shared, &self.shards);
+    }
+}
+
+pub(super) fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
     BatchView {
         contract,
         layout: batch.layout,

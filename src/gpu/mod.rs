@@ -7,4 +7,9 @@
 //!
 //! Elsewhere: drivers (device), the kernels themselves (the folder kernels/), the CPU's kernels (src/kernels).
 
+pub mod driver;
+pub mod encoder;
 pub mod launch;
+pub mod ops;
+pub mod reference;
+pub mod slot;

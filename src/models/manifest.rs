@@ -99,12 +99,11 @@ impl Batching {
     pub fn curve(&self) -> Vec<(u32, u32)> {
         let len = self.bucket_longest().min(CURVE_LEN);
         let most = self.rows_at(len);
-        let sizes = [1u64, 2, 3, 4, 6, 8, 12, 16, 24, 32].map(|size| size * 32);
-        let rows = sizes.map(|cells| (cells / u64::from(len)).clamp(1, u64::from(most)) as u32);
-        let mut rows: Vec<u32> = rows
-            .into_iter()
-            .filter(|rows| u64::from(*rows) * u64::from(len) >= u64::from(self.bucket_longest()))
-            .collect();
+        let sizes = (0..10).flat_map(|octave| [64u64 << octave, 96 << octave]);
+        let rows = std::iter::once(32).chain(sizes);
+        let rows = rows.map(|cells: u64| (cells / u64::from(len)).clamp(1, u64::from(most)) as u32);
+        let mut rows: Vec<u32> =
+            rows.filter(|rows| u64::from(*rows) * u64::from(len) >= u64::from(self.bucket_longest())).collect();
         rows.push(most);
         rows.dedup();
         rows.into_iter().map(|rows| (rows, len)).collect()
@@ -181,13 +180,18 @@ pub enum Pooling {
     Max,
 }
 
-/// What the products of the layers are computed with, on a CPU.
+/// What the products of the layers are computed with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// As the weights are stored.
     #[default]
     F32,
+    /// 16 bits with 5 of exponent: on a GPU.
+    F16,
+    /// 16 bits with the range of f32: on a GPU, where its products run at the tensor cores' full rate. Sums are f32.
+    #[serde(rename = "bf16")]
+    BF16,
     /// Weights of 8 bits with a scale for each output, and activations of 8 bits with a range for each token: a quarter of the
     /// layers' memory, two to three times as fast where the processor multiplies bytes (AVX-512 VNNI), half as fast again on
     /// AVX2, and answers that are near but not the same. Compare them on texts of your own before you choose it.
@@ -515,6 +519,19 @@ fn tokenizer_json() -> String {
 }
 
 impl Manifest {
+    /// What a device changes: an automatic budget is looked for among batches as large as the manifest's rows make them, because
+    /// a device runs at full speed only from thousands of cells on.
+    pub fn for_device(&mut self) {
+        let batching = &mut self.batching;
+        if batching.cells_auto {
+            batching.padded_cells_max = u64::from(batching.rows_max) * u64::from(batching.bucket_longest());
+            let shapes = &mut self.warmup.shapes;
+            shapes.extend(batching.curve());
+            shapes.sort_unstable_by_key(|(rows, len)| (u64::from(*rows) * u64::from(*len), *len));
+            shapes.dedup();
+        }
+    }
+
     /// Reads the manifest of the model called `name`. `file` is only for messages.
     pub fn parse(name: &str, file: &Path, text: &str) -> Result<Manifest, ManifestError> {
         let written: Written = toml::from_str(text).map_err(|error| ManifestError {

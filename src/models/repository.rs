@@ -36,7 +36,10 @@ const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 /// Where models are put, and how much they may take.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
+    /// Where candle's own operations run.
     pub device: Device,
+    /// Load what executors of a device compute, where the architecture has such a program.
+    pub for_device: bool,
     /// Largest weights file, compared before anything of it is read.
     pub weight_bytes_max: u64,
     /// Threads that share each batch, where the architecture can divide one.
@@ -47,7 +50,7 @@ pub struct LoadOptions {
 
 impl Default for LoadOptions {
     fn default() -> LoadOptions {
-        LoadOptions { device: Device::Cpu, weight_bytes_max: 8 << 30, threads: 1, precision: None }
+        LoadOptions { device: Device::Cpu, for_device: false, weight_bytes_max: 8 << 30, threads: 1, precision: None }
     }
 }
 
@@ -225,6 +228,9 @@ pub fn load(directory: &Path, name: &str, options: &LoadOptions) -> Result<Loade
     let mut manifest = read_manifest(directory, name)?;
     if let (Some(precision), Some(params)) = (options.precision, &mut manifest.bert) {
         params.precision = precision;
+    }
+    if options.for_device {
+        manifest.for_device();
     }
     let folder = directory.join(name).join(&manifest.contract.version);
     let model = match build(&manifest, &folder, options) {

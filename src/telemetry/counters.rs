@@ -292,6 +292,9 @@ impl ModelMetrics {
     }
 }
 
+/// What an executor of a device waits for, beside batches.
+pub const DEVICE_WAITS: [&str; 2] = ["slot", "readback"];
+
 /// What one executor counts.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -299,6 +302,12 @@ pub struct ExecutorMetrics {
     pub(super) busy_nanos: Count,
     pub(super) failures: Count,
     pub(super) panics: Count,
+    /// By [`DEVICE_WAITS`].
+    pub(super) device_waits: [Count; DEVICE_WAITS.len()],
+    pub(super) pieces: Count,
+    pub(super) device_bytes: Count,
+    pub(super) pinned_bytes: Count,
+    pub(super) graphs: Count,
     /// It is the batcher's own thread.
     pub(super) inline: std::sync::atomic::AtomicBool,
 }
@@ -322,6 +331,28 @@ impl ExecutorMetrics {
     /// A batch ended with a panic of the model.
     pub fn panicked(&self) {
         self.panics.add(1);
+    }
+
+    /// All slots of the device were in flight.
+    pub fn waited_for_slot(&self) {
+        self.device_waits[0].add(1);
+    }
+
+    /// All memory for answers was in flight, or still read by shards.
+    pub fn waited_for_readback(&self) {
+        self.device_waits[1].add(1);
+    }
+
+    /// Part of a batch that no memory was made for ran by itself.
+    pub fn ran_piece(&self) {
+        self.pieces.add(1);
+    }
+
+    /// It runs on a device and holds so much there and on the host. Said once.
+    pub fn on_device(&self, device_bytes: u64, pinned_bytes: u64, graphs: usize) {
+        self.device_bytes.add(device_bytes);
+        self.pinned_bytes.add(pinned_bytes);
+        self.graphs.add(graphs as u64);
     }
 }
 

@@ -14,7 +14,7 @@ use prometheus_client::metrics::MetricType;
 
 use super::counters::Count;
 use super::histogram::Histogram;
-use super::{CAPTURE_ENDS, ModelMetrics, ShardMetrics, Telemetry};
+use super::{CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, ShardMetrics, Telemetry};
 use crate::clock;
 use crate::vocab::{Code, SealReason};
 
@@ -318,7 +318,34 @@ impl Telemetry {
         let failures = "ferry_executor_failures";
         page.by_executor(self, failures, "Batches that ended with an error", |e| e.failures.get() as f64)?;
         let panics = "ferry_executor_panics";
-        page.by_executor(self, panics, "Batches that ended with a panic", |e| e.panics.get() as f64)
+        page.by_executor(self, panics, "Batches that ended with a panic", |e| e.panics.get() as f64)?;
+        let help = "Times that an executor of a device waited for a slot, or for readback memory";
+        page.open("ferry_device_waits", help, MetricType::Counter, &mut |mut metric| {
+            for (number, executor) in self.executors.iter().enumerate() {
+                for (what, count) in DEVICE_WAITS.iter().zip(&executor.device_waits) {
+                    let labels = [("executor", number.to_string()), ("for", (*what).to_owned())];
+                    metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+                }
+            }
+            Ok(())
+        })?;
+        let pieces = "ferry_device_pieces";
+        page.by_executor(self, pieces, "Parts of batches that memory was not made for", |e| e.pieces.get() as f64)?;
+        let gauges: [(&str, &str, fn(&ExecutorMetrics) -> u64); 3] = [
+            ("ferry_device_bytes", "Device memory of an executor", |e| e.device_bytes.get()),
+            ("ferry_pinned_bytes", "Host memory that an executor's device copies", |e| e.pinned_bytes.get()),
+            ("ferry_device_graphs", "Captured graphs", |e| e.graphs.get()),
+        ];
+        for (name, help, of) in gauges {
+            page.open(name, help, MetricType::Gauge, &mut |mut metric| {
+                for (number, executor) in self.executors.iter().enumerate() {
+                    let labels = [("executor", number.to_string())];
+                    metric.encode_family(&labels)?.encode_gauge(&(of(executor) as f64))?;
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
     }
 
     /// Cumulative counts since the start. `outcomes` has every code, so that two readings can be subtracted.

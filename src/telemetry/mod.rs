@@ -38,6 +38,11 @@
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
+//! | `ferry_device_waits_total` | counter | executor, for | times that an executor of a device waited for a slot, or for readback memory |
+//! | `ferry_device_pieces_total` | counter | executor | parts of batches that memory was not made for |
+//! | `ferry_device_bytes` | gauge | executor | device memory of an executor: activations and slots |
+//! | `ferry_pinned_bytes` | gauge | executor | host memory that an executor's device copies |
+//! | `ferry_device_graphs` | gauge | executor | captured graphs |
 //! | `ferry_audits_total` | counter | outcome | times that the scheduler's books were recomputed: ok, or drift |
 //! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
 //! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
@@ -56,7 +61,7 @@ mod export;
 mod histogram;
 pub mod log;
 
-pub use counters::{ExecutorMetrics, ModelMetrics, ShardMetrics};
+pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, ShardMetrics};
 
 use std::sync::{Arc, OnceLock};
 

@@ -15,7 +15,7 @@ use ferry::batcher::Batcher;
 use ferry::capture::{self, Source};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
-use ferry::executor::worker::Worker;
+use ferry::executor::worker::{Answers, Worker};
 use ferry::frontend::inflight::{InFlight, Owned, Waiting};
 use ferry::mail::{
     Burst, FinishedBatch, Member, Part, PolicyChange, Request, SetPolicy, SetPolicyError, ToBatcher, ToShard,
@@ -243,7 +243,15 @@ impl World {
             .map(|(index, group)| {
                 let faults = Arc::new(Faults::default());
                 let device = Box::new(SimDevice::new(Arc::clone(&faults)));
-                let worker = Worker::new(index, device, contracts.clone(), senders.clone(), Arc::clone(&telemetry));
+                let worker = Worker::new(
+                    Answers {
+                        index,
+                        contracts: contracts.clone(),
+                        shards: senders.clone(),
+                        telemetry: Arc::clone(&telemetry),
+                    },
+                    device,
+                );
                 let inline = *group == Group::Inline;
                 SimExecutor { worker, faults, inline, queue: VecDeque::new(), running: None }
             })

@@ -23,7 +23,12 @@ use super::repository::LoadOptions;
 use super::weights::{Weights, WeightsError};
 use crate::contract::{Contract, Dim, TensorSpec};
 use crate::executor::batch::{BatchOutput, BatchView};
+use crate::executor::device::Program;
 use crate::executor::model::{LoadedModel, Model, ModelError};
+use crate::gpu::encoder as gpu;
+use crate::gpu::launch::Float;
+use crate::gpu::ops::Bounds;
+use crate::gpu::reference as reference_ops;
 use crate::kernels::encoder::{self, Encoder, Scratch};
 use crate::kernels::linear::{Packed, Then};
 use crate::kernels::product::Product;
@@ -37,6 +42,8 @@ const RESERVED_MAX: usize = 2048;
 enum Network {
     Kernels(Encoder),
     Candle(Reference),
+    /// For executors of a device, which compute it without this room.
+    Device(Program<Vec<f32>>),
 }
 
 /// An encoder under its contract.
@@ -61,7 +68,19 @@ impl Bert {
         let device = &options.device;
         let contract = manifest.contract.clone();
         let checkpoint = Checkpoint::take(params, contract.inputs.len() == 2, weights)?;
-        let network = if device.is_cpu() {
+        let batching = &manifest.batching;
+        let longest = batching.bucket_longest() as usize;
+        let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
+        let places = places.min(batching.rows_max as usize * longest);
+        let network = if options.for_device {
+            let bounds = Bounds { rows: batching.rows_max as usize, tokens: places.max(longest), longest };
+            let inputs = contract.inputs.len();
+            let program = program(params, checkpoint, bounds, inputs);
+            Network::Device(program.map_err(|error| weights.device_error("encoder", error))?)
+        } else if matches!(params.precision, Precision::F16 | Precision::BF16) {
+            let error = candle_core::Error::Msg("f16 and bf16 are computed on a GPU only".to_owned());
+            return Err(weights.device_error("[model] precision", error));
+        } else if device.is_cpu() {
             let encoder = pack(params, checkpoint).map_err(|error| weights.device_error("encoder", error))?;
             Network::Kernels(encoder)
         } else if params.precision == Precision::Int8 {
@@ -70,10 +89,7 @@ impl Bert {
         } else {
             Network::Candle(Reference::new(params.clone(), checkpoint, device.clone()))
         };
-        let batching = &manifest.batching;
-        let longest = batching.bucket_longest() as usize;
-        let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
-        let places = places.min(batching.rows_max as usize * longest).min(RESERVED_MAX.max(longest));
+        let places = places.min(RESERVED_MAX.max(longest));
         let weight_bytes = match &network {
             Network::Kernels(encoder) if params.precision == Precision::Int8 => encoder.bytes() as u64,
             _ => weights.taken_bytes(),
@@ -102,7 +118,8 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
     };
     let product = |dense: &Dense| {
         Ok::<_, candle_core::Error>(match params.precision {
-            Precision::F32 => Product::F32(packed(dense)?),
+            // Half precision was refused: no CPU multiplies it faster.
+            Precision::F32 | Precision::F16 | Precision::BF16 => Product::F32(packed(dense)?),
             Precision::Int8 => {
                 let inputs = dense.weight.dim(1)?;
                 Product::Int8(int8::Packed::new(&values(&dense.weight)?, &values(&dense.bias)?, inputs))
@@ -157,6 +174,88 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
         normalize: params.normalize,
         head: head.collect::<Result<_, _>>()?,
     })
+}
+
+/// From a checkpoint to what executors of a device are given.
+fn program(
+    params: &BertParams,
+    checkpoint: Checkpoint,
+    bounds: Bounds,
+    inputs: usize,
+) -> candle_core::Result<Program<Vec<f32>>> {
+    use gpu::{Dense as GpuDense, Norm as GpuNorm};
+    let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
+    let norm = |norm: &Norm| {
+        Ok::<_, candle_core::Error>(GpuNorm { weight: values(&norm.weight)?, shift: values(&norm.bias)? })
+    };
+    let dense = |dense: &Dense| {
+        Ok::<_, candle_core::Error>(GpuDense { weight: values(&dense.weight)?, bias: values(&dense.bias)? })
+    };
+    let mut layers = Vec::with_capacity(params.layers);
+    for layer in checkpoint.layers {
+        let parts = [&layer.query, &layer.key, &layer.value];
+        let qkv = Dense {
+            weight: Tensor::cat(&parts.map(|part| &part.weight), 0)?,
+            bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
+        };
+        layers.push(gpu::Layer {
+            qkv: dense(&qkv)?,
+            attention_out: dense(&layer.attention_out)?,
+            attention_norm: norm(&layer.attention_norm)?,
+            inner: dense(&layer.inner)?,
+            out: dense(&layer.out)?,
+            norm: norm(&layer.norm)?,
+        });
+    }
+    let mut head = Vec::new();
+    let mut outputs = Vec::new();
+    for (product, between) in &checkpoint.head {
+        outputs.push(product.weight.dim(0)?);
+        head.push((
+            dense(product)?,
+            match between {
+                Between::Tanh => reference_ops::Activation::Tanh,
+                Between::Relu => reference_ops::Activation::Relu,
+                Between::Nothing => reference_ops::Activation::None,
+            },
+        ));
+    }
+    let form = gpu::Form {
+        hidden: params.hidden,
+        heads: params.heads,
+        intermediate: params.intermediate,
+        activation: match params.activation {
+            Activation::GeluErf => reference_ops::Activation::GeluErf,
+            Activation::GeluTanh => reference_ops::Activation::GeluTanh,
+            Activation::Relu => reference_ops::Activation::Relu,
+        },
+        pooling: match params.pooling {
+            Pooling::Mean => reference_ops::Pool::Mean,
+            Pooling::Cls => reference_ops::Pool::First,
+            Pooling::Max => reference_ops::Pool::Max,
+        },
+        normalize: params.normalize,
+        eps: params.layer_norm_eps as f32,
+        float: match params.precision {
+            Precision::F32 => Float::F32,
+            Precision::F16 => Float::F16,
+            Precision::BF16 => Float::BF16,
+            Precision::Int8 => {
+                return Err(candle_core::Error::Msg("int8 is computed on a CPU only".to_owned()));
+            }
+        },
+        head: outputs,
+    };
+    form.check().map_err(candle_core::Error::Msg)?;
+    let parameters = gpu::Parameters {
+        words: values(&checkpoint.words)?,
+        places: values(&checkpoint.places)?,
+        segments: checkpoint.segments.as_ref().map(values).transpose()?,
+        norm: norm(&checkpoint.norm)?,
+        layers,
+        head,
+    };
+    Ok(Program { form, parameters: Arc::new(parameters), bounds, inputs })
 }
 
 /// What the architecture asks of a manifest; the parameters when it has it.
@@ -232,6 +331,14 @@ impl LoadedModel for Bert {
         match &*self.network {
             Network::Kernels(_) => &[Layout::Padded, Layout::Packed],
             Network::Candle(_) => &[Layout::Padded],
+            Network::Device(_) => &[Layout::Packed, Layout::Padded],
+        }
+    }
+
+    fn program(&self) -> Option<Program<Vec<f32>>> {
+        match &*self.network {
+            Network::Device(program) => Some(program.clone()),
+            Network::Kernels(_) | Network::Candle(_) => None,
         }
     }
 }
@@ -285,6 +392,7 @@ impl Model for Instance {
                 let answers = reference.forward(ids, segments, batch.padded_len as usize, batch.lens)?;
                 super::write_f32(&answers, out.output_mut(0))
             }
+            Network::Device(_) => Err(ModelError("this model was loaded for a device, which runs it itself".into())),
         }
     }
 }

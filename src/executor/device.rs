@@ -1,0 +1,665 @@
+//! An executor on a device: asks for batch after batch, and leaves the waiting to a thread that has nothing else to do.
+//!
+//! ```text
+//! batcher ──FilledSlot──> asks (upload · compute · readback) ──InFlight──> waits, answers ──vacant──> batcher
+//!                         ^──────────────── slot, readback memory ───────────────┘
+//! ```
+//!
+//! Always true
+//! - Rows are packed where the device reads them, and answers are cut from where it wrote them: no copy between.
+//! - What the device works on is in nobody's hands (gpu/slot.rs). Slots and readback memory are counted: when all are out, the
+//!   executor waits and counts that too; nothing falls back to memory that a device copies slowly.
+//! - A batch that is larger than the memory made for it, or that lies padded, runs in pieces, one after the other.
+//! - When the device is lost, every batch that it had and all that follow are answered `executor_failed`, and the alarm is
+//!   raised once.
+//!
+//! Elsewhere: what is computed (gpu/encoder.rs), on what (device), models without a program for a device (cpu.rs).
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::batch::{AlignedBytes, BatchOutput, BatchView};
+use super::slot::{FilledSlot, VacantSlot};
+use super::worker::{Answers, Worker, view_of};
+use super::{Failure, slot::Staging};
+use crate::clock;
+use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
+use crate::gpu::encoder::{self, Encoder, Form, Parameters};
+use crate::gpu::ops::Bounds;
+use crate::gpu::slot::{Capacity, Complete, Failed, Held, InFlight, Vacant};
+use crate::mail::{Finished, FinishedBatch, ToBatcher};
+use crate::mailbox::{Received, Receiver, Sender};
+use crate::scheduler::SealedBatch;
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason};
+
+/// What a model computes on a device, and how large its batches may be.
+#[derive(Debug)]
+pub struct Program<M> {
+    pub form: Form,
+    /// Of all executors of the device.
+    pub parameters: Arc<Parameters<M>>,
+    /// Largest batch that memory is made for; larger ones run in pieces.
+    pub bounds: Bounds,
+    pub inputs: usize,
+}
+
+impl<M> Clone for Program<M> {
+    fn clone(&self) -> Program<M> {
+        let Program { form, parameters, bounds, inputs } = self;
+        Program { form: form.clone(), parameters: Arc::clone(parameters), bounds: *bounds, inputs: *inputs }
+    }
+}
+
+/// Puts on a device what its executors share, and says which models it has a program for.
+pub fn put<D: Driver>(
+    driver: &mut D,
+    host: &[Option<Program<Vec<f32>>>],
+) -> Result<Vec<Option<Program<D::Memory>>>, Fault> {
+    let put = |program: &Option<Program<Vec<f32>>>| {
+        program.as_ref().map(|Program { form, parameters, bounds, inputs }| {
+            let parameters = Arc::new(encoder::put(driver, form, parameters)?);
+            Ok(Program { form: form.clone(), parameters, bounds: *bounds, inputs: *inputs })
+        })
+    };
+    host.iter().map(put).map(Option::transpose).collect()
+}
+
+/// How an executor is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Batches that can be on their way at once.
+    pub slots: usize,
+    /// Device memory that captured graphs may take; 0: none are captured.
+    pub graph_bytes_max: usize,
+}
+
+/// Finished batches beside those in flight whose answers shards are still cutting out.
+const SPARE_READBACKS: usize = 4;
+
+/// What readback memory holds before its first batch.
+const NO_BATCH: SealedBatch = SealedBatch {
+    id: 0,
+    model: ModelHandle(0),
+    executor: 0,
+    rows: 0,
+    rows_possible: 0,
+    layout: Layout::Packed,
+    padded_len: 0,
+    cells_real: 0,
+    squares_real: 0,
+    reason: SealReason::Idle,
+    sealed_at: Moment::ZERO,
+};
+
+/// Raises the alarm that the device is lost. Called once for each executor that notices.
+pub type Alarm = Arc<dyn Fn(&Fault) + Send + Sync>;
+
+/// The asking half.
+pub struct DeviceWorker<D: Driver> {
+    driver: D,
+    answers: Answers,
+    alarm: Alarm,
+    /// By model; None: it runs on the processor, here.
+    encoders: Vec<Option<Encoder<D>>>,
+    others: Worker,
+    vacant: Vec<Vacant<D>>,
+    readbacks: Vec<Arc<FinishedBatch>>,
+    /// For pieces.
+    piece: Option<Piece>,
+    flights: flume::Sender<Flight<D>>,
+    landed: flume::Receiver<Landed<D>>,
+    lost: Option<Fault>,
+}
+
+/// The waiting half.
+pub struct Completion<D: Driver> {
+    answers: Answers,
+    alarm: Alarm,
+    flights: flume::Receiver<Flight<D>>,
+    landed: flume::Sender<Landed<D>>,
+    batcher: Sender<ToBatcher>,
+    lost: Option<Fault>,
+}
+
+struct Flight<D: Driver> {
+    batch: InFlight<D, Whole>,
+    asked_at: Moment,
+}
+
+struct Landed<D: Driver> {
+    vacant: Option<Vacant<D>>,
+    readback: Arc<FinishedBatch>,
+    lost: Option<Fault>,
+}
+
+/// A batch whose rows and answers lie in memory that the device copies.
+struct Whole {
+    slot: FilledSlot,
+    finished: Arc<FinishedBatch>,
+}
+
+impl Held for Whole {
+    fn lens(&self) -> &[u32] {
+        &self.slot.staging().lens
+    }
+
+    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
+        let input = self.slot.staging().inputs.get(index)?;
+        Some((input.device()?, 0..input.len()))
+    }
+
+    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
+        let finished = Arc::get_mut(&mut self.finished).expect("held alone while in flight");
+        let output = finished.output.outputs.get_mut(index)?;
+        let len = output.len();
+        Some((output.device_mut()?, 0..len))
+    }
+}
+
+/// Some rows of a batch, copied to memory of the executor's own.
+struct Piece {
+    lens: Vec<u32>,
+    inputs: Vec<Box<dyn HostMemory>>,
+    outputs: Vec<Box<dyn HostMemory>>,
+    used: Vec<usize>,
+    answer_bytes: usize,
+}
+
+impl Held for Piece {
+    fn lens(&self) -> &[u32] {
+        &self.lens
+    }
+
+    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
+        Some((&**self.inputs.get(index)?, 0..*self.used.get(index)?))
+    }
+
+    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
+        Some((&mut **self.outputs.get_mut(index)?, 0..self.answer_bytes))
+    }
+}
+
+/// An executor, made: both halves, and the slots for the batcher to fill.
+pub struct Made<D: Driver> {
+    pub worker: DeviceWorker<D>,
+    pub completion: Completion<D>,
+    pub slots: Vec<VacantSlot>,
+}
+
+/// Makes an executor: all the memory that it will ever use. A device that has not enough gets smaller bounds, by halves, down to
+/// the longest row.
+pub fn make<D: Driver>(
+    mut driver: D,
+    programs: Vec<Option<Program<D::Memory>>>,
+    others: Worker,
+    answers: Answers,
+    options: Options,
+    batcher: Sender<ToBatcher>,
+    alarm: Alarm,
+) -> Result<Made<D>, Fault> {
+    let mut programs = programs;
+    let (encoders, vacant, capacity) = loop {
+        match allocate(&mut driver, &programs, options) {
+            Ok(made) => break made,
+            Err(Fault::OutOfMemory { bytes }) if halve(&mut programs) => {
+                tracing::warn!(bytes, "the device has not enough memory for its batches; making them half as large");
+            }
+            Err(fault) => return Err(fault),
+        }
+    };
+    let (flight_sender, flights) = flume::bounded(options.slots);
+    // One for each flight and one for each readback memory would be the most; unbounded would do the same.
+    let (landed_sender, landed) = flume::bounded(options.slots + SPARE_READBACKS);
+    let mut readbacks = Vec::new();
+    let mut slots = Vec::new();
+    for at in 0..options.slots + SPARE_READBACKS {
+        let mut outputs = Vec::new();
+        for bytes in &capacity.outputs {
+            outputs.push(AlignedBytes::for_device(driver.host_memory(*bytes, HostUse::Readback)?));
+        }
+        readbacks.push(Arc::new(answers.empty(NO_BATCH, BatchOutput::in_buffers(outputs))));
+        if at < options.slots {
+            let mut inputs = Vec::new();
+            for bytes in &capacity.inputs {
+                inputs.push(AlignedBytes::for_device(driver.host_memory(*bytes, HostUse::Upload)?));
+            }
+            slots.push(VacantSlot::new(Staging { inputs, ..Staging::default() }));
+        }
+    }
+    let host = |bytes: &usize, usage| driver.host_memory(*bytes, usage);
+    let piece = Piece {
+        lens: Vec::with_capacity(capacity.rows),
+        inputs: capacity.inputs.iter().map(|bytes| host(bytes, HostUse::Upload)).collect::<Result<_, _>>()?,
+        outputs: capacity.outputs.iter().map(|bytes| host(bytes, HostUse::Readback)).collect::<Result<_, _>>()?,
+        used: Vec::new(),
+        answer_bytes: 0,
+    };
+    let completion = Completion {
+        answers: answers.clone(),
+        alarm: Arc::clone(&alarm),
+        flights,
+        landed: landed_sender,
+        batcher,
+        lost: None,
+    };
+    let worker = DeviceWorker {
+        driver,
+        answers,
+        alarm,
+        encoders,
+        others,
+        vacant,
+        readbacks,
+        piece: Some(piece),
+        flights: flight_sender,
+        landed,
+        lost: None,
+    };
+    let mut made = Made { worker, completion, slots };
+    made.worker.capture(options.graph_bytes_max)?;
+    made.worker.count_memory(&capacity, options);
+    Ok(made)
+}
+
+type Allocated<D> = (Vec<Option<Encoder<D>>>, Vec<Vacant<D>>, Capacity);
+
+fn allocate<D: Driver>(
+    driver: &mut D,
+    programs: &[Option<Program<D::Memory>>],
+    options: Options,
+) -> Result<Allocated<D>, Fault> {
+    let mut capacity = Capacity { rows: 1, inputs: Vec::new(), outputs: vec![1] };
+    let mut encoders = Vec::with_capacity(programs.len());
+    for program in programs {
+        let Some(Program { form, parameters, bounds, inputs }) = program else {
+            encoders.push(None);
+            continue;
+        };
+        capacity.rows = capacity.rows.max(bounds.rows);
+        // A graph that is larger than its batch reads ids to the end of its bucket.
+        let id_bytes = encoder::bucket(bounds.tokens) * size_of::<u32>();
+        if capacity.inputs.len() < *inputs {
+            capacity.inputs.resize(*inputs, 0);
+        }
+        capacity.inputs[..*inputs].iter_mut().for_each(|bytes| *bytes = id_bytes.max(*bytes));
+        capacity.outputs[0] = capacity.outputs[0].max(bounds.rows * form.outputs() * size_of::<f32>());
+        encoders.push(Some(Encoder::new(driver, form.clone(), Arc::clone(parameters), *bounds)?));
+    }
+    let vacant = (0..options.slots).map(|at| Vacant::new(driver, at, &capacity)).collect::<Result<_, _>>()?;
+    Ok((encoders, vacant, capacity))
+}
+
+/// Halves what every program is made for. False when nothing can be smaller.
+fn halve<M>(programs: &mut [Option<Program<M>>]) -> bool {
+    let mut any = false;
+    for Program { bounds, .. } in programs.iter_mut().flatten() {
+        let smaller =
+            Bounds { rows: bounds.rows.div_ceil(2), tokens: (bounds.tokens / 2).max(bounds.longest), ..*bounds };
+        any |= smaller != *bounds;
+        *bounds = smaller;
+    }
+    any
+}
+
+impl<D: Driver> DeviceWorker<D> {
+    /// Runs what arrives until the batcher is gone.
+    pub fn run_thread(mut self, slots: Receiver<FilledSlot>, batcher: Sender<ToBatcher>, spin: Duration) {
+        while let Received::Message(slot) = slots.recv_until(None, spin) {
+            if let Some(finished) = self.take(slot) {
+                // If the batcher is gone, so is everybody who could care.
+                let _ = batcher.send_or_wait(ToBatcher::Finished(finished));
+            }
+        }
+        // Those in flight are waited for by the other half, which ends when this is dropped.
+    }
+
+    /// Takes a batch on. `Some` when it ended here: it ran on the processor, in pieces, or not at all.
+    pub fn take(&mut self, slot: FilledSlot) -> Option<Finished> {
+        while let Ok(landed) = self.landed.try_recv() {
+            self.land(landed);
+        }
+        let model = slot.batch.model;
+        let Some(encoder) = &self.encoders[model.index()] else { return Some(self.others.run(slot)) };
+        let bounds = encoder.bounds();
+        let mut readback = self.take_readback();
+        let finished = Arc::get_mut(&mut readback).expect("taken because nobody else holds it");
+        self.answers.prepare(finished, &slot);
+        if let Some(fault) = self.lost.clone() {
+            return Some(self.end(slot, readback, Err(refuse(&fault)), clock::now(), Duration::ZERO));
+        }
+        let staging = slot.staging();
+        let batch = batch_bounds(&staging.lens);
+        let fits = batch.rows <= bounds.rows && batch.tokens <= bounds.tokens;
+        let inputs = finished.contract.inputs.len();
+        let in_place = slot.batch.layout == Layout::Packed
+            && staging.inputs[..inputs].iter().all(|input| input.device().is_some())
+            && finished.output.outputs.first().is_some_and(|output| output.device().is_some());
+        if !(fits && in_place) {
+            return Some(self.run_in_pieces(slot, readback));
+        }
+        let vacant = self.take_vacant()?;
+        let asked_at = clock::now();
+        let held = Whole { slot, finished: readback };
+        let encoder = self.encoders[model.index()].as_ref().expect("looked at above");
+        match vacant.fill(held).submit(&mut self.driver, |driver, buffers| encoder.compute(driver, buffers, batch)) {
+            Ok(in_flight) => {
+                let sent = self.flights.send(Flight { batch: in_flight, asked_at });
+                assert!(sent.is_ok(), "the waiting half outlives the asking one");
+                None
+            }
+            Err(Failed { fault, held: Whole { slot, finished }, vacant }) => {
+                self.vacant.extend(vacant);
+                match fault {
+                    // The device is as it was; less at a time may do.
+                    Fault::OutOfMemory { .. } => Some(self.run_in_pieces(slot, finished)),
+                    fault => {
+                        self.note(&fault);
+                        Some(self.end(slot, finished, Err(refuse(&fault)), asked_at, Duration::ZERO))
+                    }
+                }
+            }
+        }
+    }
+
+    fn land(&mut self, landed: Landed<D>) {
+        self.vacant.extend(landed.vacant);
+        self.readbacks.push(landed.readback);
+        if self.lost.is_none() {
+            self.lost = landed.lost;
+        }
+    }
+
+    fn note(&mut self, fault: &Fault) {
+        if fault.is_lost() && self.lost.is_none() {
+            self.lost = Some(fault.clone());
+            (self.alarm)(fault);
+        }
+    }
+
+    /// Readback memory that nobody holds: waits for a shard or a batch to let go of some.
+    fn take_readback(&mut self) -> Arc<FinishedBatch> {
+        let mut waited = false;
+        loop {
+            if let Some(at) = self.readbacks.iter().position(|shared| Arc::strong_count(shared) == 1) {
+                return self.readbacks.swap_remove(at);
+            }
+            if !std::mem::replace(&mut waited, true) {
+                self.answers.telemetry.executor(self.answers.index).waited_for_readback();
+            }
+            // Shards say nothing when they let go: within microseconds, as a rule.
+            match self.landed.recv_timeout(READBACK_LOOK) {
+                Ok(landed) => self.land(landed),
+                Err(flume::RecvTimeoutError::Timeout) => {}
+                Err(flume::RecvTimeoutError::Disconnected) => std::thread::sleep(READBACK_LOOK),
+            }
+        }
+    }
+
+    /// A slot that the device is done with: waits for one.
+    fn take_vacant(&mut self) -> Option<Vacant<D>> {
+        if self.vacant.is_empty() {
+            self.answers.telemetry.executor(self.answers.index).waited_for_slot();
+        }
+        loop {
+            if let Some(vacant) = self.vacant.pop() {
+                return Some(vacant);
+            }
+            match self.landed.recv() {
+                Ok(landed) => self.land(landed),
+                Err(_) => panic!("the waiting half ended before its turn"),
+            }
+        }
+    }
+
+    /// Answers a batch that ended on this thread.
+    fn end(
+        &mut self,
+        mut slot: FilledSlot,
+        mut readback: Arc<FinishedBatch>,
+        result: Result<(), Failure>,
+        started_at: Moment,
+        service: Duration,
+    ) -> Finished {
+        let batch = slot.batch;
+        self.answers.send(&mut readback, &mut slot, result, [started_at, clock::now()], service);
+        self.readbacks.push(readback);
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
+    }
+
+    /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
+    fn run_in_pieces(&mut self, slot: FilledSlot, mut readback: Arc<FinishedBatch>) -> Finished {
+        let started_at = clock::now();
+        let finished = Arc::get_mut(&mut readback).expect("taken because nobody else holds it");
+        let view = view_of(slot.staging(), &finished.contract, &slot.batch);
+        let result = self.compute_in_pieces(slot.batch.model, view, &mut finished.output);
+        let (result, service) = match result {
+            Ok(service) => (Ok(()), service),
+            Err(fault) => {
+                self.note(&fault);
+                (Err(refuse(&fault)), Duration::ZERO)
+            }
+        };
+        self.end(slot, readback, result, started_at, service)
+    }
+
+    /// Says how long the device computed.
+    fn compute_in_pieces(
+        &mut self,
+        model: ModelHandle,
+        view: BatchView<'_>,
+        out: &mut BatchOutput,
+    ) -> Result<Duration, Fault> {
+        let mut took = Duration::ZERO;
+        let mut row = 0;
+        // Halved when the device says that it has no memory for more.
+        let mut share = 1;
+        while row < view.lens.len() {
+            let bounds = self.encoders[model.index()].as_ref().expect("it has a program").bounds();
+            let most = Bounds { rows: (bounds.rows / share).max(1), tokens: bounds.tokens / share, ..bounds };
+            let rows = rows_that_fit(&view.lens[row..], most);
+            match self.compute_rows(model, view, row..row + rows, out) {
+                Ok(time) => {
+                    took += time;
+                    row += rows;
+                }
+                Err(Fault::OutOfMemory { .. }) if rows > 1 => share *= 2,
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(took)
+    }
+
+    fn compute_rows(
+        &mut self,
+        model: ModelHandle,
+        view: BatchView<'_>,
+        rows: Range<usize>,
+        out: &mut BatchOutput,
+    ) -> Result<Duration, Fault> {
+        self.answers.telemetry.executor(self.answers.index).ran_piece();
+        // All slots are free or will be: those in flight do not wait for this one.
+        let vacant = self.take_vacant().expect("waits until there is one");
+        let mut piece = self.piece.take().expect("put back below");
+        piece.lens.clear();
+        piece.lens.extend_from_slice(&view.lens[rows.clone()]);
+        piece.used.clear();
+        for index in 0..view.inputs.len() {
+            let to: &mut [u8] = bytemuck::cast_slice_mut(piece.inputs[index].words_mut());
+            let mut at = 0;
+            for row in rows.clone() {
+                let bytes = view.row::<u8>(index, row);
+                to[at..at + bytes.len()].copy_from_slice(bytes);
+                at += bytes.len();
+            }
+            piece.used.push(at);
+        }
+        let row_bytes = view.contract.outputs[0].row_bytes(1);
+        piece.answer_bytes = rows.len() * row_bytes;
+        let batch = batch_bounds(&piece.lens);
+        let encoder = self.encoders[model.index()].as_ref().expect("it has a program");
+        let compute = |driver: &mut D, buffers: &_| encoder.compute(driver, buffers, batch);
+        let landed = vacant.fill(piece).submit(&mut self.driver, compute).and_then(InFlight::wait);
+        match landed {
+            Ok(complete) => {
+                let took = complete.computed_in();
+                let (vacant, piece) = complete.vacate();
+                let answers: &[u8] = bytemuck::cast_slice(piece.outputs[0].words());
+                let at = rows.start * row_bytes;
+                out.outputs[0].bytes_mut()[at..at + piece.answer_bytes].copy_from_slice(&answers[..piece.answer_bytes]);
+                self.vacant.push(vacant);
+                self.piece = Some(piece);
+                took
+            }
+            Err(Failed { fault, held, vacant }) => {
+                self.vacant.extend(vacant);
+                self.piece = Some(held);
+                Err(fault)
+            }
+        }
+    }
+
+    /// Captures graphs of every program for every slot.
+    fn capture(&mut self, budget_bytes: usize) -> Result<(), Fault> {
+        if budget_bytes == 0 {
+            return Ok(());
+        }
+        let programs = self.encoders.iter().flatten().count().max(1);
+        let share = budget_bytes / programs / self.vacant.len().max(1);
+        for encoder in self.encoders.iter_mut().flatten() {
+            for vacant in &self.vacant {
+                encoder.capture(&mut self.driver, vacant.buffers(), encoder::GRAPH_TOKENS_MAX, share)?;
+            }
+        }
+        self.driver.synchronize()
+    }
+
+    fn count_memory(&self, capacity: &Capacity, options: Options) {
+        let bytes = |sizes: &[usize]| sizes.iter().sum::<usize>();
+        let (inputs, outputs) = (bytes(&capacity.inputs), bytes(&capacity.outputs));
+        let arena = |encoder: &Encoder<D>| encoder.arena_bytes();
+        let device = (inputs + outputs) * options.slots + self.encoders.iter().flatten().map(arena).sum::<usize>();
+        // Slots, the memory of pieces, and readbacks.
+        let pinned = inputs * (options.slots + 1) + outputs * (options.slots + SPARE_READBACKS + 1);
+        let graphs = self.encoders.iter().flatten().map(Encoder::graphs).sum();
+        self.answers.telemetry.executor(self.answers.index).on_device(device as u64, pinned as u64, graphs);
+    }
+
+    /// Runs padding as a batch: each shape twice, and says how long the device computed the second time.
+    pub fn warm(
+        &mut self,
+        model: ModelHandle,
+        layout: Layout,
+        shapes: &[(u32, u32)],
+    ) -> Result<Vec<Duration>, Refusal> {
+        if self.encoders[model.index()].is_none() {
+            return self.others.warm(model, layout, shapes);
+        }
+        let contract = Arc::clone(&self.answers.contracts[model.index()]);
+        let mut times = Vec::with_capacity(shapes.len());
+        for (rows, len) in shapes.iter().copied() {
+            let lens = vec![len; rows as usize];
+            let mut inputs = Vec::new();
+            for spec in &contract.inputs {
+                let (pad, mut input) = (spec.pad_bytes(), AlignedBytes::default());
+                input.set_len(rows as usize * spec.row_bytes(len));
+                input.bytes_mut().chunks_exact_mut(pad.len()).for_each(|element| element.copy_from_slice(&pad));
+                inputs.push(input);
+            }
+            let mut output = BatchOutput::default();
+            output.prepare(&contract, Layout::Packed, &lens, len);
+            let view = BatchView {
+                contract: &contract,
+                layout: Layout::Packed,
+                rows,
+                padded_len: len,
+                lens: &lens,
+                inputs: &inputs,
+            };
+            let mut took = Duration::ZERO;
+            for _ in 0..2 {
+                took = self.compute_in_pieces(model, view, &mut output).map_err(|fault| refuse(&fault).refusal)?;
+            }
+            times.push(took);
+        }
+        Ok(times)
+    }
+}
+
+/// How often a thread that waits for shards to let go of readback memory looks again.
+const READBACK_LOOK: Duration = Duration::from_micros(50);
+
+fn batch_bounds(lens: &[u32]) -> Bounds {
+    Bounds {
+        rows: lens.len(),
+        tokens: lens.iter().map(|len| *len as usize).sum(),
+        longest: lens.iter().copied().max().unwrap_or(0) as usize,
+    }
+}
+
+/// The most rows from the first on within these bounds; at least one.
+fn rows_that_fit(lens: &[u32], most: Bounds) -> usize {
+    let mut tokens = 0;
+    let fits = |len: &&u32| {
+        tokens += **len as usize;
+        tokens <= most.tokens
+    };
+    lens.iter().take(most.rows).take_while(fits).count().max(1)
+}
+
+fn refuse(fault: &Fault) -> Failure {
+    tracing::error!(%fault, "a batch failed on the device");
+    // The device's words are for the log.
+    let refusal = match fault {
+        Fault::OutOfMemory { .. } => Refusal::new(Code::OutOfMemory, "the device has no memory for this row"),
+        Fault::Refused(_) => Refusal::new(Code::ExecutorFailed, "the device refused this batch"),
+        Fault::Lost(_) => Refusal::new(Code::ExecutorFailed, "the device was lost"),
+    };
+    Failure { refusal, panicked: false }
+}
+
+impl<D: Driver> Completion<D> {
+    /// Waits for batches in the order in which they were asked for and answers them, until the asking half is gone.
+    pub fn run_thread(mut self) {
+        while let Ok(flight) = self.flights.recv() {
+            self.complete(flight);
+        }
+    }
+
+    /// Waits for the next batch, if one is in flight, and answers it. False: none is.
+    pub fn complete_next(&mut self) -> bool {
+        let flight = self.flights.try_recv();
+        flight.map(|flight| self.complete(flight)).is_ok()
+    }
+
+    fn complete(&mut self, flight: Flight<D>) {
+        let waited = flight.batch.wait();
+        let finished_at = clock::now();
+        let (result, service, vacant, held) = match waited {
+            Ok(complete) => {
+                let service = complete.computed_in();
+                let (vacant, held) = Complete::vacate(complete);
+                (service.as_ref().map(drop).map_err(Fault::clone), service.unwrap_or_default(), Some(vacant), held)
+            }
+            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, vacant, held),
+        };
+        let lost = result.as_ref().err().filter(|fault| fault.is_lost()).cloned();
+        if let Some(fault) = &lost
+            && self.lost.is_none()
+        {
+            // Before anybody is answered: whoever retries must not come back here.
+            (self.alarm)(fault);
+            self.lost = Some(fault.clone());
+        }
+        let Whole { mut slot, mut finished } = held;
+        let batch: SealedBatch = slot.batch;
+        // It waited for the queue before it began.
+        let started_at = (flight.asked_at).max(Moment::ZERO + finished_at.since(Moment::ZERO).saturating_sub(service));
+        let result = result.map_err(|fault| refuse(&fault));
+        self.answers.send(&mut finished, &mut slot, result, [started_at, finished_at], service);
+        // The slot first: the batcher may have filled another meanwhile, which needs it.
+        let _ = self.landed.send(Landed { vacant, readback: finished, lost });
+        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service };
+        let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
+    }
+}
