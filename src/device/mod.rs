@@ -2,5 +2,7 @@
 //!
 //! Elsewhere: everything that gets by with safe wrappers of others (kernels).
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
 pub mod vnni;
