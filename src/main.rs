@@ -36,6 +36,8 @@ enum Command {
     Replay(commands::replay::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
+    /// Show what models could run on: the processor and the GPUs.
+    Devices(commands::devices::Args),
 }
 
 fn main() -> ExitCode {
@@ -49,5 +51,6 @@ fn main() -> ExitCode {
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),
+        Command::Devices(args) => commands::devices::run(&args),
     }
 }

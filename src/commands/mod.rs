@@ -6,6 +6,7 @@
 
 pub mod capture;
 pub mod check;
+pub mod devices;
 mod http;
 pub mod infer;
 pub mod load;

@@ -1,0 +1,163 @@
+//! `ferry devices`: what models could run on here. Starts nothing.
+
+use std::process::ExitCode;
+
+use ferry::config::Machine;
+use ferry::kernels;
+use serde_json::json;
+
+#[derive(clap::Args, Clone, Debug)]
+pub struct Args {
+    /// Print one JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The processor.
+struct Cpu {
+    /// That this process may use.
+    cores: usize,
+    /// Instruction sets that the kernels are compiled for and this processor has, the best first: the one that is used.
+    instruction_sets: Vec<String>,
+    /// Whether 8-bit products have their own instruction.
+    vnni: bool,
+}
+
+/// The GPUs, or why there are none.
+struct Cuda {
+    built: bool,
+    /// The build had no compiler for kernels.
+    kernels_missing: bool,
+    gpus: Vec<Gpu>,
+    problem: Option<String>,
+    /// CUDA's libraries, and where they were found.
+    libraries: Vec<(&'static str, Option<String>)>,
+}
+
+struct Gpu {
+    device: String,
+    name: String,
+    memory_bytes: u64,
+    capability: String,
+    multiprocessors: u32,
+    driver_version: String,
+}
+
+pub fn run(args: &Args) -> ExitCode {
+    let (cpu, cuda) = (cpu(), cuda());
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&document(&cpu, &cuda)).expect("plain data"));
+    } else {
+        print!("{}", text(&cpu, &cuda));
+    }
+    ExitCode::SUCCESS
+}
+
+fn cpu() -> Cpu {
+    let instruction_sets = kernels::archs().into_iter().map(|arch| set_name(&format!("{arch:?}")));
+    Cpu { cores: Machine::here().cores, instruction_sets: instruction_sets.collect(), vnni: vnni() }
+}
+
+/// pulp's names mean little to others; one that is not known here is shown as it is.
+fn set_name(arch: &str) -> String {
+    let name = arch.split('(').next().unwrap_or(arch);
+    let known = [("V4", "avx512"), ("V3", "avx2+fma"), ("Neon", "neon"), ("Scalar", "scalar")];
+    known.iter().find(|(theirs, _)| *theirs == name).map_or(name, |(_, ours)| ours).to_owned()
+}
+
+#[cfg(any(target_arch = "x86", target_arch = "x86_64"))]
+fn vnni() -> bool {
+    ferry::device::vnni::Vnni::try_new().is_some()
+}
+
+#[cfg(not(any(target_arch = "x86", target_arch = "x86_64")))]
+fn vnni() -> bool {
+    false
+}
+
+#[cfg(feature = "cuda")]
+fn cuda() -> Cuda {
+    use ferry::device::cuda::{modules, probe};
+
+    let version = |(major, minor): (u32, u32)| format!("{major}.{minor}");
+    let describe = |gpu: probe::GpuInfo| Gpu {
+        device: format!("cuda:{}", gpu.ordinal),
+        name: gpu.name,
+        memory_bytes: gpu.memory_bytes,
+        capability: version(gpu.capability),
+        multiprocessors: gpu.multiprocessors,
+        driver_version: version(gpu.driver_version),
+    };
+    let (gpus, problem) = match probe::probe() {
+        Ok(gpus) => (gpus.into_iter().map(describe).collect(), None),
+        Err(sentence) => (Vec::new(), Some(sentence)),
+    };
+    let libraries = probe::libraries().into_iter().map(|library| (library.name, library.path)).collect();
+    Cuda { built: true, kernels_missing: modules::KERNELS_MISSING, gpus, problem, libraries }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda() -> Cuda {
+    let how = "built without CUDA: source the env of tools/cuda-toolkit, then cargo build --release --features cuda";
+    Cuda { built: false, kernels_missing: true, gpus: Vec::new(), problem: Some(how.to_owned()), libraries: Vec::new() }
+}
+
+fn document(cpu: &Cpu, cuda: &Cuda) -> serde_json::Value {
+    let gpus: Vec<serde_json::Value> = cuda
+        .gpus
+        .iter()
+        .map(|gpu| {
+            json!({
+                "device": gpu.device,
+                "name": gpu.name,
+                "memory_bytes": gpu.memory_bytes,
+                "capability": gpu.capability,
+                "multiprocessors": gpu.multiprocessors,
+                "driver_version": gpu.driver_version,
+            })
+        })
+        .collect();
+    let libraries: Vec<serde_json::Value> =
+        cuda.libraries.iter().map(|(name, path)| json!({ "name": name, "path": path })).collect();
+    json!({
+        "cpu": { "cores": cpu.cores, "instruction_sets": cpu.instruction_sets, "vnni": cpu.vnni },
+        "cuda": {
+            "built": cuda.built,
+            "kernels_missing": cuda.kernels_missing,
+            "gpus": gpus,
+            "problem": cuda.problem,
+            "libraries": libraries,
+        },
+    })
+}
+
+fn text(cpu: &Cpu, cuda: &Cuda) -> String {
+    let best = cpu.instruction_sets.first().map_or("scalar", String::as_str);
+    let eight_bits = if cpu.vnni { ", 8-bit products by VNNI" } else { "" };
+    let plural = if cpu.cores == 1 { "" } else { "s" };
+    let mut text = format!("cpu     {} core{plural}, {best}{eight_bits}\n", cpu.cores);
+    for gpu in &cuda.gpus {
+        text += &format!(
+            "{:<7} {}, {:.1} GiB, compute capability {}, {} multiprocessors, driver of CUDA {}\n",
+            gpu.device,
+            gpu.name,
+            gpu.memory_bytes as f64 / f64::from(1 << 30),
+            gpu.capability,
+            gpu.multiprocessors,
+            gpu.driver_version,
+        );
+    }
+    if let Some(problem) = &cuda.problem {
+        text += &format!("cuda    {problem}\n");
+    }
+    if cuda.built && cuda.kernels_missing {
+        text += "cuda    this build has no kernels (FERRY_KERNELS=skip): it is for lints, and runs nothing on a GPU\n";
+    }
+    // A machine without a driver has one problem, not five.
+    if !cuda.gpus.is_empty() {
+        for (name, path) in &cuda.libraries {
+            text += &format!("        {name}: {}\n", path.as_deref().unwrap_or("not found"));
+        }
+    }
+    text
+}
