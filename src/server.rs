@@ -23,7 +23,7 @@ use crate::config::{Config, Place};
 use crate::contract::Contract;
 use crate::control::admin::{self, ControlHandle, ControlOptions};
 use crate::control::lifecycle::Lifecycle;
-use crate::device::sim::SimDevice;
+use crate::device::sim::{self, SimDevice};
 use crate::executor::cpu::CpuExecutor;
 use crate::executor::device::{self, Program};
 use crate::executor::model::LoadedModel;
@@ -189,6 +189,8 @@ pub struct TestHooks {
     pub panic_on_request_id: Option<u64>,
     /// A request with this id ends its whole shard with a panic.
     pub panic_shard_on_request_id: Option<u64>,
+    /// Instead of a simulated device of the server's own, where it runs on one.
+    pub sim: Option<SimDevice>,
 }
 
 /// Loads the models, starts every thread, and returns when all are warm and the ports are open.
@@ -230,6 +232,7 @@ struct Plan<'a> {
     shards: Vec<Sender<ToShard>>,
     batcher: Sender<ToBatcher>,
     events: flume::Sender<Event>,
+    sim: Option<SimDevice>,
 }
 
 fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<ServerHandle, StartError> {
@@ -257,6 +260,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         shards: shard_mail,
         batcher: batcher_mail,
         events: events_sender,
+        sim: hooks.sim.clone(),
     };
 
     // The control port first: whoever waits for readiness sees "starting" and why.
@@ -375,8 +379,11 @@ fn start_executors(
 ) -> Result<Started, StartError> {
     let mut started = match &plan.config.executor.device {
         Place::Cpu => start_on_cpu(plan, others)?,
-        Place::Sim(seed) => {
-            let device = SimDevice::new(*seed);
+        Place::Sim { seed, lost_after } => {
+            let device = plan.sim.clone().unwrap_or_else(|| SimDevice::new(*seed));
+            if lost_after.is_some() {
+                device.set_faults(sim::Faults { operation: *lost_after, ..sim::Faults::default() });
+            }
             let drivers = (0..plan.config.threads.executors).map(|_| (device.driver(), 0)).collect();
             start_on_devices(plan, lifecycle, drivers, others)?
         }

@@ -6,6 +6,8 @@
 
 mod common;
 
+#[path = "e2e/device.rs"]
+mod device;
 #[path = "e2e/faults.rs"]
 mod faults;
 #[path = "e2e/features.rs"]

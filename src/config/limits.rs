@@ -202,7 +202,7 @@ pub const SETTINGS: &[Setting] = &[
     Setting {
         key: "executor.device",
         about: "Where batches run: cpu; cuda or cuda:0,1 with a binary that was built with the feature cuda;
-                sim:SEED for tests. Models without a program for a device run on the CPU all the same.",
+                sim:SEED for tests (sim:SEED:N is lost after N operations). Models without a program for a device run on the CPU all the same.",
         access: Access::Place(|c| &mut c.executor.device),
     },
     Setting {

@@ -80,12 +80,16 @@ pub enum Place {
     Cpu,
     /// GPUs by their numbers, in turn to the executors.
     Cuda(Vec<u16>),
-    /// The simulated device, for tests of everything around one. The number is its seed.
-    Sim(u64),
+    /// The simulated device, for tests of everything around one.
+    Sim {
+        seed: u64,
+        /// After so many operations it is lost, as a GPU is that fails.
+        lost_after: Option<u64>,
+    },
 }
 
 impl Place {
-    /// From `cpu`, `cuda`, `cuda:0,1` or `sim:7`.
+    /// From `cpu`, `cuda`, `cuda:0,1`, `sim:7` or `sim:7:5000`.
     pub fn parse(text: &str) -> Option<Place> {
         match text.split_once(':') {
             None if text == "cpu" => Some(Place::Cpu),
@@ -95,7 +99,13 @@ impl Place {
                 let twice = (1..numbers.len()).any(|at| numbers[..at].contains(&numbers[at]));
                 (!twice).then_some(Place::Cuda(numbers))
             }
-            Some(("sim", seed)) => seed.parse().ok().map(Place::Sim),
+            Some(("sim", numbers)) => {
+                let (seed, lost_after) = match numbers.split_once(':') {
+                    Some((seed, operations)) => (seed, Some(operations.parse().ok()?)),
+                    None => (numbers, None),
+                };
+                Some(Place::Sim { seed: seed.parse().ok()?, lost_after })
+            }
             _ => None,
         }
     }
@@ -103,7 +113,7 @@ impl Place {
     /// How many devices that is.
     pub fn devices(&self) -> usize {
         match self {
-            Place::Cpu | Place::Sim(_) => 1,
+            Place::Cpu | Place::Sim { .. } => 1,
             Place::Cuda(numbers) => numbers.len(),
         }
     }
@@ -117,7 +127,8 @@ impl fmt::Display for Place {
                 let numbers: Vec<String> = numbers.iter().map(u16::to_string).collect();
                 write!(f, "cuda:{}", numbers.join(","))
             }
-            Place::Sim(seed) => write!(f, "sim:{seed}"),
+            Place::Sim { seed, lost_after: None } => write!(f, "sim:{seed}"),
+            Place::Sim { seed, lost_after: Some(operations) } => write!(f, "sim:{seed}:{operations}"),
         }
     }
 }

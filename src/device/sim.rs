@@ -144,6 +144,12 @@ struct Pending {
     writes: AtomicU32,
 }
 
+impl fmt::Debug for SimDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SimDevice")
+    }
+}
+
 impl SimDevice {
     pub fn new(seed: u64) -> SimDevice {
         SimDevice(Arc::new(Mutex::new(World {

@@ -15,7 +15,8 @@ use std::sync::Arc;
 use super::driver::{Driver, Fault, HostUse, Product};
 use super::launch::{Float, Memory, Span};
 use super::ops::{AddNorm, Attention, BiasAct, Bounds, DenseRows, EmbedNorm, PoolRows};
-use super::reference::{self, Activation, Pool};
+use super::reference;
+pub use super::reference::{Activation, Pool};
 use super::slot::Buffers;
 
 /// `y = W·x + b`
@@ -219,8 +220,8 @@ impl<D: Driver> Encoder<D> {
         parameters: Arc<Parameters<D::Memory>>,
         bounds: Bounds,
     ) -> Result<Encoder<D>, Fault> {
-        // A graph is captured for a whole bucket.
-        let tokens = bucket(bounds.tokens).max(bounds.tokens);
+        // Products are computed, and graphs captured, for whole buckets.
+        let tokens = bucket(bounds.tokens);
         let [x, qkv, context, y, inner, pooled, headed] = form.arena(bounds.rows, tokens);
         let take = |bytes: usize| driver.allocate(bytes.max(1));
         let arena = Arena {
@@ -255,12 +256,10 @@ impl<D: Driver> Encoder<D> {
     /// The same without a graph.
     pub fn ask(&self, driver: &mut D, buffers: &Buffers<D>, batch: Bounds) -> Result<(), Fault> {
         let Encoder { form, arena, parameters, .. } = self;
-        let Bounds { rows, tokens, longest } = batch;
-        assert!(
-            rows <= self.bounds.rows && tokens <= self.bounds.tokens.max(bucket(self.bounds.tokens)),
-            "{batch:?} within {:?}",
-            self.bounds
-        );
+        let Bounds { rows, longest, .. } = batch;
+        // What is computed beyond the last token is nobody's; there are fewer sizes to plan for.
+        let tokens = bucket(batch.tokens);
+        assert!(rows <= self.bounds.rows && tokens <= bucket(self.bounds.tokens), "{batch:?} within {:?}", self.bounds);
         assert!(longest <= self.bounds.longest, "{batch:?} within {:?}", self.bounds);
         let (h, float, eps) = (form.hidden, form.float, form.eps);
         let table = Span::of(&buffers.table);

@@ -147,7 +147,10 @@ impl Server {
     }
 
     pub fn start_with(sets: &[&str], hooks: TestHooks) -> Server {
-        let models = models_directory();
+        Server::start_in(models_directory(), sets, hooks)
+    }
+
+    pub fn start_in(models: tempfile::TempDir, sets: &[&str], hooks: TestHooks) -> Server {
         let config = Config::load(None, &settings(models.path(), sets)).expect("a good configuration");
         let handle = server::start_with(&config, hooks).expect("the server starts");
         Server {

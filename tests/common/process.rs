@@ -87,16 +87,21 @@ pub struct Child {
 impl Child {
     /// Returns when the server says that it is ready.
     pub fn start(sets: &[&str]) -> Child {
-        Child::start_by(sets, |mut command| command.spawn().expect("the binary runs"))
+        Child::start_in(models_directory(), sets)
+    }
+
+    pub fn start_in(models: tempfile::TempDir, sets: &[&str]) -> Child {
+        Child::start_by(models, sets, |mut command| command.spawn().expect("the binary runs"))
     }
 
     /// The same under a seccomp profile.
     pub fn start_denied(denied: &Denied, sets: &[&str]) -> Child {
-        Child::start_by(sets, |mut command| denied.around(move || command.spawn().expect("the binary runs")))
+        Child::start_by(models_directory(), sets, |mut command| {
+            denied.around(move || command.spawn().expect("the binary runs"))
+        })
     }
 
-    fn start_by(sets: &[&str], spawn: impl FnOnce(Command) -> std::process::Child) -> Child {
-        let models = models_directory();
+    fn start_by(models: tempfile::TempDir, sets: &[&str], spawn: impl FnOnce(Command) -> std::process::Child) -> Child {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
         command.args(arguments(models.path(), sets)).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = spawn(command);

@@ -18,7 +18,7 @@ use candle_core::Tensor;
 
 use self::checkpoint::{Between, Checkpoint, Dense, Norm};
 use self::reference::Reference;
-use super::manifest::{Activation, BertParams, Manifest, Pooling, Precision};
+use super::manifest::{Activation, BertParams, Head, Manifest, Pooling, Precision};
 use super::repository::LoadOptions;
 use super::weights::{Weights, WeightsError};
 use crate::contract::{Contract, Dim, TensorSpec};
@@ -28,7 +28,6 @@ use crate::executor::model::{LoadedModel, Model, ModelError};
 use crate::gpu::encoder as gpu;
 use crate::gpu::launch::Float;
 use crate::gpu::ops::Bounds;
-use crate::gpu::reference as reference_ops;
 use crate::kernels::encoder::{self, Encoder, Scratch};
 use crate::kernels::linear::{Packed, Then};
 use crate::kernels::product::Product;
@@ -72,12 +71,22 @@ impl Bert {
         let longest = batching.bucket_longest() as usize;
         let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
         let places = places.min(batching.rows_max as usize * longest);
-        let network = if options.for_device {
+        let form = device_form(params);
+        let half = matches!(params.precision, Precision::F16 | Precision::BF16);
+        if let (true, false, Err(reason)) = (options.for_device, half, &form) {
+            tracing::warn!(
+                model = contract.name,
+                reason,
+                "this model runs on the CPU: the device has no kernels for it"
+            );
+        }
+        let network = if options.for_device && (half || form.is_ok()) {
+            let form = form.map_err(|reason| weights.device_error("encoder", candle_core::Error::Msg(reason)))?;
             let bounds = Bounds { rows: batching.rows_max as usize, tokens: places.max(longest), longest };
             let inputs = contract.inputs.len();
-            let program = program(params, checkpoint, bounds, inputs);
+            let program = program(form, checkpoint, bounds, inputs);
             Network::Device(program.map_err(|error| weights.device_error("encoder", error))?)
-        } else if matches!(params.precision, Precision::F16 | Precision::BF16) {
+        } else if half {
             let error = candle_core::Error::Msg("f16 and bf16 are computed on a GPU only".to_owned());
             return Err(weights.device_error("[model] precision", error));
         } else if device.is_cpu() {
@@ -131,11 +140,7 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
     // One after the other, so that no more than one layer is in memory twice.
     for layer in checkpoint.layers {
         let query = Dense { weight: (&layer.query.weight * scale)?, bias: (&layer.query.bias * scale)? };
-        let parts = [&query, &layer.key, &layer.value];
-        let qkv = Dense {
-            weight: Tensor::cat(&parts.map(|part| &part.weight), 0)?,
-            bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
-        };
+        let qkv = together([&query, &layer.key, &layer.value])?;
         layers.push(encoder::Layer {
             qkv: product(&qkv)?,
             attention_out: product(&layer.attention_out)?,
@@ -176,28 +181,55 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
     })
 }
 
+/// An encoder's sizes as the kernels of devices are given them, or why there are none for it.
+fn device_form(params: &BertParams) -> Result<gpu::Form, String> {
+    let form = gpu::Form {
+        hidden: params.hidden,
+        heads: params.heads,
+        intermediate: params.intermediate,
+        activation: match params.activation {
+            Activation::GeluErf => gpu::Activation::GeluErf,
+            Activation::GeluTanh => gpu::Activation::GeluTanh,
+            Activation::Relu => gpu::Activation::Relu,
+        },
+        pooling: match params.pooling {
+            Pooling::Mean => gpu::Pool::Mean,
+            Pooling::Cls => gpu::Pool::First,
+            Pooling::Max => gpu::Pool::Max,
+        },
+        normalize: params.normalize,
+        eps: params.layer_norm_eps as f32,
+        float: match params.precision {
+            Precision::F32 => Float::F32,
+            Precision::F16 => Float::F16,
+            Precision::BF16 => Float::BF16,
+            Precision::Int8 => return Err("int8 is computed on a CPU only".to_owned()),
+        },
+        head: match params.head {
+            Head::Embedding => Vec::new(),
+            Head::Classify => vec![params.hidden, params.outputs()],
+        },
+    };
+    form.check().map(|()| form)
+}
+
 /// From a checkpoint to what executors of a device are given.
 fn program(
-    params: &BertParams,
+    form: gpu::Form,
     checkpoint: Checkpoint,
     bounds: Bounds,
     inputs: usize,
 ) -> candle_core::Result<Program<Vec<f32>>> {
-    use gpu::{Dense as GpuDense, Norm as GpuNorm};
     let values = |tensor: &Tensor| tensor.flatten_all()?.to_vec1::<f32>();
     let norm = |norm: &Norm| {
-        Ok::<_, candle_core::Error>(GpuNorm { weight: values(&norm.weight)?, shift: values(&norm.bias)? })
+        Ok::<_, candle_core::Error>(gpu::Norm { weight: values(&norm.weight)?, shift: values(&norm.bias)? })
     };
     let dense = |dense: &Dense| {
-        Ok::<_, candle_core::Error>(GpuDense { weight: values(&dense.weight)?, bias: values(&dense.bias)? })
+        Ok::<_, candle_core::Error>(gpu::Dense { weight: values(&dense.weight)?, bias: values(&dense.bias)? })
     };
-    let mut layers = Vec::with_capacity(params.layers);
+    let mut layers = Vec::with_capacity(checkpoint.layers.len());
     for layer in checkpoint.layers {
-        let parts = [&layer.query, &layer.key, &layer.value];
-        let qkv = Dense {
-            weight: Tensor::cat(&parts.map(|part| &part.weight), 0)?,
-            bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
-        };
+        let qkv = together([&layer.query, &layer.key, &layer.value])?;
         layers.push(gpu::Layer {
             qkv: dense(&qkv)?,
             attention_out: dense(&layer.attention_out)?,
@@ -207,55 +239,31 @@ fn program(
             norm: norm(&layer.norm)?,
         });
     }
-    let mut head = Vec::new();
-    let mut outputs = Vec::new();
-    for (product, between) in &checkpoint.head {
-        outputs.push(product.weight.dim(0)?);
-        head.push((
-            dense(product)?,
-            match between {
-                Between::Tanh => reference_ops::Activation::Tanh,
-                Between::Relu => reference_ops::Activation::Relu,
-                Between::Nothing => reference_ops::Activation::None,
-            },
-        ));
-    }
-    let form = gpu::Form {
-        hidden: params.hidden,
-        heads: params.heads,
-        intermediate: params.intermediate,
-        activation: match params.activation {
-            Activation::GeluErf => reference_ops::Activation::GeluErf,
-            Activation::GeluTanh => reference_ops::Activation::GeluTanh,
-            Activation::Relu => reference_ops::Activation::Relu,
-        },
-        pooling: match params.pooling {
-            Pooling::Mean => reference_ops::Pool::Mean,
-            Pooling::Cls => reference_ops::Pool::First,
-            Pooling::Max => reference_ops::Pool::Max,
-        },
-        normalize: params.normalize,
-        eps: params.layer_norm_eps as f32,
-        float: match params.precision {
-            Precision::F32 => Float::F32,
-            Precision::F16 => Float::F16,
-            Precision::BF16 => Float::BF16,
-            Precision::Int8 => {
-                return Err(candle_core::Error::Msg("int8 is computed on a CPU only".to_owned()));
-            }
-        },
-        head: outputs,
-    };
-    form.check().map_err(candle_core::Error::Msg)?;
+    let head = checkpoint.head.iter().map(|(product, between)| {
+        let then = match between {
+            Between::Tanh => gpu::Activation::Tanh,
+            Between::Relu => gpu::Activation::Relu,
+            Between::Nothing => gpu::Activation::None,
+        };
+        Ok::<_, candle_core::Error>((dense(product)?, then))
+    });
     let parameters = gpu::Parameters {
         words: values(&checkpoint.words)?,
         places: values(&checkpoint.places)?,
         segments: checkpoint.segments.as_ref().map(values).transpose()?,
         norm: norm(&checkpoint.norm)?,
         layers,
-        head,
+        head: head.collect::<Result<_, _>>()?,
     };
     Ok(Program { form, parameters: Arc::new(parameters), bounds, inputs })
+}
+
+/// Query, key and value in one product.
+fn together(parts: [&Dense; 3]) -> candle_core::Result<Dense> {
+    Ok(Dense {
+        weight: Tensor::cat(&parts.map(|part| &part.weight), 0)?,
+        bias: Tensor::cat(&parts.map(|part| &part.bias), 0)?,
+    })
 }
 
 /// What the architecture asks of a manifest; the parameters when it has it.

@@ -1,0 +1,282 @@
+//! The whole server on a simulated device: batches are packed where it reads, computed late and in random order, and it can be lost.
+
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use ferry::device::sim::{Faults, SimDevice};
+use ferry::server::{Ending, TestHooks};
+use ferry::vocab::{Code, DType, ModelHandle};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use crate::common::process::Child;
+use crate::common::{Ask, Event, Numbers, Server, control, floats_of, models_directory};
+
+const HIDDEN: usize = 64;
+const INNER: usize = 96;
+
+/// An encoder with heads of 32, which the kernels of devices have, and random weights.
+pub fn write_small(directory: &Path) {
+    let tiny = std::fs::read_to_string(directory.join("tiny_bert/model.toml")).expect("is there");
+    let manifest = tiny
+        .replace("shape = [32]", "shape = [64]")
+        .replace("hidden = 32", "hidden = 64")
+        .replace("heads = 4", "heads = 2")
+        .replace("intermediate = 64", "intermediate = 96");
+    let folder = directory.join("small");
+    std::fs::create_dir_all(folder.join("1")).expect("makes the folder");
+    std::fs::write(folder.join("model.toml"), manifest).expect("writes the manifest");
+    let mut random = StdRng::seed_from_u64(5);
+    let mut tensors = HashMap::new();
+    let mut put = |name: String, shape: &[usize], near: f32| {
+        let scale = if shape.len() == 2 { 1.5 / (shape[1] as f32).sqrt() } else { 0.3 };
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| near + random.random_range(-scale..scale)).collect();
+        tensors.insert(name, Tensor::from_vec(values, shape, &Device::Cpu).expect("fits its shape"));
+    };
+    for (table, rows) in [("word_embeddings", 100), ("position_embeddings", 64), ("token_type_embeddings", 2)] {
+        put(format!("embeddings.{table}.weight"), &[rows, HIDDEN], 0.0);
+    }
+    let mut norms = vec!["embeddings.LayerNorm".to_owned()];
+    for n in 0..2 {
+        let at = format!("encoder.layer.{n}");
+        for (name, inputs, outputs) in [
+            ("attention.self.query", HIDDEN, HIDDEN),
+            ("attention.self.key", HIDDEN, HIDDEN),
+            ("attention.self.value", HIDDEN, HIDDEN),
+            ("attention.output.dense", HIDDEN, HIDDEN),
+            ("intermediate.dense", HIDDEN, INNER),
+            ("output.dense", INNER, HIDDEN),
+        ] {
+            put(format!("{at}.{name}.weight"), &[outputs, inputs], 0.0);
+            put(format!("{at}.{name}.bias"), &[outputs], 0.0);
+        }
+        norms.extend(["attention.output.LayerNorm", "output.LayerNorm"].map(|name| format!("{at}.{name}")));
+    }
+    for name in norms {
+        put(format!("{name}.weight"), &[HIDDEN], 1.0);
+        put(format!("{name}.bias"), &[HIDDEN], 0.0);
+    }
+    let file = folder.join("1/weights.safetensors");
+    candle_core::safetensors::save(&tensors, file).expect("writes the weights");
+}
+
+fn server(device: &SimDevice, sets: &[&str]) -> Server {
+    let models = models_directory();
+    write_small(models.path());
+    let sets: Vec<&str> = ["executor.device=\"sim:1\"", "executor.slots=3"].iter().chain(sets).copied().collect();
+    Server::start_in(models, &sets, TestHooks { sim: Some(device.clone()), ..TestHooks::default() })
+}
+
+fn on_cpu() -> Server {
+    let models = models_directory();
+    write_small(models.path());
+    Server::start_in(models, &[], TestHooks::default())
+}
+
+fn texts(seed: u64, count: usize) -> Vec<Vec<u32>> {
+    let mut numbers = Numbers(seed);
+    (0..count).map(|_| (0..=numbers.below(64).min(63)).map(|_| numbers.below(100) as u32).collect()).collect()
+}
+
+/// A request of one row.
+fn row(model: ModelHandle, ids: &[u32]) -> Ask {
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    Ask::new(model, DType::U32, &[1, ids.len() as u32], &bytes)
+}
+
+/// Asks for all at once; answers in the order of the texts.
+fn answers(server: &Server, model: &str, texts: &[Vec<u32>]) -> Vec<Vec<f32>> {
+    let mut raw = server.connect();
+    let handle = raw.handle(model);
+    let mut answers = vec![Vec::new(); texts.len()];
+    for (chunk_at, chunk) in texts.chunks(100).enumerate() {
+        let ids: HashMap<u64, usize> =
+            (chunk.iter().enumerate()).map(|(at, text)| (raw.ask(&row(handle, text)), chunk_at * 100 + at)).collect();
+        for _ in 0..ids.len() {
+            match raw.recv() {
+                Event::Result { id, payload, .. } => answers[ids[&id]] = floats_of(&payload),
+                other => panic!("expected a result, got {other:?}"),
+            }
+        }
+    }
+    answers
+}
+
+fn assert_near(got: &[Vec<f32>], expected: &[Vec<f32>]) {
+    for (row, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert_eq!(got.len(), expected.len(), "row {row}");
+        for (a, b) in got.iter().zip(expected) {
+            assert!((a - b).abs() <= 3e-5, "row {row}: {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn answers_are_those_of_a_cpu_and_no_byte_is_touched_under_a_copy() {
+    let texts = texts(11, 400);
+    let expected = answers(&on_cpu(), "small", &texts);
+    let device = SimDevice::new(3);
+    let server = server(&device, &["threads.executors=2"]);
+    assert_near(&answers(&server, "small", &texts), &expected);
+    // Heads of 8 have no kernel: that model is on the processor, beside the other.
+    assert_eq!(answers(&server, "tiny_bert", &texts[..20])[0].len(), 32);
+    assert!(server.metric("ferry_pinned_bytes", &[]) > 0.0 && server.metric("ferry_device_bytes", &[]) > 0.0);
+    assert!(server.metric("ferry_device_graphs", &["executor=\"0\""]) > 0.0);
+    // Warm-up runs in pieces; nothing since.
+    let pieces = server.metric("ferry_device_pieces_total", &[]);
+    assert_near(&answers(&server, "small", &texts[..100]), &expected[..100]);
+    assert_eq!(server.metric("ferry_device_pieces_total", &[]), pieces);
+    server.wait_until_at_rest();
+    server.drain();
+    assert_eq!(server.ending(), Ending::Drained);
+    assert_eq!(device.violations(), [""; 0]);
+    assert_eq!(device.allocated(), 0);
+}
+
+#[test]
+fn a_batch_that_memory_was_not_made_for_runs_in_pieces() {
+    let texts = texts(12, 200);
+    let expected = answers(&on_cpu(), "small", &texts);
+    let device = SimDevice::new(4);
+    // Weights take about 0.4 MiB; activations of 1,024 tokens would take 2 MiB.
+    device.set_faults(Faults { memory_max: 3 << 19, ..Faults::default() });
+    let server = server(&device, &["executor.graph_bytes_max=0"]);
+    let warm = server.metric("ferry_device_pieces_total", &[]);
+    assert_near(&answers(&server, "small", &texts), &expected);
+    let halved = server.metric("ferry_device_pieces_total", &[]) - warm;
+    assert!(halved > 0.0, "batches are larger than what there is memory for");
+    server.drain();
+    assert_eq!(server.ending(), Ending::Drained);
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+/// F60, in the small: not ready within a batch, every request is answered, no result afterwards, another process is asked for.
+#[test]
+fn a_lost_device_fails_closed() {
+    let device = SimDevice::new(5);
+    let server = server(&device, &[]);
+    let mut raw = server.connect();
+    let handle = raw.handle("small");
+    raw.round(&row(handle, &[1, 2, 3])).expect_result();
+    assert!(is_ready(&server));
+    device.set_faults(Faults { operation: Some(400), ..Faults::default() });
+    let mut asked = 0;
+    let (mut ok, mut failed) = (0, 0);
+    let mut closed = false;
+    while failed == 0 && !closed {
+        assert!(asked < 100_000, "the fault was never met");
+        for _ in 0..20 {
+            raw.ask(&row(handle, &[1, 2, 3, 4]));
+            asked += 1;
+        }
+        while ok + failed < asked && !closed {
+            match raw.recv() {
+                Event::Result { .. } => {
+                    assert_eq!(failed, 0, "no result after the loss");
+                    ok += 1;
+                }
+                Event::Error { refusal, .. } => {
+                    assert!(matches!(refusal.code, Code::ExecutorFailed | Code::Draining), "{refusal:?}");
+                    failed += 1;
+                }
+                Event::Goaway { .. } => {}
+                Event::End => closed = true,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert_eq!(ok + failed, asked, "each is answered once");
+    assert!(!is_ready(&server), "whoever balances load is told before whoever asked");
+    assert!(matches!(server.ending(), Ending::DeviceLost(message) if message.contains("illegal address")));
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+/// As a load balancer asks: a port that is closed, or closes, is not ready.
+fn is_ready(server: &Server) -> bool {
+    let ask = || -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(server.control)?;
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    };
+    ask().is_ok_and(|text| text.starts_with("HTTP/1.1 200"))
+}
+
+/// F57, F68: a device that says nothing holds nobody's deadline; who leaves meanwhile takes no memory from under a copy.
+#[test]
+fn a_stalled_device_holds_neither_deadlines_nor_memory() {
+    let device = SimDevice::new(6);
+    let server = server(&device, &[]);
+    let mut raw = server.connect();
+    let handle = raw.handle("small");
+    raw.round(&row(handle, &[1, 2, 3])).expect_result();
+    device.set_faults(Faults { stalled: true, ..Faults::default() });
+    {
+        let mut leaver = server.connect();
+        for _ in 0..40 {
+            leaver.ask(&row(handle, &[9; 30]));
+        }
+        leaver.ping();
+    }
+    let id = raw.ask(&row(handle, &[4; 20]).deadline_us(50_000));
+    match raw.recv() {
+        Event::Error { id: answered, refusal } => {
+            assert_eq!((answered, refusal.code), (id, Code::DeadlineExceeded));
+        }
+        other => panic!("expected an end by deadline, got {other:?}"),
+    }
+    device.set_faults(Faults::default());
+    let (_, payload) = raw.round(&row(handle, &[4; 20])).expect_result();
+    assert_near(&[floats_of(&payload)], &answers(&on_cpu(), "small", &[vec![4; 20]]));
+    server.wait_until_at_rest();
+    server.drain();
+    assert_eq!(server.ending(), Ending::Drained);
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+#[test]
+fn a_padded_policy_is_obeyed_by_rows_and_ignored_by_the_device() {
+    let texts = texts(13, 60);
+    let expected = answers(&on_cpu(), "small", &texts);
+    let device = SimDevice::new(7);
+    let server = server(&device, &[]);
+    let body = r#"{"set":{"layout":"padded"}}"#;
+    let (status, body) = control(server.control, "PATCH", "/v1/models/small/policy", "", body);
+    assert_eq!(status, 200, "{body}");
+    assert_near(&answers(&server, "small", &texts), &expected);
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+/// The real binary: its exit status tells the supervisor to start another.
+#[test]
+fn a_process_whose_device_is_lost_ends_with_75() {
+    let models = models_directory();
+    write_small(models.path());
+    let mut process = Child::start_in(models, &["executor.device=\"sim:1:60000\""]);
+    let mut raw = process.connect();
+    let handle = raw.handle("small");
+    for _ in 0..100_000 {
+        raw.ask(&row(handle, &[1, 2, 3, 4]));
+        if matches!(raw.recv(), Event::Error { .. } | Event::Goaway { .. } | Event::End) {
+            break;
+        }
+    }
+    assert_eq!(process.status(), Some(75));
+}
+
+#[cfg(not(feature = "cuda"))]
+#[test]
+fn a_binary_without_cuda_says_how_to_get_one() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_ferry"))
+        .args(["serve", "--device", "cuda", "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0"])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .expect("runs");
+    assert_eq!(output.status.code(), Some(78));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("built without CUDA") && text.contains("--features cuda"), "{text}");
+}
