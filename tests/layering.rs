@@ -18,7 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("scatter", &["contract", "mail", "mailbox", "vocab", "wire"]),
     ("executor", &["clock", "contract", "gpu", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab"]),
     ("batcher", &["capture", "clock", "contract", "executor", "mail", "mailbox", "scheduler", "telemetry", "vocab"]),
-    ("device", &["gpu", "vocab"]),
+    ("device", &["clock", "gpu", "vocab"]),
     ("gpu", &["vocab"]),
     ("kernels", &["device"]),
     ("models", &["contract", "executor", "gpu", "kernels", "scheduler", "tokenize", "vocab"]),
@@ -31,7 +31,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["capture", "load", "scheduler", "vocab"]),
     // The product that it measures a machine by.
-    ("load", &["client", "clock", "contract", "executor", "kernels", "vocab", "wire"]),
+    ("load", &["client", "clock", "contract", "executor", "gpu", "kernels", "vocab", "wire"]),
 ];
 
 fn files_of(room: &str) -> Vec<PathBuf> {

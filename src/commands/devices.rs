@@ -2,15 +2,32 @@
 
 use std::process::ExitCode;
 
-use ferry::config::Machine;
+use ferry::config::{Machine, Place};
+use ferry::device::check;
+use ferry::device::sim::{self, SimDevice};
+use ferry::gpu::driver::{Driver, Fault};
 use ferry::kernels;
 use serde_json::json;
 
+use super::{EXIT_CONFIG, EXIT_FAILED};
+
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Print one JSON document.
+    /// Print one JSON document; with --check, one line for each check.
     #[arg(long)]
     json: bool,
+    /// Check kernels, graphs and slots on a device against plain references, and end with 1 if anything is wrong.
+    #[arg(long)]
+    check: bool,
+    /// The device that is checked: cuda:0, or sim:SEED, which only shows that the checks run.
+    #[arg(long, value_name = "DEVICE", default_value = "cuda:0", requires = "check")]
+    device: String,
+    /// Little of everything: for compute-sanitizer.
+    #[arg(long, requires = "check")]
+    small: bool,
+    /// At the end make the device fail, and see that it is told.
+    #[arg(long, requires = "check")]
+    lose: bool,
 }
 
 /// The processor.
@@ -44,6 +61,19 @@ struct Gpu {
 }
 
 pub fn run(args: &Args) -> ExitCode {
+    if args.check {
+        return match check_device(args) {
+            Ok(0) => ExitCode::SUCCESS,
+            Ok(failed) => {
+                eprintln!("{failed} check(s) failed");
+                ExitCode::from(EXIT_FAILED)
+            }
+            Err(message) => {
+                eprintln!("ferry devices: {message}");
+                ExitCode::from(EXIT_CONFIG)
+            }
+        };
+    }
     let (cpu, cuda) = (cpu(), cuda());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&document(&cpu, &cuda)).expect("plain data"));
@@ -51,6 +81,50 @@ pub fn run(args: &Args) -> ExitCode {
         print!("{}", text(&cpu, &cuda));
     }
     ExitCode::SUCCESS
+}
+
+/// Runs the checks and prints each as it ends. Says how many failed.
+fn check_device(args: &Args) -> Result<usize, String> {
+    let options = check::Options { small: args.small, lose: args.lose };
+    match Place::parse(&args.device) {
+        Some(Place::Sim { seed, .. }) if !args.lose => {
+            let device = SimDevice::new(seed);
+            device.set_faults(sim::Faults { memory_max: 8 << 30, ..sim::Faults::default() });
+            Ok(check_all(&|| Ok(device.driver()), options, args.json))
+        }
+        Some(Place::Cuda(numbers)) if numbers.len() == 1 => check_gpu(numbers[0], options, args.json),
+        _ => Err(format!("expected --device cuda:N or sim:SEED (not with --lose), got {}", args.device)),
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn check_gpu(number: u16, options: check::Options, json: bool) -> Result<usize, String> {
+    use ferry::device::cuda::{CudaDriver, Gpu};
+    let gpu = Gpu::open(number).map_err(|fault| fault.to_string())?;
+    Ok(check_all(&|| CudaDriver::new(&gpu), options, json))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn check_gpu(_number: u16, _options: check::Options, _json: bool) -> Result<usize, String> {
+    Err("this binary was built without CUDA".to_owned())
+}
+
+fn check_all<D: Driver>(make: &dyn Fn() -> Result<D, Fault>, options: check::Options, json: bool) -> usize {
+    let mut failed = 0;
+    check::run(make, options, &mut |outcome| {
+        let (ok, found) = match &outcome.result {
+            Ok(found) => (true, found),
+            Err(why) => (false, why),
+        };
+        failed += usize::from(!ok);
+        let seconds = outcome.took.as_secs_f64();
+        if json {
+            println!("{}", json!({ "check": outcome.name, "ok": ok, "found": found, "seconds": seconds }));
+        } else {
+            println!("{}  {:<56} {seconds:>7.2} s  {found}", if ok { "ok  " } else { "FAIL" }, outcome.name);
+        }
+    });
+    failed
 }
 
 fn cpu() -> Cpu {

@@ -2,10 +2,16 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::ValueEnum;
+use ferry::config::Place;
+use ferry::device::sim::SimDevice;
+use ferry::executor::model::LoadedModel;
+use ferry::gpu::driver::Driver;
 use ferry::load::lengths::Lengths;
 use ferry::load::offline::{self, OfflineReport, Options, Order};
+use ferry::load::on_device;
 use ferry::load::payload::{Common, Inputs};
 use ferry::models::manifest::Precision;
 use ferry::models::repository::{self, LoadOptions, Loaded};
@@ -38,6 +44,15 @@ pub struct Args {
     /// Of an encoder's products. Without it: what the manifest says.
     #[arg(long, value_enum)]
     precision: Option<PrecisionArg>,
+    /// cpu, cuda:N, or sim:SEED.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    device: String,
+    /// On a device: batches in flight at once.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=16))]
+    slots: u8,
+    /// On a device: bytes of its memory for captured graphs; 0: none.
+    #[arg(long, value_name = "BYTES", default_value_t = 256 << 20)]
+    graph_bytes: usize,
     #[arg(long, value_enum, default_value_t = OrderArg::Sorted)]
     order: OrderArg,
     /// Most cells in a batch, padding included. Without it: the model's own limit.
@@ -110,7 +125,10 @@ fn measure(args: &Args) -> Result<OfflineReport, String> {
         PrecisionArg::Bf16 => Precision::BF16,
         PrecisionArg::Int8 => Precision::Int8,
     });
-    let options = LoadOptions { precision, ..LoadOptions::default() };
+    let place = Place::parse(&args.device)
+        .filter(|place| place.devices() == 1)
+        .ok_or_else(|| format!("expected --device cpu, cuda:N or sim:SEED, got {}", args.device))?;
+    let options = LoadOptions { precision, for_device: place != Place::Cpu, ..LoadOptions::default() };
     let loaded = repository::load(&args.models, &args.model, &options).map_err(|e| e.to_string())?;
     let entry = match loaded {
         Loaded::Model(entry) => entry,
@@ -156,17 +174,50 @@ fn measure(args: &Args) -> Result<OfflineReport, String> {
         },
         rounds: args.repeat as usize,
     };
-    let peak = entry.model.operations(1).map(|_| offline::gemm_gflops_peak());
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let progress = |done: usize, all: usize| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let report = offline::run(&entry.model, &inputs, &options, peak, &progress).map_err(|error| error.to_string());
+    let on_device = OnDevice { args, model: &entry.model, inputs: &inputs, options: &options, progress: &progress };
+    let report = match place {
+        Place::Cpu => {
+            let peak = entry.model.operations(1).map(|_| offline::gemm_gflops_peak());
+            offline::run(&entry.model, &inputs, &options, peak, &progress).map_err(|error| error.to_string())
+        }
+        Place::Sim { seed, .. } => on_device.run(SimDevice::new(seed).driver()),
+        Place::Cuda(numbers) => on_device.run_on_gpu(numbers[0]),
+    };
     bar.finish_and_clear();
     report
 }
 
+struct OnDevice<'a> {
+    args: &'a Args,
+    model: &'a Arc<dyn LoadedModel>,
+    inputs: &'a Inputs,
+    options: &'a Options,
+    progress: &'a (dyn Fn(usize, usize) + Sync),
+}
+
+impl OnDevice<'_> {
+    fn run<D: Driver>(&self, driver: D) -> Result<OfflineReport, String> {
+        let OnDevice { args, model, inputs, options, progress } = self;
+        on_device::run(driver, model, inputs, options, args.slots.into(), args.graph_bytes, progress)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn run_on_gpu(&self, number: u16) -> Result<OfflineReport, String> {
+        use ferry::device::cuda::{CudaDriver, Gpu};
+        let gpu = Gpu::open(number).map_err(|fault| fault.to_string())?;
+        self.run(CudaDriver::new(&gpu).map_err(|fault| fault.to_string())?)
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn run_on_gpu(&self, _number: u16) -> Result<OfflineReport, String> {
+        Err("this binary was built without CUDA".to_owned())
+    }
+}
 fn text(report: &OfflineReport) -> String {
     let mut text = format!(
         "{} requests to {} in {} batches on {} thread(s), {} layout: {:.2} s\n\
@@ -182,6 +233,27 @@ fn text(report: &OfflineReport) -> String {
         report.batch_rows_mean,
         100.0 * report.padding_waste,
     );
+    if let Some(device) = &report.device {
+        text += &format!(
+            "{}, {}: it computed for {:.3} s, the wall clock ran {:.3} times as long; {} slots, {} graphs\n\
+             a lone request takes {:.0} µs\n",
+            device.name,
+            device.float,
+            device.computed_s,
+            device.wall_over_computed,
+            device.slots,
+            device.graphs,
+            device.lone_p50_us,
+        );
+        if let Some(gflops) = device.gflops {
+            text += &format!(
+                "{gflops:.0} GFLOP/s for real tokens: {:.0} % of {:.0}, what a large product reaches there\n",
+                100.0 * gflops / device.gemm_gflops_peak,
+                device.gemm_gflops_peak,
+            );
+        }
+        return text;
+    }
     text += &format!("{:.0} tokens per second of CPU time", report.tokens_per_cpu_s);
     if let (Some(gflops), Some(peak)) = (report.gflops, report.gemm_gflops_peak) {
         let share = 100.0 * gflops / peak;

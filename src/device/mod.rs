@@ -2,6 +2,7 @@
 //!
 //! Elsewhere: everything that gets by with safe wrappers of others (kernels), what is asked of a device (gpu).
 
+pub mod check;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod sim;

@@ -623,6 +623,10 @@ impl Driver for SimDriver {
         "a simulated device".into()
     }
 
+    fn is_simulated(&self) -> bool {
+        true
+    }
+
     fn allocate(&self, bytes: usize) -> Result<SimMemory, Fault> {
         let mut world = self.device.lock();
         world.call()?;

@@ -125,6 +125,11 @@ pub trait Driver: Send + Sized + 'static {
     /// The device, in words.
     fn name(&self) -> String;
 
+    /// It only pretends: nobody should ask it for much.
+    fn is_simulated(&self) -> bool {
+        false
+    }
+
     /// Device memory with arbitrary content.
     fn allocate(&self, bytes: usize) -> Result<Self::Memory, Fault>;
 

@@ -11,6 +11,7 @@ pub mod arrivals;
 pub mod engine;
 pub mod lengths;
 pub mod offline;
+pub mod on_device;
 pub mod payload;
 pub mod report;
 pub mod verify;

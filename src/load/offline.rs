@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::resource::{UsageWho, getrusage};
 use serde::Serialize;
 
+use super::on_device::DeviceReport;
 use super::payload::Inputs;
 use crate::clock;
 use crate::contract::Contract;
@@ -53,6 +54,7 @@ pub fn gemm_gflops_peak() -> f64 {
 }
 
 /// What to run.
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub requests: usize,
     pub threads: usize,
@@ -92,6 +94,9 @@ pub struct OfflineReport {
     pub gflops: Option<f64>,
     /// The same of one product of the size that encoders have, in the same kernels.
     pub gemm_gflops_peak: Option<f64>,
+    /// Where it ran on one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceReport>,
 }
 
 /// Requests of one batch, by their number, and the length of the longest.
@@ -180,6 +185,7 @@ pub fn run(
         page_faults_per_batch: faults as f64 / (options.rounds * batches.len()).max(1) as f64,
         gflops: operations.map(|operations| operations / cpu_s / 1e9),
         gemm_gflops_peak: peak,
+        device: None,
     })
 }
 
