@@ -74,8 +74,10 @@ struct Kernel {
     name: &'static str,
     /// Largest difference from the reference, by [`Float`], where values are around 1.
     tolerance: [f32; 3],
-    run: fn(&mut dyn Rigged, Float, Bounds, &[u32]) -> Result<Vec<f32>, Fault>,
+    run: Run,
 }
+
+type Run = fn(&mut dyn Rigged, Float, Bounds, &[u32]) -> Result<Vec<f32>, Fault>;
 
 const KERNELS: &[Kernel] = &[
     Kernel {
@@ -642,15 +644,17 @@ mod tests {
         assert_eq!(device.violations(), [""; 0]);
     }
 
-    /// A device whose events come too early: the checks must not pass on it.
+    /// What compares with references must not pass on a device that computes eight bytes wrongly.
     #[test]
     fn a_device_that_is_wrong_does_not_pass() {
         let device = SimDevice::new(3);
-        device.set_faults(Faults { memory_max: 1 << 30, early_events: true, ..Faults::default() });
-        let mut failed = 0;
+        device.set_faults(Faults { memory_max: 1 << 30, spoils: true, ..Faults::default() });
+        let mut passed = Vec::new();
         run(&|| Ok(device.driver()), Options { small: true, lose: false }, &mut |outcome| {
-            failed += usize::from(outcome.result.is_err());
+            passed.extend(outcome.result.is_ok().then(|| outcome.name.clone()));
         });
-        assert!(failed > 10, "{failed} checks failed");
+        // These compare the device with itself.
+        let alike = ["graphs give what launches give", "too much memory is refused, and the device goes on"];
+        assert!(passed.iter().all(|name| alike.contains(&&**name) || name.starts_with("slots")), "{passed:?}");
     }
 }

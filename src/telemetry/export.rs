@@ -331,21 +331,18 @@ impl Telemetry {
         })?;
         let pieces = "ferry_device_pieces";
         page.by_executor(self, pieces, "Parts of batches that memory was not made for", |e| e.pieces.get() as f64)?;
-        let gauges: [(&str, &str, fn(&ExecutorMetrics) -> u64); 3] = [
-            ("ferry_device_bytes", "Device memory of an executor", |e| e.device_bytes.get()),
-            ("ferry_pinned_bytes", "Host memory that an executor's device copies", |e| e.pinned_bytes.get()),
-            ("ferry_device_graphs", "Captured graphs", |e| e.graphs.get()),
-        ];
-        for (name, help, of) in gauges {
+        let mut gauge = |name: &str, help: &str, of: fn(&ExecutorMetrics) -> u64| {
             page.open(name, help, MetricType::Gauge, &mut |mut metric| {
                 for (number, executor) in self.executors.iter().enumerate() {
                     let labels = [("executor", number.to_string())];
                     metric.encode_family(&labels)?.encode_gauge(&(of(executor) as f64))?;
                 }
                 Ok(())
-            })?;
-        }
-        Ok(())
+            })
+        };
+        gauge("ferry_device_bytes", "Device memory of an executor", |e| e.device_bytes.get())?;
+        gauge("ferry_pinned_bytes", "Host memory that an executor's device copies", |e| e.pinned_bytes.get())?;
+        gauge("ferry_device_graphs", "Captured graphs", |e| e.graphs.get())
     }
 
     /// Cumulative counts since the start. `outcomes` has every code, so that two readings can be subtracted.

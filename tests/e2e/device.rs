@@ -7,6 +7,7 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor};
 use ferry::device::sim::{Faults, SimDevice};
+use ferry::gpu::driver::Fault;
 use ferry::server::{Ending, TestHooks};
 use ferry::vocab::{Code, DType, ModelHandle};
 use rand::rngs::StdRng;
@@ -148,6 +149,25 @@ fn a_batch_that_memory_was_not_made_for_runs_in_pieces() {
     assert_near(&answers(&server, "small", &texts), &expected);
     let halved = server.metric("ferry_device_pieces_total", &[]) - warm;
     assert!(halved > 0.0, "batches are larger than what there is memory for");
+    server.drain();
+    assert_eq!(server.ending(), Ending::Drained);
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+/// F59: out of memory in the middle of traffic costs nobody an answer: less at a time is tried.
+#[test]
+fn out_of_memory_in_the_middle_costs_no_answer() {
+    let texts = texts(14, 60);
+    let expected = answers(&on_cpu(), "small", &texts);
+    let device = SimDevice::new(8);
+    let server = server(&device, &["executor.graph_bytes_max=0"]);
+    let warm = server.metric("ferry_device_pieces_total", &[]);
+    for round in 0..40 {
+        let fault = Fault::OutOfMemory { bytes: 1 };
+        device.set_faults(Faults { call: Some((3 + round * 2, fault)), ..Faults::default() });
+        assert_near(&answers(&server, "small", &texts), &expected);
+    }
+    assert!(server.metric("ferry_device_pieces_total", &[]) > warm, "some of the faults hit a batch");
     server.drain();
     assert_eq!(server.ending(), Ending::Drained);
     assert_eq!(device.violations(), [""; 0]);
