@@ -14,7 +14,7 @@ use crate::mailbox::Sender;
 use crate::vocab::{ModelHandle, Moment, Refusal};
 use crate::wire::encoder::{Head, append_frame_with, pad_to_8};
 use crate::wire::frame::Kind;
-use crate::wire::message::{ErrorMessage, InferResult, List, RESULT_TRUNCATED, TensorMeta, Timings};
+use crate::wire::message::{ErrorMessage, InferResult, Item, List, RESULT_TRUNCATED, TensorMeta, Timings};
 
 /// Mails the batch to every shard that has a member in it.
 pub fn send(finished: &Arc<FinishedBatch>, shards: &[Sender<ToShard>]) {
@@ -47,30 +47,43 @@ pub fn append_result(
     timings: bool,
     now: Moment,
 ) {
-    append_rows(
-        out,
-        finished,
-        member,
-        request_id,
-        timings.then(|| timings_of(finished, member, now)),
-        |out, index, spec| {
-            for row in member.first_row..member.first_row + member.rows {
-                out.extend_from_slice(finished.output.row_bytes(spec, index, row, member.len));
-            }
-        },
-    );
+    let result = result_of(finished, member, member.part.of_rows, timings.then(|| timings_of(finished, member, now)));
+    let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
+    append(out, finished, head, &result, rows_of(finished, member));
 }
 
-fn append_rows(
+/// Appends the item frame of one member that has not failed: its rows, whether all of the request's or not.
+pub fn append_item(out: &mut Vec<u8>, finished: &FinishedBatch, member: &Member, request_id: u64) {
+    let result = result_of(finished, member, member.rows, None);
+    let head = Head { kind: Kind::Item, model: finished.batch.model, request_id };
+    append(out, finished, head, &Item { at_row: member.part.at_row, result }, rows_of(finished, member));
+}
+
+/// Appends the result frame of a request whose rows have all been answered by items.
+pub fn append_end(
     out: &mut Vec<u8>,
     finished: &FinishedBatch,
     member: &Member,
     request_id: u64,
     timings: Option<Timings>,
-    rows: impl Fn(&mut Vec<u8>, usize, &TensorSpec),
 ) {
+    let result = InferResult { outputs: List::new(), ..result_of(finished, member, 0, timings) };
+    let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
+    append_frame_with(out, head, &result, |_| {}).expect("less than a result with rows");
+}
+
+/// Writes a member's rows of an output.
+fn rows_of(finished: &FinishedBatch, member: &Member) -> impl Fn(&mut Vec<u8>, usize, &TensorSpec) {
+    move |out, index, spec| {
+        for row in member.first_row..member.first_row + member.rows {
+            out.extend_from_slice(finished.output.row_bytes(spec, index, row, member.len));
+        }
+    }
+}
+
+/// What is said about `rows` rows of a member.
+fn result_of(finished: &FinishedBatch, member: &Member, rows: u32, timings: Option<Timings>) -> InferResult {
     let batch = &finished.batch;
-    let contract = &finished.contract;
     let mut result = InferResult {
         batch: batch.id,
         batch_rows: batch.rows,
@@ -80,9 +93,9 @@ fn append_rows(
         outputs: List::new(),
         timings,
     };
-    for (index, spec) in contract.outputs.iter().enumerate() {
+    for (index, spec) in finished.contract.outputs.iter().enumerate() {
         let mut dims = List::new();
-        dims.push(member.part.of_rows).expect("rank was checked with the contract");
+        dims.push(rows).expect("rank was checked with the contract");
         for dim in &spec.shape {
             let size = match dim {
                 crate::contract::Dim::Fixed(size) => *size,
@@ -93,10 +106,19 @@ fn append_rows(
         let tensor = TensorMeta { index: index as u8, dtype: spec.dtype as u8, dims };
         result.outputs.push(tensor).expect("the number of outputs was checked with the contract");
     }
-    let head = Head { kind: Kind::Result, model: batch.model, request_id };
-    append_frame_with(out, head, &result, |out| {
+    result
+}
+
+fn append<M: bincode::Encode>(
+    out: &mut Vec<u8>,
+    finished: &FinishedBatch,
+    head: Head,
+    message: &M,
+    rows: impl Fn(&mut Vec<u8>, usize, &TensorSpec),
+) {
+    append_frame_with(out, head, message, |out| {
         let payload_at = out.len();
-        for (index, spec) in contract.outputs.iter().enumerate() {
+        for (index, spec) in finished.contract.outputs.iter().enumerate() {
             pad_to_8(out, payload_at);
             rows(out, index, spec);
         }
@@ -164,9 +186,26 @@ impl Assemblies {
         timings: bool,
     ) {
         let entry = self.entries.remove(&member.key.slot).expect("its last part was taken");
-        append_rows(out, finished, member, request_id, timings.then_some(entry.timings), |out, index, _| {
-            out.extend_from_slice(&entry.outputs[index]);
-        });
+        let result = result_of(finished, member, member.part.of_rows, timings.then_some(entry.timings));
+        let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
+        append(out, finished, head, &result, |out, index, _| out.extend_from_slice(&entry.outputs[index]));
+    }
+
+    /// Counts a part whose rows are kept nowhere, because they have been answered. True when it was the last; its entry then
+    /// goes with the request.
+    pub fn count_part(&mut self, member: &Member) -> bool {
+        let fresh = || Assembly {
+            generation: member.key.generation,
+            rows_left: member.part.of_rows,
+            outputs: Vec::new(),
+            timings: Timings::default(),
+        };
+        let entry = self.entries.entry(member.key.slot).or_insert_with(fresh);
+        if entry.generation != member.key.generation {
+            *entry = fresh();
+        }
+        entry.rows_left -= member.rows;
+        entry.rows_left == 0
     }
 
     /// The request of this slot has ended.
@@ -181,7 +220,7 @@ impl Assemblies {
     }
 }
 
-fn timings_of(finished: &FinishedBatch, member: &Member, now: Moment) -> Timings {
+pub fn timings_of(finished: &FinishedBatch, member: &Member, now: Moment) -> Timings {
     let nanos = |from: Moment, to: Moment| to.since(from).as_nanos() as u64;
     // Each stage starts where the one before ended, so the parts add up to the total.
     let sealed_at = finished.batch.sealed_at;

@@ -19,7 +19,7 @@ use ferry::wire::encoder::{Head, append_bare, append_frame, append_frame_with, p
 use ferry::wire::frame::FLAG_OPTIONAL;
 use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, INFER_TRUNCATE, Infer,
-    InferResult, List, RESULT_TRUNCATED, TensorMeta, Timings, decode_exact,
+    InferResult, Item, List, RESULT_TRUNCATED, TensorMeta, Timings, decode_exact,
 };
 use ferry::wire::{Decoder, Header, Kind, Limits};
 
@@ -322,6 +322,25 @@ fn goldens() -> Vec<Golden> {
             u32s(&[7, 8, 9]),
         ),
         golden(
+            "item",
+            Kind::Item,
+            1,
+            2,
+            Item {
+                at_row: 64,
+                result: InferResult {
+                    batch: 44,
+                    batch_rows: 64,
+                    padded_len: 3,
+                    seal_reason: SealReason::Full as u8,
+                    flags: 0,
+                    outputs: tensors(&[(DType::U32, &[2, 3])]),
+                    timings: None,
+                },
+            },
+            u32s(&[7, 8, 9, 10, 11, 12]),
+        ),
+        golden(
             "result_timings",
             Kind::Result,
             3,
@@ -444,11 +463,11 @@ fn every_golden_file_is_its_value_and_every_value_its_file() {
 }
 
 #[test]
-fn every_kind_but_the_reserved_one_has_a_golden_file() {
+fn every_kind_has_a_golden_file() {
     let mut kinds: Vec<u8> = files().values().map(|bytes| bytes[4]).collect();
     kinds.sort_unstable();
     kinds.dedup();
-    let expected: Vec<u8> = Kind::ALL.iter().filter(|kind| **kind != Kind::Item).map(|kind| *kind as u8).collect();
+    let expected: Vec<u8> = Kind::ALL.iter().map(|kind| *kind as u8).collect();
     assert_eq!(kinds[..kinds.len() - 1], expected[..], "and one of an unknown kind behind them");
 }
 

@@ -13,8 +13,8 @@ use ferry::wire::decoder::Step;
 use ferry::wire::encoder::{Head, align8, append_bare, append_frame};
 use ferry::wire::frame::{FLAG_OPTIONAL, MAGIC};
 use ferry::wire::message::{
-    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_FLAGS_KNOWN, Infer, InferResult, List,
-    TensorMeta, Timings, decode_exact, encode_into,
+    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_FLAGS_KNOWN, Infer, InferResult, Item,
+    List, TensorMeta, Timings, decode_exact, encode_into,
 };
 use ferry::wire::{DecodeError, Decoder, HEADER_LEN, Header, Kind, Limits, PROTOCOL_MAJOR};
 use proptest::prelude::*;
@@ -161,6 +161,7 @@ fn sample_metadata() -> Vec<(Kind, Vec<u8>)> {
         (Kind::Infer, encoded(&infer)),
         (Kind::Result, encoded(&result)),
         (Kind::Result, encoded(&InferResult { timings: None, ..result })),
+        (Kind::Item, encoded(&Item { at_row: 5, result: InferResult { timings: None, ..result } })),
         (Kind::Error, encoded(&error)),
         (Kind::Cancel, vec![]),
         (Kind::Ping, vec![]),
@@ -199,7 +200,8 @@ fn reencode(kind: Kind, bytes: &[u8]) -> Option<Vec<u8>> {
         Kind::Error => as_a::<ErrorMessage>(bytes),
         Kind::Credit => as_a::<Credit>(bytes),
         Kind::Goaway => as_a::<Goaway>(bytes),
-        Kind::Cancel | Kind::Ping | Kind::Pong | Kind::Stats | Kind::StatsReply | Kind::Item => as_a::<()>(bytes),
+        Kind::Cancel | Kind::Ping | Kind::Pong | Kind::Stats | Kind::StatsReply => as_a::<()>(bytes),
+        Kind::Item => as_a::<Item>(bytes),
     }
 }
 
@@ -695,7 +697,7 @@ fn contracts() -> Vec<Contract> {
 fn reference(contract: &Contract, infer: &Infer, payload: &[u8]) -> Option<(u32, u32, bool)> {
     let payload_len = payload.len() as i128;
     let round_up = |n: i128| (n + 7) / 8 * 8;
-    if infer.flags > 3 {
+    if infer.flags > 7 {
         return None;
     }
     if let (Some(text), [tensor]) = (&contract.text, &infer.inputs[..])
@@ -956,7 +958,7 @@ proptest! {
     #[test]
     fn the_check_of_any_request_at_all_agrees_with_its_slow_twin(
         which in 0usize..4,
-        flags in 0u8..8,
+        flags in 0u8..16,
         tensors in proptest::collection::vec(
             (any::<u8>(), any::<u8>(), proptest::collection::vec(any::<u32>(), 0..=8)), 0..=8),
         payload in proptest::collection::vec(any::<u8>(), 0..300),

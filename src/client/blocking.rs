@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use super::ClientError;
 use super::connection::{Answer, ClientOptions, Connection, Outcome, State, Told, remaining, send_error};
-use super::request::{Request, Response};
+use super::request::{Request, Response, Rows};
 use super::session::{ModelEntry, ModelInfo, SendError, ServerStats, Session, Window};
 use super::slot::{Slot, lock};
 use crate::clock;
@@ -59,6 +59,14 @@ impl Client {
     /// Sends a request. Waits while the server allows no more in flight, at most until the request's deadline.
     pub fn submit(&self, request: &Request) -> Result<Pending, ClientError> {
         self.start(request, true)
+    }
+
+    /// Sends a request of many rows, and gives each as soon as the batch that carries it has run. The time that it may take is
+    /// that of the whole.
+    pub fn infer_items(&self, request: &Request) -> Result<Items, ClientError> {
+        let (sender, rows) = flume::unbounded();
+        let id = self.send(&request.clone().by_items(), true, Told::Items(sender))?;
+        Ok(Items { id, rows, connection: self.connection.clone(), ended: false })
     }
 
     /// Sends a request, or says `NoCredit` at once. May still ask for the contract of a model that was not used before.
@@ -139,9 +147,14 @@ impl Client {
     }
 
     fn start(&self, request: &Request, wait: bool) -> Result<Pending, ClientError> {
+        let slot = Arc::new(Slot::default());
+        let id = self.send(request, wait, Told::Slot(slot.clone()))?;
+        Ok(Pending { id, slot, connection: self.connection.clone() })
+    }
+
+    fn send(&self, request: &Request, wait: bool, told: Told) -> Result<u64, ClientError> {
         let deadline = request.time_allowed().map_or(Moment::FAR, |allowed| clock::now() + allowed);
         let model = self.model_by(deadline, request.model_name(), request.version_name())?;
-        let slot = Arc::new(Slot::default());
         let mut state = lock(&self.connection.state);
         loop {
             state.check_alive()?;
@@ -150,9 +163,9 @@ impl Client {
             match session.infer(&model, request, remaining, out) {
                 Ok(id) => {
                     let expires = self.connection.expiry(deadline);
-                    state.add_waiter(id, Told::Slot(slot.clone()), Some(model), expires);
+                    state.add_waiter(id, told, Some(model), expires);
                     self.connection.flush(state);
-                    return Ok(Pending { id, slot, connection: self.connection.clone() });
+                    return Ok(id);
                 }
                 Err(SendError::NoCredit) if wait => {
                     state.credit_waiters += 1;
@@ -178,6 +191,39 @@ impl Drop for Client {
         if let Some(reader) = self.reader.take().filter(|reader| reader.thread().id() != std::thread::current().id()) {
             // A panic of the reader was a bug and has already ended all waiters' hopes; there is nothing to add here.
             let _ = reader.join();
+        }
+    }
+}
+
+/// Rows of a request as they are done: an iterator that ends after the last, or after an error. Dropping it cancels what is left.
+pub struct Items {
+    id: u64,
+    rows: flume::Receiver<Result<Rows, ClientError>>,
+    connection: Arc<Connection>,
+    ended: bool,
+}
+
+impl std::fmt::Debug for Items {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Items").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl Iterator for Items {
+    type Item = Result<Rows, ClientError>;
+
+    /// Waits for the next rows.
+    fn next(&mut self) -> Option<Result<Rows, ClientError>> {
+        let next = self.rows.recv().ok().filter(|_| !self.ended);
+        self.ended |= !matches!(next, Some(Ok(_)));
+        next
+    }
+}
+
+impl Drop for Items {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.connection.cancel(self.id);
         }
     }
 }

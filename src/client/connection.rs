@@ -24,7 +24,7 @@ use std::time::Duration;
 use nix::sys::socket::MsgFlags;
 
 use super::ClientError;
-use super::request::{Request, Response};
+use super::request::{Request, Response, Rows};
 use super::session::{Event, ModelEntry, ModelInfo, SendError, ServerStats, Session, SessionOptions};
 use super::slot::{Slot, lock};
 use crate::clock;
@@ -83,6 +83,8 @@ pub(super) type Outcome = Result<Answer, ClientError>;
 /// Who is told an answer.
 pub(super) enum Told {
     Slot(Arc<Slot<Outcome>>),
+    /// Rows as they come; closed after the last, or after an error.
+    Items(flume::Sender<Result<Rows, ClientError>>),
     /// The connection's observer, under this token.
     Observer(u64),
 }
@@ -463,6 +465,14 @@ impl Connection {
                     let Some(model) = waiters.get(&id).and_then(|waiter| waiter.model.clone()) else { return };
                     (id, Response::new(model, result, payload).map(|response| Answer::Response(Box::new(response))))
                 }
+                Event::Item { id, item, payload } => {
+                    let Some(waiter) = waiters.get(&id) else { return };
+                    let (Told::Items(rows), Some(model)) = (&waiter.told, waiter.model.clone()) else { return };
+                    let response = Response::new(model, item.result, payload);
+                    // Whoever asked may not listen any more.
+                    let _ = rows.send(response.map(|response| Rows { at_row: item.at_row, response }));
+                    return;
+                }
                 Event::Refused { id, refusal } => (id, Err(ClientError::Refused(refusal))),
                 Event::Described { id, model } => (id, Ok(Answer::Model(model))),
                 Event::Models { id, models } => (id, Ok(Answer::Models(models))),
@@ -535,6 +545,12 @@ impl Connection {
     fn tell(&self, told: Told, outcome: Outcome) {
         match (told, &self.observer) {
             (Told::Slot(slot), _) => slot.fill(outcome),
+            (Told::Items(rows), _) => {
+                // The end is that nobody sends any more.
+                if let Err(error) = outcome {
+                    let _ = rows.send(Err(error));
+                }
+            }
             (Told::Observer(token), Some(observer)) => observer.answered(token, outcome),
             (Told::Observer(_), None) => unreachable!("tokens are given out by the observer"),
         }

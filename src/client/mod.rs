@@ -19,10 +19,10 @@ mod slot;
 
 use crate::vocab::{Code, Executed, Refusal};
 
-pub use blocking::{Client, Pending};
+pub use blocking::{Client, Items, Pending};
 pub use connection::ClientOptions;
 pub use pool::{Pool, PoolError, PoolOptions, PoolPending, PoolStats, ReplicaStats};
-pub use request::{Element, Request, Response};
+pub use request::{Element, Request, Response, Rows};
 pub use route::{ReplicaState, Stop};
 pub use session::{ModelEntry, ModelInfo, ServerStats};
 

@@ -15,7 +15,8 @@ use crate::contract::Contract;
 use crate::vocab::{DType, Refusal, SealReason};
 use crate::wire::encoder::align8;
 use crate::wire::message::{
-    INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED, TensorMeta, Timings,
+    INFER_ITEMS, INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED, TensorMeta,
+    Timings,
 };
 
 /// Rust types that are elements of tensors. Half floats have none here: read them with [`Response::output_f64`].
@@ -110,6 +111,12 @@ impl Request {
     /// Asks for the server's timeline in the response.
     pub fn timings(mut self) -> Request {
         self.flags |= INFER_TIMINGS;
+        self
+    }
+
+    /// Asks for rows as they are done.
+    pub(super) fn by_items(mut self) -> Request {
+        self.flags |= INFER_ITEMS;
         self
     }
 
@@ -215,6 +222,15 @@ impl Placed<'_> {
             crate::wire::encoder::pad_to_8(out, start);
         }
     }
+}
+
+/// Some rows of a request that were answered before the others.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    /// The first of them among the request's.
+    pub at_row: u32,
+    /// Their answer, read as that of a request of these rows.
+    pub response: Response,
 }
 
 /// An answered request.

@@ -23,7 +23,7 @@ use crate::vocab::{Code, Executed, ModelHandle, Refusal};
 use crate::wire::decoder::Step;
 use crate::wire::encoder::{Head, append_bare, append_frame, append_frame_with};
 use crate::wire::message::{
-    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, InferResult, decode_exact,
+    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, InferResult, Item, decode_exact,
 };
 use crate::wire::{Decoder, Frame, Kind, Limits, PROTOCOL_MAJOR};
 
@@ -181,6 +181,12 @@ pub enum Event<'a> {
     Result {
         id: u64,
         result: InferResult,
+        payload: &'a [u8],
+    },
+    /// Some rows of a request that goes on.
+    Item {
+        id: u64,
+        item: Item,
         payload: &'a [u8],
     },
     Refused {
@@ -463,6 +469,16 @@ impl Session {
                     on_event(Event::Result { id, result: decode(metadata)?, payload: frame.payload(bytes) });
                 } else {
                     on_event(Event::Refused { id, refusal: damaged_result() });
+                }
+            }
+            (Kind::Item, _) => {
+                if !matches!(self.in_flight.get(&id), Some(Asked::Infer { .. })) {
+                    return Err(stray("item", id));
+                }
+                // Rows that are lost cannot be asked for again: the request counts as failed, whatever comes after.
+                match frame.payload_is_intact(bytes) {
+                    true => on_event(Event::Item { id, item: decode(metadata)?, payload: frame.payload(bytes) }),
+                    false => on_event(Event::Refused { id, refusal: damaged_result() }),
                 }
             }
             (Kind::Error, _) => {

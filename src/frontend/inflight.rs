@@ -18,6 +18,8 @@ pub struct Waiting {
     pub payload_bytes: u32,
     /// The reply carries its timeline.
     pub timings: bool,
+    /// Rows are answered as they are done.
+    pub items: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -135,7 +137,7 @@ mod tests {
     use super::*;
 
     fn waiting(request_id: u64) -> Waiting {
-        Waiting { connection: 0, request_id, model: ModelHandle(0), payload_bytes: 0, timings: false }
+        Waiting { connection: 0, request_id, model: ModelHandle(0), payload_bytes: 0, timings: false, items: false }
     }
 
     #[test]

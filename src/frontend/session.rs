@@ -18,8 +18,8 @@ use crate::scheduler::{Class, Compose};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
-    Describe, Description, Goaway, Hello, HelloAck, INFER_TIMINGS, INFER_TRUNCATE, Infer, MESSAGE_MAX, NAME_MAX, cut,
-    decode_exact,
+    Describe, Description, Goaway, Hello, HelloAck, INFER_ITEMS, INFER_TIMINGS, INFER_TRUNCATE, Infer, MESSAGE_MAX,
+    NAME_MAX, cut, decode_exact,
 };
 use crate::wire::{Frame, Kind, Limits, PROTOCOL_MAJOR};
 
@@ -223,6 +223,7 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         model: header.model,
         payload_bytes: header.payload_len,
         timings: infer.flags & INFER_TIMINGS != 0,
+        items: infer.flags & INFER_ITEMS != 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {
         let message = format!("{} requests are in flight on this shard, its bound", state.options.in_flight_max);

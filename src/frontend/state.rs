@@ -19,9 +19,9 @@ use super::connection::{Connection, Flushed, Phase};
 use super::inflight::InFlight;
 use super::session::{Fatal, append_goaway, handle_frame};
 use super::{Catalog, Options};
-use crate::mail::{self, FinishedBatch, Request, ToBatcher, ToShard};
+use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
-use crate::scatter::{Assemblies, append_error, append_result, failure_of};
+use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of, timings_of};
 use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
 use crate::wire::decoder::Step;
@@ -354,6 +354,9 @@ impl State {
                     }
                     self.end(member.key, &refusal);
                 }
+                None if self.in_flight.get(member.key).is_some_and(|waiting| waiting.items) => {
+                    ok += u64::from(self.answer_item(finished, member, now));
+                }
                 None if member.is_part() => {
                     if self.in_flight.get(member.key).is_none() {
                         self.metrics().late_answer();
@@ -379,6 +382,19 @@ impl State {
         if ok > 0 {
             self.metrics().finished(finished.batch.model, Code::Ok, ok);
         }
+    }
+
+    /// Answers rows of a request that wants them as they are done. True when they were its last.
+    fn answer_item(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
+        let waiting = *self.in_flight.get(member.key).expect("the caller found it");
+        append_item(&mut self.output(waiting.connection).out, finished, member, waiting.request_id);
+        let last = !member.is_part() || self.assemblies.count_part(member);
+        if last {
+            self.release(member.key);
+            let timings = waiting.timings.then(|| timings_of(finished, member, now));
+            append_end(&mut self.output(waiting.connection).out, finished, member, waiting.request_id, timings);
+        }
+        last
     }
 
     /// Ends a request without a result. The first outcome counts; a later one is dropped.

@@ -36,7 +36,7 @@ pub enum Kind {
     Description = 4,
     Infer = 5,
     Result = 6,
-    /// One item of a streamed result. Reserved: servers of this version never send it.
+    /// Some rows of a request that asked for them as they are done. A result or an error still ends it.
     Item = 7,
     Error = 8,
     Cancel = 9,

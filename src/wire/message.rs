@@ -215,7 +215,8 @@ pub struct TensorMeta {
 
 pub const INFER_TIMINGS: u8 = 0x01;
 pub const INFER_TRUNCATE: u8 = 0x02;
-pub const INFER_FLAGS_KNOWN: u8 = INFER_TIMINGS | INFER_TRUNCATE;
+pub const INFER_ITEMS: u8 = 0x04;
+pub const INFER_FLAGS_KNOWN: u8 = INFER_TIMINGS | INFER_TRUNCATE | INFER_ITEMS;
 
 /// A request. Tensor bytes follow as the payload, in ascending `index`, each at the next multiple of 8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
@@ -224,7 +225,8 @@ pub struct Infer {
     pub deadline_us: u64,
     /// 0 is the highest; used by priority policies.
     pub priority: u8,
-    /// Bit set: `INFER_TIMINGS` asks for the timeline in the reply, `INFER_TRUNCATE` allows over-long text to be cut.
+    /// Bit set: `INFER_TIMINGS` asks for the timeline in the reply, `INFER_TRUNCATE` allows over-long text to be cut,
+    /// `INFER_ITEMS` has rows answered as they are done, by items.
     pub flags: u8,
     /// For tests: requests of one model with the same non-zero tag form exactly one batch, closed when their rows add
     /// up to `compose_rows`. 0 for none.
@@ -274,6 +276,15 @@ pub struct InferResult {
 }
 
 pub const RESULT_TRUNCATED: u8 = 0x01;
+
+/// Some rows of a request that asked for them as they are done. Tensor bytes follow as in a result, of these rows only.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Item {
+    /// The first of them among the request's.
+    pub at_row: u32,
+    /// As of a result; its timings are always absent: the result at the end has them.
+    pub result: InferResult,
+}
 
 /// A request that ended without a result.
 #[derive(Clone, Debug, PartialEq, Eq, Encode, Decode)]

@@ -22,8 +22,8 @@ use ferry::vocab::{Code, DType, ModelHandle, Refusal};
 use ferry::wire::decoder::Step;
 use ferry::wire::encoder::{Head, append_bare, append_frame};
 use ferry::wire::message::{
-    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, Infer, InferResult, List,
-    TensorMeta, decode_exact,
+    Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, Infer, InferResult, Item,
+    List, TensorMeta, decode_exact,
 };
 use ferry::wire::{Decoder, Header, Kind, Limits};
 
@@ -269,6 +269,12 @@ pub enum Event {
     Result {
         id: u64,
         result: Box<InferResult>,
+        payload: Vec<u8>,
+    },
+    /// Rows of a request that goes on.
+    Item {
+        id: u64,
+        item: Box<Item>,
         payload: Vec<u8>,
     },
     Error {
@@ -563,6 +569,9 @@ fn event_of(frame: &ferry::wire::Frame, buffer: &[u8]) -> Event {
         }
         Kind::Result => {
             Event::Result { id, result: Box::new(decode_exact(metadata).expect("a result")), payload: payload.to_vec() }
+        }
+        Kind::Item => {
+            Event::Item { id, item: Box::new(decode_exact(metadata).expect("an item")), payload: payload.to_vec() }
         }
         Kind::Error => {
             let error: ErrorMessage = decode_exact(metadata).expect("an error");

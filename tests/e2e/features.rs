@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use ferry::client::{Client, ClientOptions, Request};
 use ferry::server::Ending;
 use ferry::vocab::{Code, DType, Executed, Retry, SealReason};
+use ferry::wire::message::INFER_ITEMS;
 
 use crate::common::{Ask, Event, Numbers, Raw, Server, floats_of, wait_until};
 
@@ -408,6 +410,64 @@ fn a_silent_connection_is_closed_and_one_that_waits_for_its_answer_is_not() {
     let event = waiting.recv();
     assert_eq!(event.ends(), Some(id), "it was silent for longer than is allowed, but it waited");
     event.expect_result();
+}
+
+/// Goal: each row once, as its batch is done, and one end. Method: rows that fit four batches beside small requests, by the client
+/// and by frames; some are given up half way.
+#[test]
+fn a_request_can_be_answered_item_by_item() {
+    let server = Server::start(&[]);
+    let client = Client::connect(server.data, ClientOptions::default()).expect("connects");
+    let values = |seed: u32, count: u32| -> Vec<f32> { (0..count).map(|at| (seed * 100_000 + at) as f32).collect() };
+    for seed in 0..6 {
+        let (rows, len) = if seed % 2 == 0 { (60, 1000) } else { (1 + seed, 900) };
+        let sent = values(seed, rows * len);
+        let request = Request::new("queued").input("values", &[rows, len], &sent).timings();
+        let mut got = vec![None; rows as usize];
+        let mut items = 0;
+        for item in client.infer_items(&request).expect("is sent") {
+            let item = item.expect("no row fails");
+            let rows = item.response.output::<f32>("values").expect("the contract's output");
+            for (at, row) in rows.chunks(len as usize).enumerate() {
+                let place = &mut got[item.at_row as usize + at];
+                assert!(place.replace(row.to_vec()).is_none(), "a row comes once");
+            }
+            items += 1;
+        }
+        assert_eq!(items, if rows == 60 { 4 } else { 1 });
+        let got: Vec<f32> = got.into_iter().flat_map(|row| row.expect("every row came")).collect();
+        assert!(got == sent, "rows of others");
+    }
+    // Frames: items, then a result that has nothing but what is said about the whole.
+    let mut raw = server.connect();
+    let queued = raw.handle("queued");
+    let bytes: Vec<u8> = values(9, 60_000).iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut ask = Ask::new(queued, DType::F32, &[60, 1000], &bytes).timings();
+    ask.infer.flags |= INFER_ITEMS;
+    let id = raw.ask(&ask);
+    let mut rows = 0;
+    let result = loop {
+        match raw.recv() {
+            Event::Item { id: of, item, payload } => {
+                assert_eq!((of, item.result.timings), (id, None));
+                let dims = &item.result.outputs[0].dims;
+                rows += dims[0];
+                let at = item.at_row as usize * 4000;
+                assert!(payload == bytes[at..at + dims[0] as usize * 4000], "rows {} on", item.at_row);
+            }
+            other => break other.expect_result(),
+        }
+    };
+    assert_eq!((rows, result.0.outputs.len(), result.1.len()), (60, 0, 0));
+    assert!(result.0.timings.is_some());
+    // Whoever has enough leaves: what is left is cancelled, and nobody is owed anything.
+    let request = Request::new("queued").input("values", &[60, 1000], &values(3, 60_000));
+    let mut some = client.infer_items(&request).expect("is sent");
+    some.next().expect("a first item").expect("no row fails");
+    drop(some);
+    let request = Request::new("nobody").input("values", &[1, 1], &[0.0_f32]);
+    assert!(client.infer_items(&request).is_err(), "no such model");
+    server.wait_until_at_rest();
 }
 
 #[test]

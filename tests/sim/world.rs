@@ -470,6 +470,7 @@ impl World {
             model,
             payload_bytes: payload.len() as u32,
             timings: self.rng.random_bool(0.5),
+            items: false,
         };
         let shard = &mut self.shards[shard];
         let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;
