@@ -499,6 +499,8 @@ fn start_on_devices<D: Driver>(
             .map(|(at, model)| (ModelHandle(at as u16), model.manifest.warmup.shapes.clone()))
             .collect();
         let (batcher, warm, events) = (plan.batcher.clone(), warm_sender.clone(), plan.events.clone());
+        let canary_every = plan.config.executor.canary_every;
+        let repeatable: Vec<bool> = plan.models.iter().map(|model| model.model.can_repeat()).collect();
         let alarm: device::Alarm = {
             let (lifecycle, events) = (Arc::clone(lifecycle), plan.events.clone());
             Arc::new(move |fault| {
@@ -514,6 +516,7 @@ fn start_on_devices<D: Driver>(
                 let mailbox = batcher.clone();
                 let mut made = device::make(driver, programs, worker, answers, options, mailbox, alarm)
                     .map_err(|fault| StartError::Device(format!("executor {index}: {fault}")))?;
+                made.worker.watch(canary_every, repeatable);
                 for (model, shapes) in warm_ups {
                     let times = made.worker.warm(model, Layout::Packed, &shapes).map_err(|refusal| {
                         StartError::WarmUp { model: contracts[model.index()].name.clone(), refusal }

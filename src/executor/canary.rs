@@ -7,11 +7,12 @@
 
 use super::Executor;
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
+use crate::contract::Contract;
 use crate::vocab::{DType, Layout, ModelHandle};
 
 /// Largest difference between two f32 results of one row, as a share of the larger of them and 1: sums are rounded in another
 /// order in another batch, a leak is a thousand times that.
-const APART: f64 = 1e-3;
+pub const APART: f64 = 1e-3;
 
 /// What came of looking at a batch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,21 +55,33 @@ impl Canary {
         batch: BatchView<'_>,
         out: &BatchOutput,
     ) -> Outcome {
+        let Some(row) = self.choose(batch) else { return Outcome::NotLooked };
+        if out.row_errors.iter().any(|error| error.row == row) {
+            return Outcome::NotLooked;
+        }
+        let len = self.keep(batch, row);
+        let ran = self.alone(batch.contract, len, |view, out| executor.run(model, view, out).is_ok());
+        if ran { self.compare(batch.contract, out, row, len, APART) } else { Outcome::NotLooked }
+    }
+
+    /// Whose turn it is in this batch, if anybody's.
+    pub fn choose(&mut self, batch: BatchView<'_>) -> Option<u32> {
         self.passed += u64::from(batch.rows);
         if self.every == 0 || self.passed < self.every {
-            return Outcome::NotLooked;
+            return None;
         }
         // More than one can be due where batches are larger than that; one a batch is enough.
         self.passed %= self.every;
         self.turns += 1;
         // A row that nobody can foresee from its place.
         let row = (self.turns.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33) % u64::from(batch.rows);
-        let row = row as u32;
         let len = batch.lens[row as usize];
         let alone = batch.rows == 1 && (batch.layout == Layout::Packed || len == batch.padded_len);
-        if alone || out.row_errors.iter().any(|error| error.row == row) {
-            return Outcome::NotLooked;
-        }
+        (!alone).then_some(row as u32)
+    }
+
+    /// Copies what the row was made of. Says its length.
+    pub fn keep(&mut self, batch: BatchView<'_>, row: u32) -> u32 {
         // Kept for a model with more inputs, when this one has fewer.
         let count = batch.inputs.len();
         if self.inputs.len() < count {
@@ -79,31 +92,38 @@ impl Canary {
             input.set_len(bytes.len());
             input.bytes_mut().copy_from_slice(bytes);
         }
+        batch.lens[row as usize]
+    }
+
+    /// Runs the row that was kept, alone. Says whether it got an answer.
+    pub fn alone(
+        &mut self,
+        contract: &Contract,
+        len: u32,
+        run: impl FnOnce(BatchView<'_>, &mut BatchOutput) -> bool,
+    ) -> bool {
         let lens = [len];
-        self.output.prepare(batch.contract, Layout::Padded, &lens, len);
+        self.output.prepare(contract, Layout::Padded, &lens, len);
         let view = BatchView {
-            contract: batch.contract,
+            contract,
             layout: Layout::Padded,
             rows: 1,
             padded_len: len,
             lens: &lens,
-            inputs: &self.inputs[..count],
+            inputs: &self.inputs[..contract.inputs.len()],
         };
-        match executor.run(model, view, &mut self.output) {
-            Ok(()) if self.output.row_errors.is_empty() => self.compare(batch, out, row),
-            _ => Outcome::NotLooked,
-        }
+        run(view, &mut self.output) && self.output.row_errors.is_empty()
     }
 
-    fn compare(&self, batch: BatchView<'_>, out: &BatchOutput, row: u32) -> Outcome {
-        let len = batch.lens[row as usize];
-        for (index, spec) in batch.contract.outputs.iter().enumerate() {
+    /// With what the row was answered in its batch. `allowed`: largest difference, as a share of the larger value and 1.
+    pub fn compare(&self, contract: &Contract, out: &BatchOutput, row: u32, len: u32, allowed: f64) -> Outcome {
+        for (index, spec) in contract.outputs.iter().enumerate() {
             let together = out.row_bytes(spec, index, row, len);
             let alone = self.output.row_bytes(spec, index, 0, len);
             let size = spec.dtype.size();
             let elements = together.chunks_exact(size).zip(alone.chunks_exact(size));
             for (element, (together, alone)) in elements.enumerate() {
-                if let Some((together, alone)) = apart(spec.dtype, together, alone) {
+                if let Some((together, alone)) = apart(spec.dtype, together, alone, allowed) {
                     return Outcome::Apart { row, output: index, element, together, alone };
                 }
             }
@@ -113,7 +133,7 @@ impl Canary {
 }
 
 /// Both values of an element, if they are further apart than another order of sums explains. Half precision is not compared.
-fn apart(dtype: DType, together: &[u8], alone: &[u8]) -> Option<(f64, f64)> {
+fn apart(dtype: DType, together: &[u8], alone: &[u8], allowed: f64) -> Option<(f64, f64)> {
     let (together, alone) = match dtype {
         DType::F16 | DType::BF16 => return None,
         DType::F32 => (f64::from(float(together)), f64::from(float(alone))),
@@ -121,7 +141,7 @@ fn apart(dtype: DType, together: &[u8], alone: &[u8]) -> Option<(f64, f64)> {
         _ if together == alone => return None,
         _ => (f64::from(together[0]), f64::from(alone[0])),
     };
-    let near = (together - alone).abs() <= APART * together.abs().max(alone.abs()).max(1.0);
+    let near = (together - alone).abs() <= allowed * together.abs().max(alone.abs()).max(1.0);
     let exact = !matches!(dtype, DType::F32 | DType::F64);
     let same = near || together == alone || (together.is_nan() && alone.is_nan());
     (exact || !same).then_some((together, alone))

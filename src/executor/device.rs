@@ -20,12 +20,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
+use super::canary::{self, Canary};
 use super::slot::{FilledSlot, VacantSlot};
 use super::worker::{Answers, Worker, view_of};
 use super::{Failure, slot::Staging};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
 use crate::gpu::encoder::{self, Encoder, Form, Parameters};
+use crate::gpu::launch::Float;
 use crate::gpu::ops::Bounds;
 use crate::gpu::slot::{Capacity, Complete, Failed, Held, InFlight, Vacant};
 use crate::mail::{Finished, FinishedBatch, ToBatcher};
@@ -107,6 +109,10 @@ pub struct DeviceWorker<D: Driver> {
     readbacks: Vec<Arc<FinishedBatch>>,
     /// For pieces.
     piece: Option<Piece>,
+    canary: Canary,
+    /// A row that the canary has kept is in flight.
+    watching: bool,
+    repeatable: Vec<bool>,
     flights: flume::Sender<Flight<D>>,
     landed: flume::Receiver<Landed<D>>,
     lost: Option<Fault>,
@@ -125,11 +131,20 @@ pub struct Completion<D: Driver> {
 struct Flight<D: Driver> {
     batch: InFlight<D, Whole>,
     asked_at: Moment,
+    watched: Option<Watched>,
+}
+
+/// A row that is run again when its batch has landed.
+#[derive(Clone, Copy)]
+struct Watched {
+    row: u32,
+    len: u32,
 }
 
 struct Landed<D: Driver> {
     vacant: Option<Vacant<D>>,
     readback: Arc<FinishedBatch>,
+    watched: Option<Watched>,
     lost: Option<Fault>,
 }
 
@@ -252,6 +267,9 @@ pub fn make<D: Driver>(
         vacant,
         readbacks,
         piece: Some(piece),
+        canary: Canary::default(),
+        watching: false,
+        repeatable: Vec::new(),
         flights: flight_sender,
         landed,
         lost: None,
@@ -340,16 +358,18 @@ impl<D: Driver> DeviceWorker<D> {
         }
         let vacant = self.take_vacant()?;
         let asked_at = clock::now();
+        let watched = self.watch_row(&slot, &readback);
         let held = Whole { slot, finished: readback };
         let encoder = self.encoders[model.index()].as_ref().expect("looked at above");
         match vacant.fill(held).submit(&mut self.driver, |driver, buffers| encoder.compute(driver, buffers, batch)) {
             Ok(in_flight) => {
-                let sent = self.flights.send(Flight { batch: in_flight, asked_at });
+                let sent = self.flights.send(Flight { batch: in_flight, asked_at, watched });
                 assert!(sent.is_ok(), "the waiting half outlives the asking one");
                 None
             }
             Err(Failed { fault, held: Whole { slot, finished }, vacant }) => {
                 self.vacant.extend(vacant);
+                self.watching &= watched.is_none();
                 match fault {
                     // The device is as it was; less at a time may do.
                     Fault::OutOfMemory { .. } => Some(self.run_in_pieces(slot, finished)),
@@ -362,12 +382,53 @@ impl<D: Driver> DeviceWorker<D> {
         }
     }
 
+    /// Runs one row in so many once more, alone, and compares; of the models that are `repeatable`. 0: none.
+    pub fn watch(&mut self, every: u32, repeatable: Vec<bool>) {
+        (self.canary, self.repeatable) = (Canary::new(every), repeatable);
+    }
+
+    /// Keeps a row of the batch, where it is one's turn and none is being watched.
+    fn watch_row(&mut self, slot: &FilledSlot, finished: &FinishedBatch) -> Option<Watched> {
+        if self.watching || self.repeatable.get(slot.batch.model.index()) != Some(&true) {
+            return None;
+        }
+        let view = view_of(slot.staging(), &finished.contract, &slot.batch);
+        let row = self.canary.choose(view)?;
+        self.watching = true;
+        Some(Watched { row, len: self.canary.keep(view, row) })
+    }
+
     fn land(&mut self, landed: Landed<D>) {
         self.vacant.extend(landed.vacant);
-        self.readbacks.push(landed.readback);
         if self.lost.is_none() {
             self.lost = landed.lost;
         }
+        if let Some(watched) = landed.watched {
+            self.watching = false;
+            self.look_again(watched, &landed.readback);
+        }
+        self.readbacks.push(landed.readback);
+    }
+
+    /// After the answers are on their way.
+    fn look_again(&mut self, Watched { row, len }: Watched, finished: &FinishedBatch) {
+        let failed = finished.failure.is_some() || finished.output.row_errors.iter().any(|error| error.row == row);
+        if failed || self.lost.is_some() || self.vacant.is_empty() {
+            return;
+        }
+        let model = finished.batch.model;
+        let Some(encoder) = &self.encoders[model.index()] else { return };
+        let allowed = match encoder.form().float {
+            Float::F32 => canary::APART,
+            // Products of another size round otherwise; what leaks is further away.
+            Float::F16 | Float::BF16 => 20.0 * canary::APART,
+        };
+        let mut canary = std::mem::take(&mut self.canary);
+        let ran = canary.alone(&finished.contract, len, |view, out| self.compute_in_pieces(model, view, out).is_ok());
+        if ran {
+            self.answers.looked(finished, canary.compare(&finished.contract, &finished.output, row, len, allowed));
+        }
+        self.canary = canary;
     }
 
     fn note(&mut self, fault: &Fault) {
@@ -658,7 +719,7 @@ impl<D: Driver> Completion<D> {
         let result = result.map_err(|fault| refuse(&fault));
         self.answers.send(&mut finished, &mut slot, result, [started_at, finished_at], service);
         // The slot first: the batcher may have filled another meanwhile, which needs it.
-        let _ = self.landed.send(Landed { vacant, readback: finished, lost });
+        let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
         let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }

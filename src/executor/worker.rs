@@ -81,19 +81,7 @@ impl Worker {
         let batch = &finished.batch;
         let view = view_of(slot.staging(), &finished.contract, batch);
         let outcome = self.canary.look(&mut *self.executor, batch.model, view, &finished.output);
-        if outcome == Outcome::NotLooked {
-            return;
-        }
-        let metrics = self.answers.telemetry.model(batch.model);
-        metrics.looked_again(outcome == Outcome::Equal);
-        if let Outcome::Apart { row, output, element, together, alone } = outcome {
-            let (model, id, lens) = (&finished.contract.name, batch.id, &slot.staging().lens);
-            let output = &finished.contract.outputs[output].name;
-            tracing::error!(
-                %model, batch = id, row, %output, element, together, alone, layout = batch.layout.name(), ?lens,
-                "a row was answered otherwise in its batch than alone: one caller's data may be in another's answer"
-            );
-        }
+        self.answers.looked(finished, outcome);
     }
 
     /// Runs what arrives until the batcher is gone.
@@ -173,6 +161,24 @@ impl Answers {
         let batch = slot.batch;
         finished.contract = Arc::clone(&self.contracts[batch.model.index()]);
         finished.output.prepare(&finished.contract, batch.layout, &slot.staging().lens, batch.padded_len);
+    }
+
+    /// Counts what came of looking at a row again, and says it where it is an alarm.
+    pub fn looked(&self, finished: &FinishedBatch, outcome: Outcome) {
+        if outcome == Outcome::NotLooked {
+            return;
+        }
+        let batch = &finished.batch;
+        self.telemetry.model(batch.model).looked_again(outcome == Outcome::Equal);
+        if let Outcome::Apart { row, output, element, together, alone } = outcome {
+            let (model, id) = (&finished.contract.name, batch.id);
+            let output = &finished.contract.outputs[output].name;
+            let (rows, cells) = (batch.rows, batch.cells_real);
+            tracing::error!(
+                %model, batch = id, row, %output, element, together, alone, layout = batch.layout.name(), rows, cells,
+                "a row was answered otherwise in its batch than alone: one caller's data may be in another's answer"
+            );
+        }
     }
 
     /// Sends a batch that has run to the shards of its members. Nobody else may hold `shared`.

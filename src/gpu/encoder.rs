@@ -236,6 +236,10 @@ impl<D: Driver> Encoder<D> {
         Ok(Encoder { form, parameters, arena, bounds, graphs: BTreeMap::new() })
     }
 
+    pub fn form(&self) -> &Form {
+        &self.form
+    }
+
     pub fn bounds(&self) -> Bounds {
         self.bounds
     }

@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::common::process::Child;
-use crate::common::{Ask, Event, Numbers, Server, control, floats_of, models_directory};
+use crate::common::{Ask, Event, Numbers, Server, control, floats_of, models_directory, wait_until};
 
 const HIDDEN: usize = 64;
 const INNER: usize = 96;
@@ -268,6 +268,27 @@ fn a_padded_policy_is_obeyed_by_rows_and_ignored_by_the_device() {
     let (status, body) = control(server.control, "PATCH", "/v1/models/small/policy", "", body);
     assert_eq!(status, 200, "{body}");
     assert_near(&answers(&server, "small", &texts), &expected);
+    assert_eq!(device.violations(), [""; 0]);
+}
+
+/// N12 on a device: rows are run again alone; a device that computes wrongly is noticed.
+#[test]
+fn the_canary_looks_at_rows_of_a_device() {
+    let texts = texts(15, 300);
+    let device = SimDevice::new(9);
+    let server = server(&device, &["executor.canary_every=10"]);
+    let looked = |outcome: &str| server.metric("ferry_canary_rows_total", &["model=\"small\"", outcome]);
+    answers(&server, "small", &texts);
+    wait_until("some rows were looked at", || {
+        answers(&server, "small", &texts[..20]);
+        looked("outcome=\"equal\"") > 5.0
+    });
+    assert_eq!(looked("outcome=\"apart\""), 0.0);
+    device.set_faults(Faults { spoils: true, ..Faults::default() });
+    wait_until("a wrong row is noticed", || {
+        answers(&server, "small", &texts[..50]);
+        looked("outcome=\"apart\"") > 0.0
+    });
     assert_eq!(device.violations(), [""; 0]);
 }
 
