@@ -8,3 +8,5 @@
 //! Elsewhere: drivers (device), the kernels themselves (the folder kernels/), the CPU's kernels (src/kernels).
 
 pub mod launch;
+pub mod ops;
+pub mod reference;
