@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """An encoder of all-MiniLM-L6-v2's or BERT-base's shape with seeded random weights: to measure speed where the real ones are not.
 
-    tools/random_encoder.py FOLDER minilm|base          makes FOLDER/random_minilm or FOLDER/random_base
+    tools/random_encoder.py FOLDER minilm|base [PRECISION]     makes FOLDER/random_minilm or FOLDER/random_base
 
 Needs nothing beyond Python. Its embeddings mean nothing; its arithmetic is that of the real one.
 """
@@ -17,7 +17,7 @@ SHAPES = {
     "minilm": {"layers": 6, "hidden": 384, "heads": 12, "intermediate": 1536},
     "base": {"layers": 12, "hidden": 768, "heads": 12, "intermediate": 3072},
 }
-VOCAB, POSITIONS, TOKENS_MAX = 30522, 512, 256
+VOCAB, POSITIONS, TOKENS_MAX = 30522, 512, 512
 
 MANIFEST = """# Random weights in the shape of {name}, to measure with. Made by tools/random_encoder.py.
 architecture = "bert"
@@ -61,6 +61,7 @@ layer_norm_eps = 1e-12
 activation = "gelu_erf"
 pooling = "mean"
 normalize = true
+precision = "{precision}"
 """
 
 
@@ -115,7 +116,7 @@ def write_weights(path, shape):
 
 
 def main():
-    if len(sys.argv) != 3 or sys.argv[2] not in SHAPES:
+    if len(sys.argv) not in (3, 4) or sys.argv[2] not in SHAPES:
         print(__doc__, file=sys.stderr)
         sys.exit(2)
     name = sys.argv[2]
@@ -123,7 +124,8 @@ def main():
     folder = os.path.join(sys.argv[1], f"random_{name}")
     os.makedirs(os.path.join(folder, "1"), exist_ok=True)
     write_weights(os.path.join(folder, "1", "weights.safetensors"), shape)
-    limits = {"rows_max": 256, "cells_max": '"auto"'}
+    precision = sys.argv[3] if len(sys.argv) == 4 else "f32"
+    limits = {"rows_max": 256, "cells_max": '"auto"', "precision": precision}
     values = {"name": name, "tokens_max": TOKENS_MAX, "last_id": VOCAB - 1, "vocab": VOCAB, "positions": POSITIONS}
     with open(os.path.join(folder, "model.toml"), "w", encoding="utf-8") as file:
         file.write(MANIFEST.format(**values, **shape, **limits))
