@@ -40,7 +40,6 @@ fn main() {
         println!("cargo:rustc-cfg=ferry_shims");
     }
     if let Err(message) = build() {
-        eprintln!("{message}");
         println!("cargo:error={message}");
         std::process::exit(1);
     }
