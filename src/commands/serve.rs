@@ -9,7 +9,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
-use ferry::config::{Config, LogFormat};
+use ferry::config::{Config, LogFormat, Place};
 use ferry::server::{self, Ending, StartError, Stopper};
 use ferry::telemetry::log;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -30,7 +30,7 @@ pub struct Args {
     /// Directory where what was learned about batch times is kept [default: nowhere].
     #[arg(long, value_name = "DIR")]
     state: Option<String>,
-    /// Where batches run: cpu, cuda, cuda:0,1 [default: cpu].
+    /// Where batches run: cpu, cuda, cuda:0,1, or auto: on all GPUs, on the CPU where there is none [default: cpu].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Print which threads would run, and end.
@@ -39,8 +39,8 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> ExitCode {
-    let more =
-        [("listen", args.listen), ("control", args.control), ("state", args.state), ("executor.device", args.device)];
+    let device = args.device.map(|device| if device == "auto" { find_device() } else { device });
+    let more = [("listen", args.listen), ("control", args.control), ("state", args.state), ("executor.device", device)];
     let config = match args.config.load(&more) {
         Ok(config) => config,
         Err(errors) => {
@@ -100,6 +100,27 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
+/// All GPUs, or the CPU and why.
+fn find_device() -> String {
+    match gpus() {
+        Ok(numbers) => format!("cuda:{}", numbers.join(",")),
+        Err(problem) => {
+            eprintln!("{problem}; batches run on the CPU");
+            "cpu".to_owned()
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn gpus() -> Result<Vec<String>, String> {
+    Ok(ferry::device::cuda::probe::probe()?.iter().map(|gpu| gpu.ordinal.to_string()).collect())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpus() -> Result<Vec<String>, String> {
+    Err("this binary was built without CUDA".to_owned())
+}
+
 /// A first request for what is served.
 fn how_to_try(server: &server::ServerHandle) -> String {
     let data = server.data_addr;
@@ -131,10 +152,14 @@ fn thread_plan(config: &Config) -> String {
     let threads = &config.threads;
     let pinned = if threads.pin { ", pinned" } else { "" };
     let keeper = usize::from(config.state.is_some());
-    let total = threads.shards + 1 + threads.executors + threads.tokenizers + 3 + keeper;
+    // Each executor of a device has a second thread, which waits for it.
+    let waiting = if config.executor.device == Place::Cpu { 0 } else { threads.executors };
+    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 3 + keeper;
+    let waiting =
+        if waiting > 0 { format!(" and as many that wait for {}", config.executor.device) } else { String::new() };
     let keeper = if keeper > 0 { ", 1 for --state" } else { "" };
     format!(
-        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s), up to {} tokenizer(s), 1 control, 1 signals, 1 main\
+        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 signals, 1 main\
          {keeper}; {total} at most, on {} core(s)\n",
         threads.shards,
         threads.executors,

@@ -1,7 +1,7 @@
 //! The whole server on a simulated device: batches are packed where it reads, computed late and in random order, and it can be lost.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
 
@@ -290,6 +290,29 @@ fn the_canary_looks_at_rows_of_a_device() {
         looked("outcome=\"apart\"") > 0.0
     });
     assert_eq!(device.violations(), [""; 0]);
+}
+
+/// One binary for machines with and without a GPU.
+#[test]
+fn without_a_gpu_auto_says_so_and_serves_on_the_cpu() {
+    let models = models_directory();
+    let mut process = std::process::Command::new(env!("CARGO_BIN_EXE_ferry"))
+        .args(["serve", "--device", "auto", "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", "--models"])
+        .arg(models.path())
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let mut ready = String::new();
+    BufReader::new(process.stdout.as_mut().expect("piped")).read_line(&mut ready).expect("a line");
+    assert!(ready.starts_with("ready "), "{ready}");
+    let pid = nix::unistd::Pid::from_raw(process.id() as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).expect("the process is ours");
+    let output = process.wait_with_output().expect("ends");
+    assert_eq!(output.status.code(), Some(0));
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("batches run on the CPU"), "{text}");
 }
 
 /// The real binary: its exit status tells the supervisor to start another.
