@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::driver::{Driver, Fault, HostUse, Product};
-use super::launch::{Float, Memory, Span};
+use super::launch::{Float, Memory, Span, Table};
 use super::ops::{AddNorm, Attention, BiasAct, Bounds, DenseRows, EmbedNorm, PoolRows};
 use super::reference;
 pub use super::reference::{Activation, Pool};
@@ -370,8 +370,9 @@ impl<D: Driver> Encoder<D> {
         tokens: usize,
         budget_bytes: usize,
     ) -> Result<usize, Fault> {
+        put_one_token(driver, buffers)?;
         let (free_before, _) = driver.memory_info()?;
-        for bucket in buckets(tokens.min(self.bounds.tokens)) {
+        for (at, bucket) in buckets(tokens.min(self.bounds.tokens)).into_iter().enumerate() {
             let (free, _) = driver.memory_info()?;
             if free_before.saturating_sub(free) > budget_bytes {
                 tracing::warn!(bucket, budget_bytes, "graphs have used up their memory; larger batches are launched");
@@ -379,6 +380,11 @@ impl<D: Driver> Encoder<D> {
             }
             let batch =
                 Bounds { rows: self.bounds.rows.min(bucket), tokens: bucket, longest: self.bounds.longest.min(bucket) };
+            // Code is loaded at its first use, which must not be in a capture. A simulated device loads none, and is slow.
+            if at == 0 || !driver.is_simulated() {
+                self.ask(driver, buffers, batch)?;
+                driver.synchronize()?;
+            }
             match driver.capture(&mut |driver| self.ask(driver, buffers, batch))? {
                 Some(graph) => drop(self.graphs.insert((buffers.index, bucket), graph)),
                 None => break,
@@ -386,6 +392,20 @@ impl<D: Driver> Encoder<D> {
         }
         Ok(self.graphs.len())
     }
+}
+
+/// Makes the slot hold a batch that can be computed: one row of the token 0.
+fn put_one_token<D: Driver>(driver: &mut D, buffers: &Buffers<D>) -> Result<(), Fault> {
+    let all = buffers.inputs.iter().chain([&buffers.table]);
+    let mut host = driver.host_memory(all.map(Memory::bytes).max().unwrap_or(0), HostUse::Upload)?;
+    for memory in &buffers.inputs {
+        driver.upload(&*host, 0, Span::of(memory))?;
+    }
+    driver.synchronize()?;
+    let table: &mut [i32] = bytemuck::cast_slice_mut(host.words_mut());
+    Table::write(&[1], &mut table[..Table::len(1)]);
+    driver.upload(&*host, 0, Span::of(&buffers.table))?;
+    driver.synchronize()
 }
 
 /// Bytes that parameters take on a device.

@@ -210,11 +210,6 @@ impl<D: Driver, T> Complete<D, T> {
         self.buffers.computed.since(&self.buffers.started)
     }
 
-    /// From the end of the copy up to the end of the copy back.
-    pub fn done_in(&self) -> Result<Duration, Fault> {
-        self.buffers.done.since(&self.buffers.started)
-    }
-
     pub fn vacate(self) -> (Vacant<D>, T) {
         (Vacant(self.buffers), self.held)
     }
