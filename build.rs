@@ -27,17 +27,12 @@ const OPTIONS: [&str; 4] = ["-fatbin", "-std=c++17", "-O3", "-lineinfo"];
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
-    println!("cargo:rustc-check-cfg=cfg(ferry_shims)");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
     }
     println!("cargo:rerun-if-changed=kernels");
     for variable in ["FERRY_KERNELS", "FERRY_NVCC", "CUDA_HOME"] {
         println!("cargo:rerun-if-env-changed={variable}");
-    }
-    // Linked with tools/cuda-shims.py's stand-ins: they can tell which libraries were found.
-    if home().is_some_and(|home| home.join("lib/shims.of").exists()) {
-        println!("cargo:rustc-cfg=ferry_shims");
     }
     if let Err(message) = build() {
         println!("cargo:error={message}");

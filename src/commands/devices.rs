@@ -47,8 +47,8 @@ struct Cuda {
     kernels_missing: bool,
     gpus: Vec<Gpu>,
     problem: Option<String>,
-    /// CUDA's libraries, and where they were found.
-    libraries: Vec<(&'static str, Option<String>)>,
+    /// CUDA's libraries, and whether they can be loaded.
+    libraries: Vec<(&'static str, bool)>,
 }
 
 struct Gpu {
@@ -166,7 +166,7 @@ fn cuda() -> Cuda {
         Ok(gpus) => (gpus.into_iter().map(describe).collect(), None),
         Err(sentence) => (Vec::new(), Some(sentence)),
     };
-    let libraries = probe::libraries().into_iter().map(|library| (library.name, library.path)).collect();
+    let libraries = probe::libraries().into_iter().map(|library| (library.name, library.found)).collect();
     Cuda { built: true, kernels_missing: modules::KERNELS_MISSING, gpus, problem, libraries }
 }
 
@@ -192,7 +192,7 @@ fn document(cpu: &Cpu, cuda: &Cuda) -> serde_json::Value {
         })
         .collect();
     let libraries: Vec<serde_json::Value> =
-        cuda.libraries.iter().map(|(name, path)| json!({ "name": name, "path": path })).collect();
+        cuda.libraries.iter().map(|(name, found)| json!({ "name": name, "found": found })).collect();
     json!({
         "cpu": { "cores": cpu.cores, "instruction_sets": cpu.instruction_sets, "vnni": cpu.vnni },
         "cuda": {
@@ -229,8 +229,8 @@ fn text(cpu: &Cpu, cuda: &Cuda) -> String {
     }
     // A machine without a driver has one problem, not five.
     if !cuda.gpus.is_empty() {
-        for (name, path) in &cuda.libraries {
-            text += &format!("        {name}: {}\n", path.as_deref().unwrap_or("not found"));
+        for (name, _) in cuda.libraries.iter().filter(|(_, found)| !found) {
+            text += &format!("        {name} was not found: name its folder in LD_LIBRARY_PATH\n");
         }
     }
     text

@@ -6,8 +6,8 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaStream, result, sys};
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaStream, result, sys};
+use cudarc::nvrtc::Ptx;
 
 use super::memory::{CudaEvent, CudaHost, CudaMemory};
 use super::products::Products;
@@ -36,6 +36,11 @@ impl Gpu {
         };
         if modules::KERNELS_MISSING {
             return Err(Fault::Refused("this binary was built without kernels (FERRY_KERNELS=skip), for lints".into()));
+        }
+        if !probe::products_are_there() {
+            return Err(Fault::Refused(
+                "cuBLASLt of CUDA 13 (libcublasLt.so.13) was not found; name its folder in LD_LIBRARY_PATH".into(),
+            ));
         }
         if info.capability < (8, 0) {
             let (major, minor) = info.capability;

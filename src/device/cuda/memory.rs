@@ -10,8 +10,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use candle_core::cuda_backend::cudarc::driver::{self, CudaContext, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice};
-use candle_core::cuda_backend::cudarc::driver::{result, sys};
+use cudarc::driver::{self, CudaContext, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice};
+use cudarc::driver::{result, sys};
 
 use super::fault;
 use crate::gpu::driver::{Event, Fault, HostMemory, HostUse};

@@ -16,8 +16,8 @@ mod products;
 pub use driver::{CudaDriver, Gpu};
 pub use memory::{CudaEvent, CudaMemory};
 
-use candle_core::cuda_backend::cudarc::driver::DriverError;
-use candle_core::cuda_backend::cudarc::driver::sys::CUresult;
+use cudarc::driver::DriverError;
+use cudarc::driver::sys::CUresult;
 
 use crate::gpu::driver::Fault;
 

@@ -5,8 +5,8 @@
 
 #![allow(unsafe_code)]
 
-use candle_core::cuda_backend::cudarc::driver::result::{self, DriverError, device};
-use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
+use cudarc::driver::result::{self, DriverError, device};
+use cudarc::driver::sys::{self, CUdevice_attribute, CUresult};
 
 /// A GPU as its driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,10 @@ pub struct GpuInfo {
 
 /// All GPUs that this process may use: at least one, or why there is none.
 pub fn probe() -> Result<Vec<GpuInfo>, String> {
+    // cudarc panics where it calls what it cannot load.
+    if !driver_is_there() {
+        return Err("no GPU: the CUDA driver library libcuda.so.1 was not found".to_owned());
+    }
     result::init().map_err(no_gpu)?;
     let driver_version = driver_version().map_err(no_gpu)?;
     let count = device::get_count().map_err(no_gpu)?;
@@ -69,8 +73,7 @@ fn no_gpu(error: DriverError) -> String {
         Err(_) => String::new(),
     };
     match error.0 {
-        // What our stand-ins return, and NVIDIA's own: no driver does.
-        CUresult::CUDA_ERROR_STUB_LIBRARY => "no GPU: the CUDA driver library libcuda.so.1 was not found".to_owned(),
+        CUresult::CUDA_ERROR_STUB_LIBRARY => "no GPU: libcuda.so.1 is a stub that NVIDIA has for linking".to_owned(),
         CUresult::CUDA_ERROR_NO_DEVICE => format!("no GPU: the CUDA driver finds no device{hidden}"),
         CUresult::CUDA_ERROR_INVALID_DEVICE => format!("no GPU: the CUDA driver refuses the devices asked for{hidden}"),
         _ => format!("no GPU: the CUDA driver does not start: {}{hidden}", named(error)),
@@ -88,42 +91,31 @@ fn named(error: DriverError) -> String {
     }
 }
 
-/// A shared library of CUDA, and where it was found.
+/// The CUDA driver can be loaded.
+fn driver_is_there() -> bool {
+    // SAFETY: loading a library runs its initialisers; NVIDIA's may be run by any thread at any time.
+    unsafe { sys::is_culib_present() }
+}
+
+/// cuBLASLt can be loaded.
+pub fn products_are_there() -> bool {
+    // SAFETY: as above.
+    unsafe { cudarc::cublaslt::sys::is_culib_present() }
+}
+
+/// A shared library of CUDA that this program loads, and whether it can be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Library {
     pub name: &'static str,
-    pub path: Option<String>,
+    pub found: bool,
 }
 
-/// CUDA's libraries that this program calls, looked for now. Empty where it was not linked with the stand-ins
-/// (tools/cuda-shims.py): then it started, so they are all there.
-#[cfg(ferry_shims)]
-pub fn libraries() -> Vec<Library> {
-    use std::ffi::{CStr, c_char};
-    // SAFETY: tools/cuda-shims.py defines each so; they take nothing, may be called at any time by any thread, and return null or a
-    // text that lasts as long as the process.
-    unsafe extern "C" {
-        safe fn ferry_shim_cuda() -> *const c_char;
-        safe fn ferry_shim_cublas() -> *const c_char;
-        safe fn ferry_shim_cublasLt() -> *const c_char;
-        safe fn ferry_shim_curand() -> *const c_char;
-    }
-    let library = |name, path: *const c_char| Library {
-        name,
-        // SAFETY: null, or a text that ends with a zero and is never freed: see above.
-        path: (!path.is_null()).then(|| unsafe { CStr::from_ptr(path) }.to_string_lossy().into_owned()),
-    };
-    vec![
-        library("libcuda.so.1", ferry_shim_cuda()),
-        library("libcublas.so.13", ferry_shim_cublas()),
-        library("libcublasLt.so.13", ferry_shim_cublasLt()),
-        library("libcurand.so.10", ferry_shim_curand()),
+/// Looked for now, as the loader does: LD_LIBRARY_PATH and the system's folders.
+pub fn libraries() -> [Library; 2] {
+    [
+        Library { name: "libcuda.so.1", found: driver_is_there() },
+        Library { name: "libcublasLt.so.13", found: products_are_there() },
     ]
-}
-
-#[cfg(not(ferry_shims))]
-pub fn libraries() -> Vec<Library> {
-    Vec::new()
 }
 
 #[cfg(test)]
@@ -139,8 +131,8 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_library_is_named() {
+    fn a_driver_that_is_none_is_told() {
         let sentence = no_gpu(DriverError(CUresult::CUDA_ERROR_STUB_LIBRARY));
-        assert_eq!(sentence, "no GPU: the CUDA driver library libcuda.so.1 was not found");
+        assert_eq!(sentence, "no GPU: libcuda.so.1 is a stub that NVIDIA has for linking");
     }
 }

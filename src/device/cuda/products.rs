@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::cublaslt::result::{self, CublasError};
-use candle_core::cuda_backend::cudarc::cublaslt::sys;
-use candle_core::cuda_backend::cudarc::driver::CudaStream;
+use cudarc::cublaslt::result::{self, CublasError};
+use cudarc::cublaslt::sys;
+use cudarc::driver::CudaStream;
 
 use super::memory::CudaMemory;
 use crate::gpu::driver::{Fault, Product};
