@@ -356,7 +356,10 @@ impl<D: Driver> DeviceWorker<D> {
         if !(fits && in_place) {
             return Some(self.run_in_pieces(slot, readback));
         }
-        let vacant = self.take_vacant()?;
+        let vacant = match self.take_vacant() {
+            Ok(vacant) => vacant,
+            Err(fault) => return Some(self.end(slot, readback, Err(refuse(&fault)), clock::now(), Duration::ZERO)),
+        };
         let asked_at = clock::now();
         let watched = self.watch_row(&slot, &readback);
         let held = Whole { slot, finished: readback };
@@ -457,14 +460,17 @@ impl<D: Driver> DeviceWorker<D> {
         }
     }
 
-    /// A slot that the device is done with: waits for one.
-    fn take_vacant(&mut self) -> Option<Vacant<D>> {
+    /// A slot that the device is done with: waits for one. Slots of a lost device do not come back.
+    fn take_vacant(&mut self) -> Result<Vacant<D>, Fault> {
         if self.vacant.is_empty() {
             self.answers.telemetry.executor(self.answers.index).waited_for_slot();
         }
         loop {
+            if let Some(fault) = &self.lost {
+                return Err(fault.clone());
+            }
             if let Some(vacant) = self.vacant.pop() {
-                return Some(vacant);
+                return Ok(vacant);
             }
             match self.landed.recv() {
                 Ok(landed) => self.land(landed),
@@ -540,7 +546,7 @@ impl<D: Driver> DeviceWorker<D> {
     ) -> Result<Duration, Fault> {
         self.answers.telemetry.executor(self.answers.index).ran_piece();
         // All slots are free or will be: those in flight do not wait for this one.
-        let vacant = self.take_vacant().expect("waits until there is one");
+        let vacant = self.take_vacant()?;
         let mut piece = self.piece.take().expect("put back below");
         piece.lens.clear();
         piece.lens.extend_from_slice(&view.lens[rows.clone()]);

@@ -176,8 +176,20 @@ fn out_of_memory_in_the_middle_costs_no_answer() {
 /// F60, in the small: not ready within a batch, every request is answered, no result afterwards, another process is asked for.
 #[test]
 fn a_lost_device_fails_closed() {
-    let device = SimDevice::new(5);
+    lose(5, &[]);
+    // Batches of one row: all slots are in flight, and more wait for one, when it happens.
+    lose(6, &["rows_max"]);
+    lose(7, &["rows_max"]);
+}
+
+fn lose(seed: u64, one: &[&str]) {
+    let device = SimDevice::new(seed);
     let server = server(&device, &[]);
+    for knob in one {
+        let body = format!(r#"{{"set":{{"{knob}":1}}}}"#);
+        let (status, said) = control(server.control, "PATCH", "/v1/models/small/policy", "", &body);
+        assert_eq!(status, 200, "{said}");
+    }
     let mut raw = server.connect();
     let handle = raw.handle("small");
     raw.round(&row(handle, &[1, 2, 3])).expect_result();
