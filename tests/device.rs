@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ferry::device::sim::{Faults, SimDevice, SimDriver};
-use ferry::gpu::driver::{Driver, Fault, HostMemory, HostUse};
+use ferry::gpu::driver::{Fault, HostMemory};
 use ferry::gpu::encoder::{self, Dense, Encoder, Form, Layer, Norm, Parameters};
 use ferry::gpu::launch::Float;
 use ferry::gpu::ops::Bounds;
-use ferry::gpu::reference::{Activation, Pool};
-use ferry::gpu::slot::{Capacity, Failed, Held, InFlight, Vacant};
+use ferry::gpu::reference::{self, Activation, Pool};
+use ferry::gpu::slot::{Capacity, Failed, Held, HostBatch, InFlight, Vacant};
 use ferry::kernels::encoder as cpu;
 use ferry::kernels::linear::{Packed, Then};
 use ferry::kernels::product::Product;
@@ -152,8 +152,7 @@ impl Rows {
     }
 
     fn bounds(&self) -> Bounds {
-        let longest = self.lens.iter().copied().max().unwrap_or(0) as usize;
-        Bounds { rows: self.lens.len(), tokens: self.ids.len(), longest }
+        Bounds::of(&self.lens)
     }
 
     fn answers(&self, encoder: &cpu::Encoder) -> Vec<f32> {
@@ -165,52 +164,42 @@ impl Rows {
     }
 }
 
-/// A batch in host memory of the device.
+/// A batch in host memory of the device, with what it was made of.
 struct Batch {
     rows: Rows,
-    inputs: Vec<Box<dyn HostMemory>>,
-    output: Box<dyn HostMemory>,
-    output_bytes: usize,
+    host: HostBatch,
 }
 
 impl Held for Batch {
     fn lens(&self) -> &[u32] {
-        &self.rows.lens
+        self.host.lens()
     }
 
     fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
-        Some((&**self.inputs.get(index)?, 0..self.rows.ids.len() * 4))
+        self.host.input(index)
     }
 
     fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
-        (index == 0).then_some((&mut *self.output, 0..self.output_bytes))
+        self.host.output(index)
     }
 }
 
 impl Batch {
     fn new(driver: &SimDriver, capacity: &Capacity) -> Result<Batch, Fault> {
-        let input = |bytes: &usize| driver.host_memory(*bytes, HostUse::Upload);
-        Ok(Batch {
-            rows: Rows::default(),
-            inputs: capacity.inputs.iter().map(input).collect::<Result<_, _>>()?,
-            output: driver.host_memory(capacity.outputs[0], HostUse::Readback)?,
-            output_bytes: 0,
-        })
+        Ok(Batch { rows: Rows::default(), host: HostBatch::new(driver, capacity)? })
     }
 
     fn put(&mut self, rows: Rows, outputs: usize) {
-        let ids: &mut [u32] = bytemuck::cast_slice_mut(self.inputs[0].words_mut());
-        ids[..rows.ids.len()].copy_from_slice(&rows.ids);
+        self.host.begin(rows.lens.iter().copied(), outputs * 4);
+        self.host.input_mut(0, rows.ids.len() * 4).copy_from_slice(bytemuck::cast_slice(&rows.ids));
         if let Some(said) = &rows.segments {
-            let segments: &mut [u32] = bytemuck::cast_slice_mut(self.inputs[1].words_mut());
-            segments[..said.len()].copy_from_slice(said);
+            self.host.input_mut(1, said.len() * 4).copy_from_slice(bytemuck::cast_slice(said));
         }
-        self.output_bytes = rows.lens.len() * outputs * 4;
         self.rows = rows;
     }
 
     fn answers(&self) -> Vec<f32> {
-        bytemuck::cast_slice::<u64, f32>(self.output.words())[..self.output_bytes / 4].to_vec()
+        reference::decode(Float::F32, self.host.answers())
     }
 }
 

@@ -7,7 +7,6 @@
 //!
 //! Elsewhere: how the references are checked (tests/kernels.rs, tests/device.rs), the command (commands/devices.rs).
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,14 +15,14 @@ use rand::{Rng, SeedableRng};
 
 use super::sim::SimDevice;
 use crate::clock;
-use crate::gpu::driver::{Driver, Event, Fault, HostMemory, HostUse, Product, Queue};
+use crate::gpu::driver::{Driver, Event, Fault, HostUse, Product, Queue};
 use crate::gpu::encoder::{self, Activation, Dense, Encoder, Form, Layer, Norm, Parameters, Pool};
 use crate::gpu::launch::{Float, Memory, Span, Table};
 use crate::gpu::ops::{
     AddNorm, Attention, BiasAct, Bounds, DenseRows, EmbedNorm, Gather, MaskedSoftmax, PoolRows, Unpack,
 };
 use crate::gpu::reference;
-use crate::gpu::slot::{Capacity, Held, InFlight, Vacant};
+use crate::gpu::slot::{Capacity, HostBatch, InFlight, Vacant};
 
 /// How much is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -412,64 +411,25 @@ fn random_encoder(float: Float, hidden: usize, layers: usize, longest: usize) ->
     (form, Parameters { words, places, segments: None, norm, layers, head: Vec::new() })
 }
 
-/// A batch in memory of the device.
-struct Batch {
-    lens: Vec<u32>,
-    tokens: usize,
-    input: Box<dyn HostMemory>,
-    output: Box<dyn HostMemory>,
-    output_bytes: usize,
-}
-
-impl Held for Batch {
-    fn lens(&self) -> &[u32] {
-        &self.lens
-    }
-
-    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
-        (index == 0).then_some((&*self.input, 0..self.tokens * 4))
-    }
-
-    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
-        (index == 0).then_some((&mut *self.output, 0..self.output_bytes))
-    }
-}
-
-impl Batch {
-    fn new<D: Driver>(driver: &D, capacity: &Capacity) -> Result<Batch, Fault> {
-        Ok(Batch {
-            lens: Vec::new(),
-            tokens: 0,
-            input: driver.host_memory(capacity.inputs[0], HostUse::Upload)?,
-            output: driver.host_memory(capacity.outputs[0], HostUse::Readback)?,
-            output_bytes: 0,
-        })
-    }
-
-    fn fill(&mut self, random: &mut StdRng, bounds: Bounds, outputs: usize) {
-        self.lens.clear();
-        self.tokens = 0;
-        for _ in 0..random.random_range(1..=bounds.rows) {
-            let len = random.random_range(1..=bounds.longest);
-            if self.tokens + len > bounds.tokens {
-                break;
-            }
-            self.lens.push(len as u32);
-            self.tokens += len;
+/// Random rows within the bounds.
+fn fill(batch: &mut HostBatch, random: &mut StdRng, bounds: Bounds, outputs: usize) {
+    let mut lens = Vec::new();
+    let mut tokens = 0;
+    for _ in 0..random.random_range(1..=bounds.rows) {
+        let len = random.random_range(1..=bounds.longest);
+        if tokens + len > bounds.tokens {
+            break;
         }
-        let ids: &mut [u32] = bytemuck::cast_slice_mut(self.input.words_mut());
-        ids[..self.tokens].iter_mut().for_each(|id| *id = random.random_range(0..VOCAB as u32));
-        self.output_bytes = self.lens.len() * outputs * 4;
+        lens.push(len as u32);
+        tokens += len;
     }
+    batch.begin(lens, outputs * 4);
+    let ids: Vec<u32> = (0..tokens).map(|_| random.random_range(0..VOCAB as u32)).collect();
+    batch.input_mut(0, tokens * 4).copy_from_slice(bytemuck::cast_slice(&ids));
+}
 
-    fn bounds(&self) -> Bounds {
-        let longest = self.lens.iter().copied().max().unwrap_or(0) as usize;
-        Bounds { rows: self.lens.len(), tokens: self.tokens, longest }
-    }
-
-    fn answers(&self) -> Vec<f32> {
-        bytemuck::cast_slice::<u64, f32>(self.output.words())[..self.output_bytes / 4].to_vec()
-    }
+fn floats_of(batch: &HostBatch) -> Vec<f32> {
+    reference::decode(Float::F32, batch.answers())
 }
 
 fn capacity(form: &Form, bounds: Bounds) -> Capacity {
@@ -495,15 +455,15 @@ fn answers<D: Driver>(
     if captured && encoder.capture(driver, vacant.buffers(), bounds.tokens, usize::MAX)? == 0 {
         return Err(Fault::Refused("nothing was captured".into()));
     }
-    let mut batch = Batch::new(driver, &capacity)?;
+    let mut batch = HostBatch::new(driver, &capacity)?;
     let mut random = StdRng::seed_from_u64(9);
     let mut all = Vec::new();
     for _ in 0..if options.small { 2 } else { 6 } {
-        batch.fill(&mut random, bounds, form.outputs());
+        fill(&mut batch, &mut random, bounds, form.outputs());
         let of_batch = batch.bounds();
         let asked = vacant.fill(batch).submit(driver, |driver, buffers| encoder.compute(driver, buffers, of_batch));
         (vacant, batch) = asked.and_then(InFlight::wait).map_err(|failed| failed.fault)?.vacate();
-        all.extend(batch.answers());
+        all.extend(floats_of(&batch));
     }
     Ok(all)
 }
@@ -545,7 +505,7 @@ fn slots<D: Driver>(make: &dyn Fn() -> Result<D, Fault>, options: Options) -> Re
     let encoder = Encoder::new(&driver, form.clone(), parameters, bounds)?;
     let capacity = capacity(&form, bounds);
     let mut vacant: Vec<Vacant<D>> = (0..3).map(|at| Vacant::new(&driver, at, &capacity)).collect::<Result<_, _>>()?;
-    let mut memory: Vec<Batch> = (0..3).map(|_| Batch::new(&driver, &capacity)).collect::<Result<_, _>>()?;
+    let mut memory: Vec<HostBatch> = (0..3).map(|_| HostBatch::new(&driver, &capacity)).collect::<Result<_, _>>()?;
     let mut alone: Vec<Option<Vec<f32>>> = vec![None; KINDS];
     let mut flights = std::collections::VecDeque::new();
     let rounds = if options.small { 30 } else { 100_000 };
@@ -554,9 +514,9 @@ fn slots<D: Driver>(make: &dyn Fn() -> Result<D, Fault>, options: Options) -> Re
         // One after the other until every kind is known.
         let depth = if round < KINDS { 0 } else { 2 };
         while flights.len() > depth || (round >= rounds && !flights.is_empty()) {
-            let (kind, flight): (usize, InFlight<D, Batch>) = flights.pop_front().expect("just counted");
+            let (kind, flight): (usize, InFlight<D, HostBatch>) = flights.pop_front().expect("just counted");
             let (slot, batch) = flight.wait().map_err(|failed| failed.fault)?.vacate();
-            let answers = batch.answers();
+            let answers = floats_of(&batch);
             match &alone[kind] {
                 Some(known) if *known != answers => {
                     return Err(Fault::Refused(format!(
@@ -579,7 +539,7 @@ fn slots<D: Driver>(make: &dyn Fn() -> Result<D, Fault>, options: Options) -> Re
         }
         let kind = round % KINDS;
         let (slot, mut batch) = (vacant.remove(0), memory.remove(0));
-        batch.fill(&mut StdRng::seed_from_u64(kind as u64), bounds, form.outputs());
+        fill(&mut batch, &mut StdRng::seed_from_u64(kind as u64), bounds, form.outputs());
         let of_batch = batch.bounds();
         let asked = slot.fill(batch).submit(&mut driver, |driver, buffers| encoder.compute(driver, buffers, of_batch));
         flights.push_back((kind, asked.map_err(|failed| failed.fault)?));
@@ -608,10 +568,11 @@ fn lost<D: Driver>(make: &dyn Fn() -> Result<D, Fault>) -> Result<String, Fault>
     let encoder = Encoder::new(&driver, form.clone(), parameters, bounds)?;
     let capacity = capacity(&form, bounds);
     let vacant = Vacant::new(&driver, 0, &capacity)?;
-    let mut batch = Batch::new(&driver, &capacity)?;
-    batch.fill(&mut StdRng::seed_from_u64(1), bounds, form.outputs());
-    bytemuck::cast_slice_mut::<u64, u32>(batch.input.words_mut()).fill(u32::MAX / 2);
+    let mut batch = HostBatch::new(&driver, &capacity)?;
+    fill(&mut batch, &mut StdRng::seed_from_u64(1), bounds, form.outputs());
     let of_batch = batch.bounds();
+    // Half of the largest number, so that a product of 32 bits with it would be far away as well.
+    batch.input_mut(0, of_batch.tokens * 4).fill(0x7f);
     let asked = vacant.fill(batch).submit(&mut driver, |driver, buffers| encoder.compute(driver, buffers, of_batch));
     let told = match asked.and_then(InFlight::wait) {
         Ok(_) => return Err(Fault::Refused("a batch of ids outside of the table was answered".into())),

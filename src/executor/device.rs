@@ -29,7 +29,7 @@ use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
 use crate::gpu::encoder::{self, Encoder, Form, Parameters};
 use crate::gpu::launch::Float;
 use crate::gpu::ops::Bounds;
-use crate::gpu::slot::{Capacity, Complete, Failed, Held, InFlight, Vacant};
+use crate::gpu::slot::{Capacity, Complete, Failed, Held, HostBatch, InFlight, Vacant};
 use crate::mail::{Finished, FinishedBatch, ToBatcher};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::SealedBatch;
@@ -108,7 +108,7 @@ pub struct DeviceWorker<D: Driver> {
     vacant: Vec<Vacant<D>>,
     readbacks: Vec<Arc<FinishedBatch>>,
     /// For pieces.
-    piece: Option<Piece>,
+    piece: Option<HostBatch>,
     canary: Canary,
     /// A row that the canary has kept is in flight.
     watching: bool,
@@ -172,29 +172,6 @@ impl Held for Whole {
     }
 }
 
-/// Some rows of a batch, copied to memory of the executor's own.
-struct Piece {
-    lens: Vec<u32>,
-    inputs: Vec<Box<dyn HostMemory>>,
-    outputs: Vec<Box<dyn HostMemory>>,
-    used: Vec<usize>,
-    answer_bytes: usize,
-}
-
-impl Held for Piece {
-    fn lens(&self) -> &[u32] {
-        &self.lens
-    }
-
-    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
-        Some((&**self.inputs.get(index)?, 0..*self.used.get(index)?))
-    }
-
-    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
-        Some((&mut **self.outputs.get_mut(index)?, 0..self.answer_bytes))
-    }
-}
-
 /// An executor, made: both halves, and the slots for the batcher to fill.
 pub struct Made<D: Driver> {
     pub worker: DeviceWorker<D>,
@@ -242,14 +219,7 @@ pub fn make<D: Driver>(
             slots.push(VacantSlot::new(Staging { inputs, ..Staging::default() }));
         }
     }
-    let host = |bytes: &usize, usage| driver.host_memory(*bytes, usage);
-    let piece = Piece {
-        lens: Vec::with_capacity(capacity.rows),
-        inputs: capacity.inputs.iter().map(|bytes| host(bytes, HostUse::Upload)).collect::<Result<_, _>>()?,
-        outputs: capacity.outputs.iter().map(|bytes| host(bytes, HostUse::Readback)).collect::<Result<_, _>>()?,
-        used: Vec::new(),
-        answer_bytes: 0,
-    };
+    let piece = HostBatch::new(&driver, &capacity)?;
     let completion = Completion {
         answers: answers.clone(),
         alarm: Arc::clone(&alarm),
@@ -347,7 +317,7 @@ impl<D: Driver> DeviceWorker<D> {
             return Some(self.end(slot, readback, Err(refuse(&fault)), clock::now(), Duration::ZERO));
         }
         let staging = slot.staging();
-        let batch = batch_bounds(&staging.lens);
+        let batch = Bounds::of(&staging.lens);
         let fits = batch.rows <= bounds.rows && batch.tokens <= bounds.tokens;
         let inputs = finished.contract.inputs.len();
         let in_place = slot.batch.layout == Layout::Packed
@@ -548,22 +518,19 @@ impl<D: Driver> DeviceWorker<D> {
         // All slots are free or will be: those in flight do not wait for this one.
         let vacant = self.take_vacant()?;
         let mut piece = self.piece.take().expect("put back below");
-        piece.lens.clear();
-        piece.lens.extend_from_slice(&view.lens[rows.clone()]);
-        piece.used.clear();
-        for index in 0..view.inputs.len() {
-            let to: &mut [u8] = bytemuck::cast_slice_mut(piece.inputs[index].words_mut());
-            let mut at = 0;
+        let row_bytes = view.contract.outputs[0].row_bytes(1);
+        piece.begin(view.lens[rows.clone()].iter().copied(), row_bytes);
+        for (index, spec) in view.contract.inputs.iter().enumerate() {
+            let bytes = view.lens[rows.clone()].iter().map(|len| spec.row_bytes(*len)).sum();
+            let mut to = piece.input_mut(index, bytes);
             for row in rows.clone() {
                 let bytes = view.row::<u8>(index, row);
-                to[at..at + bytes.len()].copy_from_slice(bytes);
-                at += bytes.len();
+                let (place, rest) = to.split_at_mut(bytes.len());
+                place.copy_from_slice(bytes);
+                to = rest;
             }
-            piece.used.push(at);
         }
-        let row_bytes = view.contract.outputs[0].row_bytes(1);
-        piece.answer_bytes = rows.len() * row_bytes;
-        let batch = batch_bounds(&piece.lens);
+        let batch = piece.bounds();
         let encoder = self.encoders[model.index()].as_ref().expect("it has a program");
         let compute = |driver: &mut D, buffers: &_| encoder.compute(driver, buffers, batch);
         let landed = vacant.fill(piece).submit(&mut self.driver, compute).and_then(InFlight::wait);
@@ -571,9 +538,8 @@ impl<D: Driver> DeviceWorker<D> {
             Ok(complete) => {
                 let took = complete.computed_in();
                 let (vacant, piece) = complete.vacate();
-                let answers: &[u8] = bytemuck::cast_slice(piece.outputs[0].words());
-                let at = rows.start * row_bytes;
-                out.outputs[0].bytes_mut()[at..at + piece.answer_bytes].copy_from_slice(&answers[..piece.answer_bytes]);
+                let (at, answers) = (rows.start * row_bytes, piece.answers());
+                out.outputs[0].bytes_mut()[at..at + answers.len()].copy_from_slice(answers);
                 self.vacant.push(vacant);
                 self.piece = Some(piece);
                 took
@@ -655,14 +621,6 @@ impl<D: Driver> DeviceWorker<D> {
 
 /// How often a thread that waits for shards to let go of readback memory looks again.
 const READBACK_LOOK: Duration = Duration::from_micros(50);
-
-fn batch_bounds(lens: &[u32]) -> Bounds {
-    Bounds {
-        rows: lens.len(),
-        tokens: lens.iter().map(|len| *len as usize).sum(),
-        longest: lens.iter().copied().max().unwrap_or(0) as usize,
-    }
-}
 
 /// The most rows from the first on within these bounds; at least one.
 fn rows_that_fit(lens: &[u32], most: Bounds) -> usize {

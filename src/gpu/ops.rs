@@ -54,6 +54,17 @@ pub struct Bounds {
     pub longest: usize,
 }
 
+impl Bounds {
+    /// Of a batch of rows of these lengths, exactly.
+    pub fn of(lens: &[u32]) -> Bounds {
+        Bounds {
+            rows: lens.len(),
+            tokens: lens.iter().map(|len| *len as usize).sum(),
+            longest: lens.iter().copied().max().unwrap_or(0) as usize,
+        }
+    }
+}
+
 /// Threads of a block, where nothing else decides. As `__launch_bounds__` of the kernels has it.
 const BLOCK: u32 = 128;
 /// Threads that move in step.

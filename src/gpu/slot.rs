@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use super::driver::{Driver, Event, Fault, HostMemory, HostUse, Queue};
 use super::launch::{Span, Table};
+use super::ops::Bounds;
 
 /// What a batch brings in host memory, and where it wants its answers.
 pub trait Held: Send {
@@ -38,6 +39,66 @@ pub struct Capacity {
     /// Bytes of each input, of each output, at most.
     pub inputs: Vec<usize>,
     pub outputs: Vec<usize>,
+}
+
+/// A batch in host memory of its own, for whoever has no other that a device can reach. One output.
+#[derive(Debug)]
+pub struct HostBatch {
+    lens: Vec<u32>,
+    inputs: Vec<Box<dyn HostMemory>>,
+    /// Bytes of each input.
+    used: Vec<usize>,
+    output: Box<dyn HostMemory>,
+    answer_bytes: usize,
+}
+
+impl HostBatch {
+    pub fn new<D: Driver>(driver: &D, capacity: &Capacity) -> Result<HostBatch, Fault> {
+        let input = |bytes: &usize| driver.host_memory(*bytes, HostUse::Upload);
+        Ok(HostBatch {
+            lens: Vec::with_capacity(capacity.rows),
+            inputs: capacity.inputs.iter().map(input).collect::<Result<_, _>>()?,
+            used: vec![0; capacity.inputs.len()],
+            output: driver.host_memory(capacity.outputs[0], HostUse::Readback)?,
+            answer_bytes: 0,
+        })
+    }
+
+    /// Begins anew: rows of these lengths, with answers of `row_bytes` each. Inputs are empty until they are written.
+    pub fn begin(&mut self, lens: impl IntoIterator<Item = u32>, row_bytes: usize) {
+        self.lens.clear();
+        self.lens.extend(lens);
+        self.used.fill(0);
+        self.answer_bytes = self.lens.len() * row_bytes;
+    }
+
+    /// The first bytes of an input, to be written.
+    pub fn input_mut(&mut self, index: usize, bytes: usize) -> &mut [u8] {
+        self.used[index] = bytes;
+        &mut bytemuck::cast_slice_mut(self.inputs[index].words_mut())[..bytes]
+    }
+
+    pub fn bounds(&self) -> Bounds {
+        Bounds::of(&self.lens)
+    }
+
+    pub fn answers(&self) -> &[u8] {
+        &bytemuck::cast_slice(self.output.words())[..self.answer_bytes]
+    }
+}
+
+impl Held for HostBatch {
+    fn lens(&self) -> &[u32] {
+        &self.lens
+    }
+
+    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
+        Some((&**self.inputs.get(index)?, 0..self.used[index]))
+    }
+
+    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
+        (index == 0).then_some((&mut *self.output, 0..self.answer_bytes))
+    }
 }
 
 /// The memory of one slot on the device, with its events.

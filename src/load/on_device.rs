@@ -6,7 +6,6 @@
 //! - The clock runs from the first batch to the last answer; memory, graphs and plans of products are made before.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,11 +16,11 @@ use super::payload::Inputs;
 use crate::clock;
 use crate::contract::Contract;
 use crate::executor::model::LoadedModel;
-use crate::gpu::driver::{Driver, Event, Fault, HostMemory, HostUse, Product, Queue};
+use crate::gpu::driver::{Driver, Event, Fault, HostUse, Product, Queue};
 use crate::gpu::encoder::{self, Encoder};
 use crate::gpu::launch::{Float, Span};
 use crate::gpu::ops::Bounds;
-use crate::gpu::slot::{Capacity, Held, InFlight, Vacant};
+use crate::gpu::slot::{Capacity, HostBatch, InFlight, Vacant};
 use crate::vocab::Layout;
 
 /// What a device did, beside what every run reports.
@@ -43,49 +42,19 @@ pub struct DeviceReport {
     pub lone_p50_us: f64,
 }
 
-struct Batch {
-    lens: Vec<u32>,
-    inputs: Vec<Box<dyn HostMemory>>,
-    tokens: usize,
-    output: Box<dyn HostMemory>,
-    output_bytes: usize,
-}
-
-impl Held for Batch {
-    fn lens(&self) -> &[u32] {
-        &self.lens
-    }
-
-    fn input(&self, index: usize) -> Option<(&dyn HostMemory, Range<usize>)> {
-        Some((&**self.inputs.get(index)?, 0..self.tokens * 4))
-    }
-
-    fn output(&mut self, index: usize) -> Option<(&mut dyn HostMemory, Range<usize>)> {
-        (index == 0).then_some((&mut *self.output, 0..self.output_bytes))
-    }
-}
-
-impl Batch {
-    fn pack(&mut self, contract: &Contract, inputs: &Inputs, lens: &[u32], batch: &Planned) {
-        self.lens.clear();
-        self.lens.extend(batch.requests.iter().map(|request| lens[*request as usize]));
-        for (index, (spec, memory)) in contract.inputs.iter().zip(&mut self.inputs).enumerate() {
-            let to: &mut [u8] = bytemuck::cast_slice_mut(memory.words_mut());
-            let mut at = 0;
-            for (request, len) in batch.requests.iter().zip(&self.lens) {
-                let payload = inputs.payload(inputs.of_request(u64::from(*request)));
-                let (offset, bytes) = (contract.input_offset(index, 1, *len), spec.row_bytes(*len));
-                to[at..at + bytes].copy_from_slice(&payload[offset..offset + bytes]);
-                at += bytes;
-            }
+/// Packs the rows of a planned batch end to end.
+fn pack(to: &mut HostBatch, contract: &Contract, inputs: &Inputs, lens: &[u32], batch: &Planned) {
+    let lens = || batch.requests.iter().map(|request| lens[*request as usize]);
+    to.begin(lens(), contract.outputs[0].row_bytes(1));
+    for (index, spec) in contract.inputs.iter().enumerate() {
+        let mut place = to.input_mut(index, lens().map(|len| spec.row_bytes(len)).sum());
+        for (request, len) in batch.requests.iter().zip(lens()) {
+            let payload = inputs.payload(inputs.of_request(u64::from(*request)));
+            let (offset, bytes) = (contract.input_offset(index, 1, len), spec.row_bytes(len));
+            let (row, rest) = place.split_at_mut(bytes);
+            row.copy_from_slice(&payload[offset..offset + bytes]);
+            place = rest;
         }
-        self.tokens = self.lens.iter().sum::<u32>() as usize;
-        self.output_bytes = self.lens.len() * contract.outputs[0].row_bytes(1);
-    }
-
-    fn bounds(&self) -> Bounds {
-        let longest = self.lens.iter().copied().max().unwrap_or(0) as usize;
-        Bounds { rows: self.lens.len(), tokens: self.tokens, longest }
     }
 }
 
@@ -94,7 +63,7 @@ struct Runner<'a, D: Driver> {
     driver: &'a mut D,
     encoder: Encoder<D>,
     vacant: Vec<Vacant<D>>,
-    memory: Vec<Batch>,
+    memory: Vec<HostBatch>,
     contract: &'a Contract,
     inputs: &'a Inputs,
     lens: &'a [u32],
@@ -103,7 +72,7 @@ struct Runner<'a, D: Driver> {
 impl<D: Driver> Runner<'_, D> {
     /// Runs batches, as many at once as there are slots. Says how long the device computed.
     fn run(&mut self, batches: &[Planned], done: &dyn Fn(usize)) -> Result<Duration, Fault> {
-        let mut flights: VecDeque<InFlight<D, Batch>> = VecDeque::new();
+        let mut flights: VecDeque<InFlight<D, HostBatch>> = VecDeque::new();
         let mut computed = Duration::ZERO;
         let mut landed = 0;
         let mut batches = batches.iter();
@@ -122,7 +91,7 @@ impl<D: Driver> Runner<'_, D> {
             };
             let (vacant, mut memory) =
                 (self.vacant.pop().expect("just looked"), self.memory.pop().expect("one for each slot"));
-            memory.pack(self.contract, self.inputs, self.lens, batch);
+            pack(&mut memory, self.contract, self.inputs, self.lens, batch);
             let (bounds, encoder) = (memory.bounds(), &self.encoder);
             let asked =
                 vacant.fill(memory).submit(self.driver, |driver, buffers| encoder.compute(driver, buffers, bounds));
@@ -173,14 +142,7 @@ pub fn run<D: Driver>(
             encoder.capture(&mut driver, slot.buffers(), encoder::GRAPH_TOKENS_MAX, share).map_err(failed)?;
         }
         vacant.push(slot);
-        let host = |bytes: &usize| driver.host_memory(*bytes, HostUse::Upload);
-        memory.push(Batch {
-            lens: Vec::new(),
-            inputs: capacity.inputs.iter().map(host).collect::<Result<_, _>>().map_err(failed)?,
-            tokens: 0,
-            output: driver.host_memory(capacity.outputs[0], HostUse::Readback).map_err(failed)?,
-            output_bytes: 0,
-        });
+        memory.push(HostBatch::new(&driver, &capacity).map_err(failed)?);
     }
     let (name, graphs) = (driver.name(), encoder.graphs());
     let mut runner = Runner { driver: &mut driver, encoder, vacant, memory, contract, inputs, lens: &lens };
