@@ -408,7 +408,7 @@ fn metrics_are_openmetrics_text_whose_sums_are_the_counts() {
     telemetry.shard(1).refused(None, Code::NotFound);
     telemetry.shard(1).goaway(Code::ProtocolError);
     for reason in SealReason::ALL {
-        telemetry.model(ECHO).batch_sealed(reason, 3, 8, 30, 40);
+        telemetry.model(ECHO).batch_sealed(reason, 3, 8, 10, 30, 40);
     }
     telemetry.model(ECHO).queue_delay(Duration::from_micros(7));
     telemetry.model(ECHO).service_time(Duration::from_millis(2));

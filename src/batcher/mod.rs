@@ -360,7 +360,9 @@ impl<O: Outlet> Batcher<O> {
         let vacant = self.vacant[usize::from(batch.executor)].pop();
         let mut slot = vacant.expect("the scheduler gives an executor no more batches than it has slots");
         let metrics = self.telemetry.model(batch.model);
-        metrics.batch_sealed(batch.reason, batch.rows, batch.rows_possible, batch.cells_real, batch.cells_padded());
+        let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|request| request.len);
+        let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
+        metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, batch.cells_real, batch.cells_padded());
         let form = &self.forms[batch.model.index()];
         {
             let (held, scheduler) = (&self.held, &self.scheduler);

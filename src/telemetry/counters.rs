@@ -179,6 +179,8 @@ pub struct ModelMetrics {
     pub(super) rows: Count,
     pub(super) rows_possible: Count,
     pub(super) cells_real: Count,
+    /// By [`PADDINGS`].
+    pub(super) padding: [Count; PADDINGS.len()],
     pub(super) cells_padded: Count,
     pub(super) batch_rows: Histogram,
     pub(super) batch_cells: Histogram,
@@ -205,6 +207,7 @@ impl ModelMetrics {
             rows: Count::default(),
             rows_possible: Count::default(),
             cells_real: Count::default(),
+            padding: Default::default(),
             cells_padded: Count::default(),
             batch_rows: Histogram::counts(),
             batch_cells: Histogram::counts(),
@@ -225,8 +228,16 @@ impl ModelMetrics {
     }
 
     /// A batch was closed. `cells_padded` is everything that is launched (rows × padded length), `cells_real` the
-    /// part of it that callers sent: padding waste is `1 - cells_real / cells_padded`.
-    pub fn batch_sealed(&self, reason: SealReason, rows: u32, rows_possible: u32, cells_real: u64, cells_padded: u64) {
+    /// part of it that callers sent: padding waste is `1 - cells_real / cells_padded`. `longest`: of its longest row.
+    pub fn batch_sealed(
+        &self,
+        reason: SealReason,
+        rows: u32,
+        rows_possible: u32,
+        longest: u32,
+        cells_real: u64,
+        cells_padded: u64,
+    ) {
         if rows == 0 {
             return; // an empty poll is no batch, and would drag every mean down
         }
@@ -236,6 +247,10 @@ impl ModelMetrics {
         self.rows_possible.add(rows_possible.into());
         self.cells_real.add(cells_real);
         self.cells_padded.add(cells_padded);
+        // Padded to the longest row, and from there to its bucket. Rows end to end are padded to neither.
+        let to_longest = (u64::from(rows) * u64::from(longest)).clamp(cells_real.min(cells_padded), cells_padded);
+        self.padding[0].add(to_longest - cells_real.min(cells_padded));
+        self.padding[1].add(cells_padded - to_longest);
         self.batch_rows.observe(rows.into());
         self.batch_cells.observe(cells_padded);
         let padding = cells_padded.saturating_sub(cells_real).saturating_mul(1000);
@@ -291,6 +306,9 @@ impl ModelMetrics {
         self.batches.iter().map(Count::get).sum()
     }
 }
+
+/// Why cells are padding: a row is shorter than the longest of its batch, or the batch than its bucket.
+pub const PADDINGS: [&str; 2] = ["longest_row", "bucket"];
 
 /// What an executor of a device waits for, beside batches.
 pub const DEVICE_WAITS: [&str; 2] = ["slot", "readback"];
@@ -377,19 +395,21 @@ mod tests {
     #[test]
     fn an_empty_batch_is_not_recorded() {
         let metrics = ModelMetrics::new();
-        metrics.batch_sealed(SealReason::Idle, 0, 8, 0, 0);
+        metrics.batch_sealed(SealReason::Idle, 0, 8, 0, 0, 0);
         assert_eq!((metrics.batches_total(), metrics.batch_rows.count(), metrics.rows_possible.get()), (0, 0, 0));
     }
 
     #[test]
     fn batch_histograms_and_counters_tell_the_same() {
         let metrics = ModelMetrics::new();
-        metrics.batch_sealed(SealReason::Full, 8, 8, 60, 80);
-        metrics.batch_sealed(SealReason::Idle, 1, 8, 5, 10);
+        metrics.batch_sealed(SealReason::Full, 8, 8, 9, 60, 80);
+        metrics.batch_sealed(SealReason::Idle, 1, 8, 5, 5, 10);
         assert_eq!(metrics.batches_total(), 2);
         assert_eq!(metrics.batch_rows.count(), 2);
         assert_eq!(metrics.batch_rows.snapshot().sum, metrics.rows.get() as f64);
         assert_eq!(metrics.batch_cells.snapshot().sum, metrics.cells_padded.get() as f64);
         assert_eq!(metrics.batch_padding.snapshot().sum, 0.25 + 0.5);
+        // 72 - 60 cells to the longest row, 80 - 72 and 10 - 5 to the bucket.
+        assert_eq!((metrics.padding[0].get(), metrics.padding[1].get()), (12, 13));
     }
 }

@@ -14,7 +14,7 @@ use prometheus_client::metrics::MetricType;
 
 use super::counters::Count;
 use super::histogram::Histogram;
-use super::{CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, ShardMetrics, Telemetry};
+use super::{CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics, Telemetry};
 use crate::clock;
 use crate::vocab::{Code, SealReason};
 
@@ -263,6 +263,19 @@ impl Telemetry {
         page.histogram(self, "ferry_batch_cells", "Cells launched by a batch, padding included", |m| &m.batch_cells)?;
         let name = "ferry_batch_cells_real";
         page.by_model(self, name, "Cells that callers sent", counter(), |_, m| m.cells_real.get())?;
+        let help = "Cells that are padding, by cause";
+        page.open("ferry_batch_cells_padding", help, MetricType::Counter, &mut |mut metric| {
+            for (place, model) in self.models.iter().enumerate() {
+                for (cause, cells) in PADDINGS.iter().zip(&model.padding) {
+                    // Of "other" only where there is something.
+                    if place < self.labels.len() || cells.get() > 0 {
+                        let labels = [("model", self.model_name(place)), ("cause", *cause)];
+                        metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&cells.get(), None)?;
+                    }
+                }
+            }
+            Ok(())
+        })?;
         page.histogram(self, "ferry_batch_padding_ratio", "Padding cells per cell of a batch", |m| &m.batch_padding)?;
         page.histogram(self, "ferry_queue_delay_seconds", "Admitted to sealed, per request", |m| &m.queue_delay)?;
         page.histogram(self, "ferry_service_time_seconds", "Submitted to read back, per batch", |m| &m.service_time)?;

@@ -24,6 +24,7 @@
 //! | `ferry_batch_rows_possible_total` | counter | model | rows that sealed batches had place for |
 //! | `ferry_batch_cells` | histogram | model | cells launched by a batch, padding included |
 //! | `ferry_batch_cells_real_total` | counter | model | cells that callers sent |
+//! | `ferry_batch_cells_padding_total` | counter | model, cause | cells that are padding, to the batch's longest row or from there to its bucket; with those that callers sent, all that was launched |
 //! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
 //! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
 //! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
@@ -61,7 +62,7 @@ mod export;
 mod histogram;
 pub mod log;
 
-pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, ShardMetrics};
+pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics};
 
 use std::sync::{Arc, OnceLock};
 
@@ -216,7 +217,8 @@ impl Telemetry {
         for (place, model) in self.models.iter().enumerate() {
             let (batches, counted) = (model.batches_total(), model.batch_rows.count());
             let (real, padded) = (model.cells_real.get(), model.cells_padded.get());
-            if batches != counted || real > padded || model.rows.get() > model.rows_possible.get() {
+            let padding: u64 = model.padding.iter().map(counters::Count::get).sum();
+            if batches != counted || real + padding != padded || model.rows.get() > model.rows_possible.get() {
                 return Err(format!(
                     "model {}: {batches} batches ({counted} in the histogram) with {} rows of {} possible and {real} \
                      real of {padded} cells do not add up",
@@ -315,7 +317,7 @@ mod tests {
     #[test]
     fn a_batch_with_more_real_cells_than_cells_is_found() {
         let telemetry = telemetry();
-        telemetry.model(MODEL).batch_sealed(SealReason::Full, 1, 1, 11, 10);
+        telemetry.model(MODEL).batch_sealed(SealReason::Full, 1, 1, 10, 11, 10);
         assert!(telemetry.audit().is_err());
     }
 
@@ -337,7 +339,7 @@ mod tests {
         telemetry.shard(0).accepted(MODEL, 3);
         telemetry.shard(1).accepted(MODEL, 2);
         telemetry.shard(0).finished(MODEL, Code::Ok, 3);
-        telemetry.model(MODEL).batch_sealed(SealReason::Full, 3, 4, 30, 48);
+        telemetry.model(MODEL).batch_sealed(SealReason::Full, 3, 4, 12, 30, 48);
         telemetry.executor(0).busy(Duration::from_micros(1500));
         let stats = telemetry.stats_json();
         assert_eq!(stats["accepted"], 5);
