@@ -39,6 +39,13 @@ pub struct Args {
 }
 
 pub fn run(args: Args) -> ExitCode {
+    // Before anything is said, or it would be said twice.
+    if !args.threads
+        && let Err(error) = run_each_model_on_one_thread()
+    {
+        eprintln!("cannot start again with RAYON_NUM_THREADS=1: {error}");
+        return ExitCode::from(EXIT_FAILED);
+    }
     let device = args.device.map(|device| if device == "auto" { find_device() } else { device });
     let more = [("listen", args.listen), ("control", args.control), ("state", args.state), ("executor.device", device)];
     let config = match args.config.load(&more) {
@@ -51,10 +58,6 @@ pub fn run(args: Args) -> ExitCode {
     if args.threads {
         eprint!("{}", thread_plan(&config));
         return ExitCode::SUCCESS;
-    }
-    if let Err(error) = run_each_model_on_one_thread() {
-        eprintln!("cannot start again with RAYON_NUM_THREADS=1: {error}");
-        return ExitCode::from(EXIT_FAILED);
     }
     if let Err(message) = log::init(config.log.format == LogFormat::Json, &config.log.level) {
         eprintln!("{message}");

@@ -324,7 +324,7 @@ fn without_a_gpu_auto_says_so_and_serves_on_the_cpu() {
     let output = process.wait_with_output().expect("ends");
     assert_eq!(output.status.code(), Some(0));
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(text.contains("batches run on the CPU"), "{text}");
+    assert_eq!(text.matches("batches run on the CPU").count(), 1, "{text}");
 }
 
 /// The real binary: its exit status tells the supervisor to start another.
