@@ -11,8 +11,8 @@
 //! 2. The request crosses a [`mailbox`] to the [`batcher`] (text goes through [`tokenizers`] first). The [`scheduler`]
 //!    admits it or refuses it.
 //! 3. It waits in the lane of its bucket until the batch is sealed: full, idle executor, out of time, or draining.
-//! 4. The batcher packs the rows into a batch, and an [`executor`] runs the model ([`models`]; encoders by [`kernels`] and, for one
-//!    instruction, [`device`]) on it.
+//! 4. The batcher packs the rows into a batch, and an [`executor`] runs the model ([`models`]; encoders by [`kernels`], or on a [`device`]
+//!    as [`gpu`] says) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
 //! Beside the path: [`config`], [`telemetry`], [`control`], [`learned`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
