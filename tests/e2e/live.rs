@@ -52,7 +52,10 @@ fn a_policy_is_shown_changed_and_remembered() {
     assert_eq!(changes.len(), 1, "{history}");
     assert_eq!((&changes[0]["by"], &changes[0]["changes"]), (&json!("operator"), &expected));
     assert!(changes[0]["at_unix_ms"].as_u64().expect("a time") > 1_600_000_000_000);
-    assert_eq!(server.metric("ferry_policy_generation", &["model=\"queued\""]), 2.0);
+    // Said once a turn, which may come after the answers.
+    wait_until("the generation is on the metrics page", || {
+        server.metric("ferry_policy_generation", &["model=\"queued\""]) == 2.0
+    });
 }
 
 #[test]
