@@ -1031,15 +1031,33 @@ mod against_a_plain_model {
 
         /// Whether a lane may be sealed for an idle executor, by the promises alone.
         fn is_due(&self, model: ModelHandle, len: u32) -> bool {
+            let presses = |deadline| self.latest_start(model, deadline) <= self.now;
+            self.has_waited(model, len) || self.soonest(model, |w| w.bucket_len == len).is_some_and(presses)
+        }
+
+        /// The same without deadlines.
+        fn has_waited(&self, model: ModelHandle, len: u32) -> bool {
             let policy = &self.policies[model.index()];
-            let mut lane = self.of(model).filter(|w| w.arrival.compose.is_none() && w.bucket_len == len).peekable();
-            let Some(oldest) = lane.peek() else { return false };
-            let oldest = oldest.admitted_at;
+            let mut lane = self.of(model).filter(|w| w.arrival.compose.is_none() && w.bucket_len == len);
+            let Some(oldest) = lane.next() else { return false };
             self.draining
                 || policy.window().is_zero()
-                || oldest + policy.window() <= self.now
+                || oldest.admitted_at + policy.window() <= self.now
                 || self.rows_for(model, len) >= self.rows_possible(model, len)
-                || lane.any(|w| w.deadline.is_some_and(|deadline| self.latest_start(model, deadline) <= self.now))
+        }
+
+        fn soonest(&self, model: ModelHandle, of: impl Fn(&Waiting) -> bool) -> Option<Moment> {
+            let lanes = self.of(model).filter(|w| w.arrival.compose.is_none() && of(w));
+            lanes.filter_map(|w| w.deadline).min()
+        }
+
+        /// Whether a lane must not be overtaken: it has waited, or the soonest deadline of its model is in it and presses. A
+        /// later one that presses too gets the next batch.
+        fn comes_first(&self, model: ModelHandle, len: u32) -> bool {
+            let others = self.soonest(model, |w| w.bucket_len != len);
+            let mine = self.soonest(model, |w| w.bucket_len == len).filter(|mine| others.is_none_or(|at| *mine < at));
+            let presses = mine.is_some_and(|mine| self.latest_start(model, mine) <= self.now);
+            self.has_waited(model, len) || presses
         }
 
         fn is_complete(&self, waiting: &Waiting) -> bool {
@@ -1101,7 +1119,7 @@ mod against_a_plain_model {
                     let full =
                         self.rows_for(theirs, waiting.bucket_len) >= self.rows_possible(theirs, waiting.bucket_len);
                     let sealable =
-                        if vacancy == Vacancy::Idle { self.is_due(theirs, waiting.bucket_len) } else { full };
+                        if vacancy == Vacancy::Idle { self.comes_first(theirs, waiting.bucket_len) } else { full };
                     // The lane is sealable, so its oldest, and with it each of its tickets, must not be older.
                     assert!(
                         !same_kind || !sealable || oldest <= Some(waiting.admitted_at),
