@@ -16,7 +16,7 @@ use ferry::client::{Client, ClientError, ClientOptions, Pending, Request};
 use ferry::vocab::{Code, Executed, ModelHandle, Refusal, Retry, Stage};
 use ferry::wire::Kind;
 use ferry::wire::encoder::{Head, append_bare, append_frame};
-use ferry::wire::message::{Credit, HelloAck, InferResult};
+use ferry::wire::message::{Credit, HelloAck, InferResult, Item};
 use scripted::bare_server::{self, BareOptions, echo_contract};
 use scripted::{Seen, scripted};
 
@@ -420,6 +420,34 @@ fn a_damaged_result_is_lost_alone() {
     let client = connect(addr);
     let error = client.infer(&echo(&[1])).expect_err("damaged");
     assert_eq!((error.code(), error.executed()), (Some(Code::ChecksumMismatch), Executed::Yes));
+    assert_eq!(data(client.submit(&echo(&[2])).expect("the connection goes on")), [2]);
+    server.join().expect("the script ran through");
+}
+
+/// The request goes on to its one end, and that says what was lost.
+#[test]
+fn a_damaged_item_fails_its_request_alone_and_once() {
+    let (addr, server) = scripted(|mut peer| {
+        peer.open(8);
+        let infer = peer.expect(Kind::Infer);
+        let result = InferResult { outputs: infer.infer().inputs, ..InferResult::default() };
+        let mut out = Vec::new();
+        let head = Head { kind: Kind::Item, model: ModelHandle(0), request_id: infer.id };
+        append_frame(&mut out, head, &Item { at_row: 0, result }, &infer.payload).expect("small");
+        *out.last_mut().expect("a payload") ^= 1;
+        peer.stream.write_all(&out).expect("the client reads");
+        peer.send(Kind::Item, infer.id, &Item { at_row: 1, result }, &infer.payload);
+        peer.send(Kind::Result, infer.id, &InferResult::default(), &[]);
+        let infer = peer.expect(Kind::Infer);
+        peer.answer(&infer);
+    });
+    let client = connect(addr);
+    let mut items = client.infer_items(&echo(&[1])).expect("is sent");
+    assert_eq!(items.next().expect("the second item").expect("came whole").at_row, 1);
+    let error = items.next().expect("an end").expect_err("rows were lost");
+    assert_eq!((error.code(), error.executed()), (Some(Code::ChecksumMismatch), Executed::Yes));
+    assert!(items.next().is_none());
+    assert_eq!(client.window().requests, 0);
     assert_eq!(data(client.submit(&echo(&[2])).expect("the connection goes on")), [2]);
     server.join().expect("the script ran through");
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ferry::config::file::Value;
 use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memory_total, setting};
-use ferry::config::{Config, LogFormat, Machine};
+use ferry::config::{Config, LogFormat, Machine, Place};
 use proptest::prelude::*;
 
 const MACHINE: Machine = Machine { cores: 8, nofile: 20_000 };
@@ -349,4 +349,29 @@ fn the_thread_plan_is_printed_without_starting_anything() {
     let (status, out, err) = ferry(&["serve", "--threads", "--set", "threads.shards=3"]);
     assert_eq!((status, out.as_str()), (Some(0), ""));
     assert!(err.contains("3 shard(s)"), "{err}");
+}
+
+/// Where batches run, as it is written; and what a device changes of what was not.
+#[test]
+fn a_device_is_named_and_brings_defaults_of_its_own() {
+    for (text, place) in [
+        ("cpu", Place::Cpu),
+        ("cuda", Place::Cuda(vec![0])),
+        ("cuda:3", Place::Cuda(vec![3])),
+        ("cuda:0,2", Place::Cuda(vec![0, 2])),
+        ("sim:7", Place::Sim { seed: 7, lost_after: None }),
+        ("sim:7:500", Place::Sim { seed: 7, lost_after: Some(500) }),
+    ] {
+        assert_eq!(Place::parse(text), Some(place.clone()));
+        assert_eq!(Place::parse(&place.to_string()), Some(place));
+    }
+    for text in ["", "gpu", "cuda:", "cuda:x", "cuda:1,1", "sim", "sim:x", "sim:1:", "cpu:0"] {
+        assert_eq!(Place::parse(text), None, "{text}");
+    }
+    let on = |sets: &[&str]| of_sets(sets).expect("a good configuration");
+    let config = on(&["executor.device=\"cuda:0,1\""]);
+    assert_eq!((config.threads.executors, config.executor.slots), (2, 3));
+    let config = on(&["executor.slots=1", "executor.device=\"cuda\"", "threads.executors=5"]);
+    assert_eq!((config.threads.executors, config.executor.slots), (5, 1));
+    assert!(mistakes(of_sets(&["executor.device=\"gpu\""]))[0].contains("expected \"cpu\""));
 }

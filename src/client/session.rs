@@ -220,8 +220,15 @@ pub enum Event<'a> {
 /// What an id was used for.
 #[derive(Debug)]
 enum Asked {
-    Infer { bytes: u64 },
-    Describe { model: String, version: String },
+    Infer {
+        bytes: u64,
+        /// Some of its rows arrived damaged: it has failed, whatever its end says.
+        damaged: bool,
+    },
+    Describe {
+        model: String,
+        version: String,
+    },
     Models,
     Stats,
     Ping,
@@ -361,7 +368,7 @@ impl Session {
         }
         self.last_id = id;
         self.window.take(bytes);
-        self.in_flight.insert(id, Asked::Infer { bytes });
+        self.in_flight.insert(id, Asked::Infer { bytes, damaged: false });
         Ok(id)
     }
 
@@ -464,28 +471,28 @@ impl Session {
                 return Err(ProtocolError(format!("expected a hello_ack or a goaway, got a frame of kind {kind:?}")));
             }
             (Kind::Result, _) => {
-                self.end_infer(id)?;
-                if frame.payload_is_intact(bytes) {
+                let damaged = self.end_infer(id)?;
+                if !damaged && frame.payload_is_intact(bytes) {
                     on_event(Event::Result { id, result: decode(metadata)?, payload: frame.payload(bytes) });
                 } else {
                     on_event(Event::Refused { id, refusal: damaged_result() });
                 }
             }
             (Kind::Item, _) => {
-                if !matches!(self.in_flight.get(&id), Some(Asked::Infer { .. })) {
+                let Some(Asked::Infer { damaged, .. }) = self.in_flight.get_mut(&id) else {
                     return Err(stray("item", id));
-                }
-                // Rows that are lost cannot be asked for again: the request counts as failed, whatever comes after.
-                match frame.payload_is_intact(bytes) {
-                    true => on_event(Event::Item { id, item: decode(metadata)?, payload: frame.payload(bytes) }),
-                    false => on_event(Event::Refused { id, refusal: damaged_result() }),
+                };
+                if frame.payload_is_intact(bytes) {
+                    on_event(Event::Item { id, item: decode(metadata)?, payload: frame.payload(bytes) });
+                } else {
+                    *damaged = true;
                 }
             }
             (Kind::Error, _) => {
                 let message: ErrorMessage = decode(metadata)?;
                 let refusal = message.to_refusal().map_err(|error| ProtocolError(error.message))?;
                 match self.in_flight.remove(&id) {
-                    Some(Asked::Infer { bytes }) => self.window.give_back(bytes),
+                    Some(Asked::Infer { bytes, .. }) => self.window.give_back(bytes),
                     Some(_) => {}
                     None => return Err(stray("error", id)),
                 }
@@ -518,11 +525,12 @@ impl Session {
         Ok(())
     }
 
-    fn end_infer(&mut self, id: u64) -> Result<(), ProtocolError> {
+    /// Gives a request's credit back, and says whether rows of it were lost before.
+    fn end_infer(&mut self, id: u64) -> Result<bool, ProtocolError> {
         match self.in_flight.remove(&id) {
-            Some(Asked::Infer { bytes }) => {
+            Some(Asked::Infer { bytes, damaged }) => {
                 self.window.give_back(bytes);
-                Ok(())
+                Ok(damaged)
             }
             _ => Err(stray("result", id)),
         }
@@ -564,7 +572,7 @@ impl Session {
         let mut above: Vec<u64> = self.in_flight.keys().copied().filter(|id| *id > goaway.last_accepted_id).collect();
         above.sort_unstable();
         for id in above {
-            if let Some(Asked::Infer { bytes }) = self.in_flight.remove(&id) {
+            if let Some(Asked::Infer { bytes, .. }) = self.in_flight.remove(&id) {
                 self.window.give_back(bytes);
             }
             on_event(Event::NeverExecuted { id });

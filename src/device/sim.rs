@@ -67,7 +67,6 @@ struct World {
     lost: Option<String>,
     violations: Vec<String>,
     allocated: usize,
-    operations: u64,
     /// Freed host memory: late copies still read and write it, and see poison.
     graveyard: Vec<Box<[u64]>>,
 }
@@ -165,7 +164,6 @@ impl SimDevice {
             lost: None,
             violations: Vec::new(),
             allocated: 0,
-            operations: 0,
             graveyard: Vec::new(),
         })))
     }
@@ -186,11 +184,6 @@ impl SimDevice {
     /// What was done that a real device would have done wrong. Empty: nothing.
     pub fn violations(&self) -> Vec<String> {
         self.lock().violations.clone()
-    }
-
-    /// Operations carried out.
-    pub fn operations(&self) -> u64 {
-        self.lock().operations
     }
 
     /// Bytes of device memory that are not freed.
@@ -282,7 +275,6 @@ impl World {
     }
 
     fn carry_out(&mut self, queue: usize, asked: Asked) {
-        self.operations += 1;
         if let Some(left) = &mut self.faults.operation {
             if *left == 0 {
                 self.faults.operation = None;
@@ -483,13 +475,6 @@ impl fmt::Debug for SimEvent {
 }
 
 impl Event for SimEvent {
-    fn is_complete(&self) -> Result<bool, Fault> {
-        let mut world = self.device.lock();
-        world.call()?;
-        let event = &world.events[self.id];
-        Ok(event.passed == event.asked)
-    }
-
     fn wait(&self) -> Result<(), Fault> {
         loop {
             let mut world = self.device.lock();

@@ -10,8 +10,8 @@
 //! - What the device works on is in nobody's hands (gpu/slot.rs). Slots and readback memory are counted: when all are out, the
 //!   executor waits and counts that too; nothing falls back to memory that a device copies slowly.
 //! - A batch that is larger than the memory made for it, or that lies padded, runs in pieces, one after the other.
-//! - When the device is lost, every batch that it had and all that follow are answered `executor_failed`, and the alarm is
-//!   raised once.
+//! - When the device is lost, the alarm is raised, and then every batch that it had and all that follow are answered
+//!   `executor_failed`.
 //!
 //! Elsewhere: what is computed (gpu/encoder.rs), on what (device), models without a program for a device (cpu.rs).
 
@@ -22,7 +22,7 @@ use std::time::Duration;
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
 use super::canary::{self, Canary};
 use super::slot::{FilledSlot, VacantSlot};
-use super::worker::{Answers, Worker, view_of};
+use super::worker::{Answers, Worker, padding, view_of};
 use super::{Failure, slot::Staging};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
@@ -94,7 +94,7 @@ const NO_BATCH: SealedBatch = SealedBatch {
     sealed_at: Moment::ZERO,
 };
 
-/// Raises the alarm that the device is lost. Called once for each executor that notices.
+/// Raises the alarm that the device is lost. Each half of each executor that notices calls it, once.
 pub type Alarm = Arc<dyn Fn(&Fault) + Send + Sync>;
 
 /// The asking half.
@@ -201,7 +201,7 @@ pub fn make<D: Driver>(
         }
     };
     let (flight_sender, flights) = flume::bounded(options.slots);
-    // One for each flight and one for each readback memory would be the most; unbounded would do the same.
+    // Each brings readback memory along, so there are never more on their way.
     let (landed_sender, landed) = flume::bounded(options.slots + SPARE_READBACKS);
     let mut readbacks = Vec::new();
     let mut slots = Vec::new();
@@ -472,10 +472,7 @@ impl<D: Driver> DeviceWorker<D> {
         let result = self.compute_in_pieces(slot.batch.model, view, &mut finished.output);
         let (result, service) = match result {
             Ok(service) => (Ok(()), service),
-            Err(fault) => {
-                self.note(&fault);
-                (Err(refuse(&fault)), Duration::ZERO)
-            }
+            Err(fault) => (Err(refuse(&fault)), Duration::ZERO),
         };
         self.end(slot, readback, result, started_at, service)
     }
@@ -501,7 +498,10 @@ impl<D: Driver> DeviceWorker<D> {
                     row += rows;
                 }
                 Err(Fault::OutOfMemory { .. }) if rows > 1 => share *= 2,
-                Err(fault) => return Err(fault),
+                Err(fault) => {
+                    self.note(&fault);
+                    return Err(fault);
+                }
             }
         }
         Ok(took)
@@ -592,13 +592,7 @@ impl<D: Driver> DeviceWorker<D> {
         let mut times = Vec::with_capacity(shapes.len());
         for (rows, len) in shapes.iter().copied() {
             let lens = vec![len; rows as usize];
-            let mut inputs = Vec::new();
-            for spec in &contract.inputs {
-                let (pad, mut input) = (spec.pad_bytes(), AlignedBytes::default());
-                input.set_len(rows as usize * spec.row_bytes(len));
-                input.bytes_mut().chunks_exact_mut(pad.len()).for_each(|element| element.copy_from_slice(&pad));
-                inputs.push(input);
-            }
+            let inputs = padding(&contract, rows, len);
             let mut output = BatchOutput::default();
             output.prepare(&contract, Layout::Packed, &lens, len);
             let view = BatchView {
@@ -649,12 +643,6 @@ impl<D: Driver> Completion<D> {
         while let Ok(flight) = self.flights.recv() {
             self.complete(flight);
         }
-    }
-
-    /// Waits for the next batch, if one is in flight, and answers it. False: none is.
-    pub fn complete_next(&mut self) -> bool {
-        let flight = self.flights.try_recv();
-        flight.map(|flight| self.complete(flight)).is_ok()
     }
 
     fn complete(&mut self, flight: Flight<D>) {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock;
-use crate::contract::{Contract, NonFinite, first_non_finite};
+use crate::contract::{Contract, NonFinite, TensorSpec, first_non_finite};
 use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
@@ -103,15 +103,8 @@ impl Worker {
     ) -> Result<Vec<Duration>, Refusal> {
         let mut times = Vec::with_capacity(shapes.len());
         let contract = Arc::clone(&self.answers.contracts[model.index()]);
-        let pads: Vec<Vec<u8>> = contract.inputs.iter().map(|spec| spec.pad_bytes()).collect();
         for (rows, len) in shapes.iter().copied() {
-            let mut inputs: Vec<AlignedBytes> = Vec::new();
-            for (spec, pad) in contract.inputs.iter().zip(&pads) {
-                let mut input = AlignedBytes::default();
-                input.set_len(rows as usize * spec.row_bytes(len));
-                input.bytes_mut().chunks_exact_mut(pad.len()).for_each(|element| element.copy_from_slice(pad));
-                inputs.push(input);
-            }
+            let inputs = padding(&contract, rows, len);
             let lens = vec![len; rows as usize];
             let mut output = BatchOutput::default();
             output.prepare(&contract, layout, &lens, len);
@@ -139,6 +132,17 @@ impl Worker {
             self.pool.push(shared);
         }
     }
+}
+
+/// Inputs of so many rows of this length that are nothing but padding.
+pub(super) fn padding(contract: &Contract, rows: u32, len: u32) -> Vec<AlignedBytes> {
+    let input = |spec: &TensorSpec| {
+        let (pad, mut input) = (spec.pad_bytes(), AlignedBytes::default());
+        input.set_len(rows as usize * spec.row_bytes(len));
+        input.bytes_mut().chunks_exact_mut(pad.len()).for_each(|element| element.copy_from_slice(&pad));
+        input
+    };
+    contract.inputs.iter().map(input).collect()
 }
 
 impl Answers {

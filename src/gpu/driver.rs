@@ -78,9 +78,6 @@ pub trait HostMemory: fmt::Debug + Send + Sync {
 
 /// A point in a queue.
 pub trait Event: Send + 'static {
-    /// The queue has passed it.
-    fn is_complete(&self) -> Result<bool, Fault>;
-
     /// Returns when the queue has passed it. The thread sleeps meanwhile.
     fn wait(&self) -> Result<(), Fault>;
 

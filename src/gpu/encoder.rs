@@ -94,11 +94,6 @@ impl Form {
         }
     }
 
-    /// Bytes of an executor's activations for batches of this size.
-    pub fn arena_bytes(&self, rows: usize, tokens: usize) -> usize {
-        self.arena(rows, tokens).iter().sum()
-    }
-
     /// Bytes of each of the activations, in the order of [`Arena`].
     fn arena(&self, rows: usize, tokens: usize) -> [usize; 7] {
         let (t, h) = (tokens * self.float.bytes(), self.hidden);
@@ -406,21 +401,4 @@ fn put_one_token<D: Driver>(driver: &mut D, buffers: &Buffers<D>) -> Result<(), 
     Table::write(&[1], &mut table[..Table::len(1)]);
     driver.upload(&*host, 0, Span::of(&buffers.table))?;
     driver.synchronize()
-}
-
-/// Bytes that parameters take on a device.
-pub fn bytes<M: Memory>(parameters: &Parameters<M>) -> usize {
-    let dense = |dense: &Dense<M>| dense.weight.bytes() + dense.bias.bytes();
-    let norm = |norm: &Norm<M>| norm.weight.bytes() + norm.shift.bytes();
-    let layer = |layer: &Layer<M>| {
-        [&layer.qkv, &layer.attention_out, &layer.inner, &layer.out].into_iter().map(dense).sum::<usize>()
-            + norm(&layer.attention_norm)
-            + norm(&layer.norm)
-    };
-    let tables = parameters.words.bytes() + parameters.places.bytes();
-    tables
-        + parameters.segments.as_ref().map_or(0, Memory::bytes)
-        + norm(&parameters.norm)
-        + parameters.layers.iter().map(layer).sum::<usize>()
-        + parameters.head.iter().map(|(product, _)| dense(product)).sum::<usize>()
 }

@@ -10,7 +10,7 @@
 //! - Host memory of a batch is given to the slot with it and comes back with its completion, or with the fault that ended it.
 //! - Of three slots of an executor, one can be uploaded while the second is computed and the third read back: the queues wait
 //!   for each other's events of one slot only.
-//! - A slot whose completion could not be waited for is never vacant again.
+//! - A slot whose completion could not be waited for is never vacant again, and its fault says that the device is lost.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -194,7 +194,7 @@ impl<D: Driver, T: Held> Filled<D, T> {
                 Ok(()) => Failed { fault, held: self.held, vacant: Some(Vacant(self.buffers)) },
                 Err(worse) => {
                     leak(self.buffers);
-                    Failed { fault: if fault.is_lost() { fault } else { worse }, held: self.held, vacant: None }
+                    Failed { fault: lost(if fault.is_lost() { fault } else { worse }), held: self.held, vacant: None }
                 }
             }),
         }
@@ -229,20 +229,15 @@ impl<D: Driver, T: Held> Filled<D, T> {
 }
 
 impl<D: Driver, T> InFlight<D, T> {
-    /// The answers are there.
-    pub fn is_complete(&self) -> Result<bool, Fault> {
-        self.state.as_ref().map_or(Ok(true), |(buffers, _)| buffers.done.is_complete())
-    }
-
     /// Returns when the answers are there. The thread sleeps meanwhile.
     pub fn wait(mut self) -> Result<Complete<D, T>, Failed<D, T>> {
         let (buffers, held) = self.state.take().expect("taken here and in drop only");
         match buffers.done.wait() {
             Ok(()) => Ok(Complete { buffers, held }),
-            // A device that cannot be waited for is lost, and copies nothing any more; its memory is not given back to it.
+            // It copies nothing any more; its memory is not given back to it.
             Err(fault) => {
                 leak(buffers);
-                Err(Failed { fault, held, vacant: None })
+                Err(Failed { fault: lost(fault), held, vacant: None })
             }
         }
     }
@@ -258,6 +253,11 @@ impl<D: Driver, T> Drop for InFlight<D, T> {
             std::mem::forget(held);
         }
     }
+}
+
+/// A device that cannot be waited for is lost, whatever it calls it: its slots do not come back, and nobody must wait for them.
+fn lost(fault: Fault) -> Fault {
+    if fault.is_lost() { fault } else { Fault::Lost(fault.to_string()) }
 }
 
 /// Freeing what a lost device may know of is worse than losing it: the process ends soon.

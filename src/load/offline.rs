@@ -162,31 +162,49 @@ pub fn run(
     }
     times.sort();
     let (duration, cpu) = times[times.len() / 2];
-    let tokens: u64 = lens.iter().map(|len| u64::from(*len)).sum();
-    let cells: u64 = batches.iter().map(|batch| batch.cells).sum();
     let operations: Option<f64> = lens.iter().map(|len| model.operations(*len)).sum();
-    let (seconds, cpu_s) = (duration.as_secs_f64(), cpu.as_secs_f64());
     Ok(OfflineReport {
-        model: contract.name.clone(),
-        layout: options.layout.name().into(),
-        order: options.order,
-        threads: options.threads,
-        requests: options.requests,
-        batches: batches.len(),
-        rounds: options.rounds,
-        duration_s: seconds,
-        duration_best_s: times[0].0.as_secs_f64(),
-        cpu_s,
-        rows_per_s: options.requests as f64 / seconds,
-        tokens_per_s: tokens as f64 / seconds,
-        tokens_per_cpu_s: tokens as f64 / cpu_s,
-        padding_waste: 1.0 - tokens as f64 / cells.max(1) as f64,
-        batch_rows_mean: options.requests as f64 / batches.len().max(1) as f64,
         page_faults_per_batch: faults as f64 / (options.rounds * batches.len()).max(1) as f64,
-        gflops: operations.map(|operations| operations / cpu_s / 1e9),
+        gflops: operations.map(|operations| operations / cpu.as_secs_f64() / 1e9),
         gemm_gflops_peak: peak,
-        device: None,
+        ..OfflineReport::of(contract, options, &lens, &batches, [duration, times[0].0, cpu])
     })
+}
+
+impl OfflineReport {
+    /// What is said of every run. Of the median round its wall time, of the fastest round that, of the median one CPU time.
+    pub(super) fn of(
+        contract: &Contract,
+        options: &Options,
+        lens: &[u32],
+        batches: &[Planned],
+        [wall, best, cpu]: [Duration; 3],
+    ) -> OfflineReport {
+        let tokens: u64 = lens.iter().map(|len| u64::from(*len)).sum();
+        let cells: u64 = batches.iter().map(|batch| batch.cells).sum();
+        let (seconds, cpu_s) = (wall.as_secs_f64(), cpu.as_secs_f64());
+        OfflineReport {
+            model: contract.name.clone(),
+            layout: options.layout.name().into(),
+            order: options.order,
+            threads: options.threads,
+            requests: options.requests,
+            batches: batches.len(),
+            rounds: options.rounds,
+            duration_s: seconds,
+            duration_best_s: best.as_secs_f64(),
+            cpu_s,
+            rows_per_s: options.requests as f64 / seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            tokens_per_cpu_s: tokens as f64 / cpu_s,
+            padding_waste: 1.0 - tokens as f64 / cells.max(1) as f64,
+            batch_rows_mean: options.requests as f64 / batches.len().max(1) as f64,
+            page_faults_per_batch: 0.0,
+            gflops: None,
+            gemm_gflops_peak: None,
+            device: None,
+        }
+    }
 }
 
 /// What running all batches once took: wall time, and the CPU time and minor page faults of all threads.

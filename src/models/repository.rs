@@ -20,7 +20,7 @@ use std::sync::Arc;
 
 use candle_core::Device;
 
-use super::manifest::{Manifest, ManifestError, Precision, WeightsSpec};
+use super::manifest::{Manifest, ManifestError, Placement, Precision, WeightsSpec};
 use super::weights::{Weights, WeightsError, WeightsFault};
 use super::{bert, digits, echo, faulty, sleep};
 use crate::contract::name_is_valid;
@@ -38,7 +38,7 @@ const MANIFEST_BYTES_MAX: u64 = 1 << 20;
 pub struct LoadOptions {
     /// Where candle's own operations run.
     pub device: Device,
-    /// Load what executors of a device compute, where the architecture has such a program.
+    /// Load what executors of a device compute, of models that have such a program; the others are loaded for the CPU.
     pub for_device: bool,
     /// Largest weights file, compared before anything of it is read.
     pub weight_bytes_max: u64,
@@ -229,11 +229,12 @@ pub fn load(directory: &Path, name: &str, options: &LoadOptions) -> Result<Loade
     if let (Some(precision), Some(params)) = (options.precision, &mut manifest.bert) {
         params.precision = precision;
     }
+    let options = LoadOptions { for_device: options.for_device && runs_on_device(&manifest), ..options.clone() };
     if options.for_device {
         manifest.for_device();
     }
     let folder = directory.join(name).join(&manifest.contract.version);
-    let model = match build(&manifest, &folder, options) {
+    let model = match build(&manifest, &folder, &options) {
         Ok(model) => model,
         Err(error) => match &manifest.weights {
             Some(weights) if weights.optional && matches!(*error.fault, WeightsFault::Missing) => {
@@ -257,6 +258,18 @@ pub fn load(directory: &Path, name: &str, options: &LoadOptions) -> Result<Loade
     let tokenizer = load_tokenizer(&manifest, &folder)
         .map_err(|error| RepositoryError::Tokenizer { name: name.to_owned(), error })?;
     Ok(Loaded::Model(Box::new(ModelEntry { manifest, model, tokenizer: tokenizer.map(Arc::new) })))
+}
+
+/// Whether executors of a device compute this model. Says why not where somebody might expect it.
+fn runs_on_device(manifest: &Manifest) -> bool {
+    let Some(params) = &manifest.bert else { return false };
+    let why = match (manifest.placement, bert::has_program(params)) {
+        (Placement::Inline, _) => "its placement is inline".to_owned(),
+        (Placement::Executor, Err(why)) => why,
+        (Placement::Executor, Ok(())) => return true,
+    };
+    tracing::warn!(model = manifest.contract.name, why, "this model runs on the CPU, and not on the device");
+    false
 }
 
 fn skipped(name: &str, file: &Path, weights: &WeightsSpec) -> Skipped {

@@ -20,14 +20,20 @@ const HIDDEN: usize = 64;
 const INNER: usize = 96;
 
 /// An encoder with heads of 32, which the kernels of devices have, and random weights.
-pub fn write_small(directory: &Path) {
+fn write_small(directory: &Path) {
+    write_encoder(directory, "small", "");
+}
+
+/// With more lines before its tables.
+fn write_encoder(directory: &Path, name: &str, more: &str) {
     let tiny = std::fs::read_to_string(directory.join("tiny_bert/model.toml")).expect("is there");
     let manifest = tiny
         .replace("shape = [32]", "shape = [64]")
         .replace("hidden = 32", "hidden = 64")
         .replace("heads = 4", "heads = 2")
-        .replace("intermediate = 64", "intermediate = 96");
-    let folder = directory.join("small");
+        .replace("intermediate = 64", "intermediate = 96")
+        .replace("version = \"1\"", &format!("version = \"1\"\n{more}"));
+    let folder = directory.join(name);
     std::fs::create_dir_all(folder.join("1")).expect("makes the folder");
     std::fs::write(folder.join("model.toml"), manifest).expect("writes the manifest");
     let mut random = StdRng::seed_from_u64(5);
@@ -135,6 +141,26 @@ fn answers_are_those_of_a_cpu_and_no_byte_is_touched_under_a_copy() {
     assert_eq!(server.ending(), Ending::Drained);
     assert_eq!(device.violations(), [""; 0]);
     assert_eq!(device.allocated(), 0);
+}
+
+/// What the batcher runs itself is not for a device, and neither is what its kernels do not have, or 8 bits.
+#[test]
+fn models_that_a_device_does_not_run_are_on_the_processor_beside_it() {
+    let texts = texts(16, 30);
+    let expected = answers(&on_cpu(), "small", &texts);
+    let models = models_directory();
+    write_encoder(models.path(), "inline", "placement = \"inline\"");
+    write_encoder(models.path(), "small", "");
+    write_encoder(models.path(), "bytes", "");
+    let manifest = models.path().join("bytes/model.toml");
+    let text = std::fs::read_to_string(&manifest).expect("was written");
+    std::fs::write(manifest, text + "precision = \"int8\"\n").expect("is ours");
+    let device = SimDevice::new(10);
+    let hooks = TestHooks { sim: Some(device), ..TestHooks::default() };
+    let server = Server::start_in(models, &["executor.device=\"sim:1\""], hooks);
+    assert_near(&answers(&server, "inline", &texts), &expected);
+    assert_near(&answers(&server, "small", &texts), &expected);
+    assert_eq!(answers(&server, "bytes", &texts)[0].len(), HIDDEN);
 }
 
 #[test]

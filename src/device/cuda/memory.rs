@@ -134,10 +134,6 @@ impl CudaEvent {
 }
 
 impl Event for CudaEvent {
-    fn is_complete(&self) -> Result<bool, Fault> {
-        self.0.try_is_complete().map_err(fault)
-    }
-
     fn wait(&self) -> Result<(), Fault> {
         self.0.synchronize().map_err(fault)
     }

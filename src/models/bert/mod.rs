@@ -71,22 +71,14 @@ impl Bert {
         let longest = batching.bucket_longest() as usize;
         let places = usize::try_from(batching.padded_cells_max).unwrap_or(usize::MAX);
         let places = places.min(batching.rows_max as usize * longest);
-        let form = device_form(params);
-        let half = matches!(params.precision, Precision::F16 | Precision::BF16);
-        if let (true, false, Err(reason)) = (options.for_device, half, &form) {
-            tracing::warn!(
-                model = contract.name,
-                reason,
-                "this model runs on the CPU: the device has no kernels for it"
-            );
-        }
-        let network = if options.for_device && (half || form.is_ok()) {
+        let network = if options.for_device {
+            let form = device_form(params);
             let form = form.map_err(|reason| weights.device_error("encoder", candle_core::Error::Msg(reason)))?;
             let bounds = Bounds { rows: batching.rows_max as usize, tokens: places.max(longest), longest };
             let inputs = contract.inputs.len();
             let program = program(form, checkpoint, bounds, inputs);
             Network::Device(program.map_err(|error| weights.device_error("encoder", error))?)
-        } else if half {
+        } else if matches!(params.precision, Precision::F16 | Precision::BF16) {
             let error = candle_core::Error::Msg("f16 and bf16 are computed on a GPU only".to_owned());
             return Err(weights.device_error("[model] precision", error));
         } else if device.is_cpu() {
@@ -179,6 +171,11 @@ fn pack(params: &BertParams, checkpoint: Checkpoint) -> candle_core::Result<Enco
         normalize: params.normalize,
         head: head.collect::<Result<_, _>>()?,
     })
+}
+
+/// Whether the kernels of devices compute this encoder; otherwise why not.
+pub fn has_program(params: &BertParams) -> Result<(), String> {
+    device_form(params).map(drop)
 }
 
 /// An encoder's sizes as the kernels of devices are given them, or why there are none for it.
