@@ -27,7 +27,7 @@ use crate::scheduler::cost::{CostModel, Learned};
 use crate::vocab::ModelHandle;
 
 /// Raised when what a file says changes its meaning.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// A file has some thousand bytes; one of more than this is none of ours.
 const FILE_BYTES_MAX: u64 = 256 << 10;
 /// How often it is written while the server runs.
@@ -112,6 +112,8 @@ struct Written {
     moment: [f64; 3],
     normal: [[f64; 3]; 3],
     corrections: Vec<(u8, u8, f32, u16)>,
+    /// By executor: logarithm of its time beside the mean, how often it was observed.
+    paces: Vec<(f64, u32)>,
 }
 
 /// The file of a model's cost.
@@ -137,8 +139,8 @@ pub fn load(directory: &Path, identity: &Identity) -> Result<Option<CostModel>, 
         let (expected, got) = (Box::new(identity.clone()), Box::new(written.identity));
         return Err(LearnedError::Other { file, expected, got });
     }
-    let Written { fit, normal, moment, weight, observations, error, corrections, .. } = written;
-    let learned = Learned { fit, normal, moment, weight, observations, error, corrections };
+    let Written { fit, normal, moment, weight, observations, error, corrections, paces, .. } = written;
+    let learned = Learned { fit, normal, moment, weight, observations, error, corrections, paces };
     let cost = CostModel::resume(&learned).ok_or_else(|| malformed("its numbers cannot have been learned".into()))?;
     Ok(Some(cost))
 }
@@ -153,9 +155,10 @@ fn read(file: &Path) -> io::Result<Option<Vec<u8>>> {
 /// Replaces the file.
 pub fn save(directory: &Path, identity: &Identity, cost: &CostModel) -> Result<(), LearnedError> {
     let file = file_of(directory, identity);
-    let Learned { fit, normal, moment, weight, observations, error, corrections } = cost.learned();
+    let Learned { fit, normal, moment, weight, observations, error, corrections, paces } = cost.learned();
     let identity = identity.clone();
-    let written = Written { format: FORMAT, identity, observations, error, weight, fit, moment, normal, corrections };
+    let written =
+        Written { format: FORMAT, identity, observations, error, weight, fit, moment, normal, corrections, paces };
     let text = toml::to_string(&written).expect("plain data");
     let folder = file.parent().expect("file_of joins folders");
     let beside = folder.join("cost.toml.new");
@@ -228,6 +231,7 @@ impl Keeper {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheduler::cost::Work;
 
     fn identity() -> Identity {
         Identity { model: "m".into(), version: "1".into(), weights_sha256: Some("ab".repeat(32)), executors: 2 }
@@ -235,10 +239,13 @@ mod tests {
 
     fn learned() -> CostModel {
         let mut cost = CostModel::default();
+        cost.set_executors(2);
         for at in 0..200u32 {
             let (rows, len) = (1 + at % 13, 8 + at * 7 % 300);
-            cost.observe(rows, len, Duration::from_nanos(u64::from(100_000 + rows * len * 37 + at % 5 * 1000)), true);
+            let took = u64::from(100_000 + rows * len * 37 + at % 5 * 1000) << (at % 2);
+            cost.observe_on(at as usize % 2, Work::padded(rows, len), Duration::from_nanos(took), true);
         }
+        assert!(cost.paces().differ());
         cost
     }
 
@@ -280,7 +287,7 @@ mod tests {
         let mut damaged: Vec<Vec<u8>> = (0..whole.len()).step_by(7).map(|len| whole[..len].to_vec()).collect();
         damaged.push(vec![b'x'; FILE_BYTES_MAX as usize + 1]);
         damaged.push(vec![0xff; 100]);
-        damaged.push(text.replace("format = 1", "format = 2").into_bytes());
+        damaged.push(text.replace("format = 2", "format = 3").into_bytes());
         damaged.push(text.replace("observations = 200", "observations = 0").into_bytes());
         damaged.push(text.replace("weight = ", "weight = -").into_bytes());
         for bytes in damaged {

@@ -76,6 +76,11 @@ async fn cost(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Re
     let learned = shared.ask(|reply| Question::Cost { model, reply }).await?;
     let fit = learned.coefficients();
     let us = |nanos: f64| nanos / 1e3;
+    let paces = learned.paces();
+    let used = (0..paces.executors()).filter(|at| paces.observations(*at) > 0);
+    let executors: Vec<Value> = used
+        .map(|at| json!({ "executor": at, "pace": paces.factor(at), "observations": paces.observations(at) }))
+        .collect();
     let body = json!({
         "model": name,
         "generation": generation,
@@ -85,10 +90,11 @@ async fn cost(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Re
             "cell_us": us(fit.cell),
             "row_square_us": us(fit.square),
         },
-        "formula": "batch_us + rows × (cell_us × len + row_square_us × len²), times the shape's correction",
+        "formula": "batch_us + rows × (cell_us × len + row_square_us × len²), times the shape's correction, times the executor's pace",
         "observations": learned.observations(),
         "error_ratio": learned.error(),
         "margin_ratio": learned.margin(),
+        "executors": executors,
         "predicted": grid(&learned, &policy),
     });
     Ok(Json(body).into_response())

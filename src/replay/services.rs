@@ -35,6 +35,7 @@ struct Sample {
     /// It began.
     at: Moment,
     model: u16,
+    executor: u16,
     work: Work,
     nanos: u64,
     /// Its fixed part was not hidden behind another batch's run on the same device.
@@ -81,6 +82,7 @@ impl Observer {
         let sample = Sample {
             at: Moment(at.nanos().saturating_sub(nanos)),
             model: done.model.0,
+            executor: done.executor,
             work: done.work(),
             nanos,
             alone,
@@ -99,24 +101,28 @@ impl Observer {
             let usable = model.observations > 0 && model.cost.iter().all(|part| part.is_finite() && *part >= 0.0);
             let prior = if usable { learned } else { Coefficients::PRIOR };
             let mut cost = CostModel::new(prior);
+            cost.set_executors(header.seats.len());
             let mine = || self.samples.iter().filter(|sample| usize::from(sample.model) == index);
             for sample in mine() {
-                cost.observe_work(sample.work, Duration::from_nanos(sample.nanos), sample.alone);
+                let (executor, took) = (usize::from(sample.executor), Duration::from_nanos(sample.nanos));
+                cost.observe_on(executor, sample.work, took, sample.alone);
             }
             let fit = cost.coefficients();
+            let executors: Vec<f64> = (0..header.seats.len()).map(|at| cost.paces().factor(at)).collect();
+            let factor = |sample: &Sample| executors.get(usize::from(sample.executor)).copied().unwrap_or(1.0);
             let mut sums = vec![(0.0, 0u64); OCTAVES * OCTAVES];
             for sample in mine().filter(|sample| sample.alone) {
                 let (sum, count) = &mut sums[octave(sample.work)];
-                *sum += sample.nanos as f64 / fit.work_time(sample.work).max(1.0);
+                *sum += sample.nanos as f64 / factor(sample) / fit.work_time(sample.work).max(1.0);
                 *count += 1;
             }
             let corrected = |(sum, count): (f64, u64)| (count > 0).then(|| (sum + DOUBT) / (count as f64 + DOUBT));
-            let mut services =
-                ModelServices { fit, corrections: sums.into_iter().map(corrected).collect(), paces: Vec::new() };
+            let corrections = sums.into_iter().map(corrected).collect();
+            let mut services = ModelServices { fit, corrections, executors: executors.clone(), paces: Vec::new() };
             let paces = mine().filter(|sample| sample.alone).map(|sample| Pace {
                 at: sample.at,
                 took: sample.nanos as f64,
-                expected: services.expected(sample.work).0,
+                expected: services.expected(sample.work).0 * factor(sample),
             });
             services.paces = paces.collect();
             services.paces.sort_by_key(|pace| pace.at);
@@ -152,6 +158,8 @@ struct ModelServices {
     fit: Coefficients,
     /// By octave: observed ÷ fitted, where any was observed.
     corrections: Vec<Option<f64>>,
+    /// By executor: its time beside the mean of all.
+    executors: Vec<f64>,
     /// In the order of their moments.
     paces: Vec<Pace>,
 }
@@ -178,10 +186,11 @@ impl Services {
         self.models[model].fit
     }
 
-    /// For a batch that is sealed at `now`.
-    pub fn draw(&self, rng: &mut Rng, now: Moment, model: usize, work: Work) -> Drawn {
+    /// For a batch that is sealed at `now` for this executor.
+    pub fn draw(&self, rng: &mut Rng, now: Moment, model: usize, executor: usize, work: Work) -> Drawn {
         let services = &self.models[model];
         let (expected, guessed) = services.expected(work);
+        let expected = expected * services.executors.get(executor).copied().unwrap_or(1.0);
         let fit = services.fit;
         let ratio = expected / fit.work_time(work).max(1.0) * services.pace(rng, now, expected);
         Drawn { fixed: fit.batch * ratio, rows: (fit.work_time(work) - fit.batch) * ratio, guessed }
@@ -272,7 +281,10 @@ mod tests {
         let fit = Coefficients { batch: 100.0, cell: 10.0, square: 0.0 };
         let mut corrections = vec![None; OCTAVES * OCTAVES];
         corrections[octave(Work::padded(4, 8))] = Some(2.0);
-        Services { models: vec![ModelServices { fit, corrections, paces }], handovers: [Vec::new(), Vec::new()] }
+        Services {
+            models: vec![ModelServices { fit, corrections, executors: vec![1.0, 3.0], paces }],
+            handovers: [Vec::new(), Vec::new()],
+        }
     }
 
     #[test]
@@ -282,10 +294,10 @@ mod tests {
         let services = services(paces.collect());
         let mut rng = Rng::new(1, 1);
         for (now, pace) in [(20, 1.0), (150, 3.0), (280, 1.0), (9999, 1.0)] {
-            let drawn = services.draw(&mut rng, Moment(now), 0, Work::padded(4, 8));
+            let drawn = services.draw(&mut rng, Moment(now), 0, 0, Work::padded(4, 8));
             assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 640.0 * pace, guessed: false });
             // A shape that never ran: as far off the fit as those that did.
-            let drawn = services.draw(&mut rng, Moment(now), 0, Work::padded(1, 8));
+            let drawn = services.draw(&mut rng, Moment(now), 0, 0, Work::padded(1, 8));
             assert_eq!(drawn, Drawn { fixed: 200.0 * pace, rows: 160.0 * pace, guessed: true });
         }
     }
@@ -297,14 +309,20 @@ mod tests {
             |at: u64| Pace { at: Moment(at), took: if at.is_multiple_of(10) { 50.0 } else { 5.0 }, expected: 5.0 };
         let services = services((0..1000).map(pace).collect());
         let mut rng = Rng::new(1, 1);
-        let drawn = services.draw(&mut rng, Moment(300), 0, Work::padded(7, 12));
+        let drawn = services.draw(&mut rng, Moment(300), 0, 0, Work::padded(7, 12));
         let ratio = (drawn.fixed + drawn.rows) / (2.0 * (100.0 + 7.0 * 120.0));
         assert!((1.8..2.0).contains(&ratio), "{ratio}");
     }
 
     #[test]
     fn without_a_recorded_batch_the_fit_is_all_there_is() {
-        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, Work::padded(4, 8));
+        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, 0, Work::padded(4, 8));
         assert_eq!(drawn, Drawn { fixed: 200.0, rows: 640.0, guessed: false });
+    }
+
+    #[test]
+    fn a_slow_executor_is_slow_in_the_replay() {
+        let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, 1, Work::padded(4, 8));
+        assert_eq!(drawn, Drawn { fixed: 600.0, rows: 1920.0, guessed: false });
     }
 }

@@ -476,7 +476,13 @@ impl<'a> World<'a> {
     fn submit(&mut self, batch: SealedBatch) {
         let seat = usize::from(batch.executor);
         let group = self.scheduler.seats()[seat].group;
-        let drawn = self.recording.services.draw(&mut self.rng, self.now, batch.model.index(), batch.work());
+        let drawn = self.recording.services.draw(
+            &mut self.rng,
+            self.now,
+            batch.model.index(),
+            usize::from(batch.executor),
+            batch.work(),
+        );
         self.ledger.guessed += u64::from(drawn.guessed);
         let nanos = |nanos: f64| Duration::from_nanos(nanos.max(1.0) as u64);
         if group == Group::Inline {

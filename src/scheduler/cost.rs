@@ -4,13 +4,15 @@
 //! The fit is least squares over relative errors with exponential forgetting, solved anew for each observation from
 //! decayed normal equations (three unknowns), with a weak pull towards the prior. The textbook recursive form (RLS)
 //! winds up to NaN when its input stops varying; this one can not. What no such curve follows (tile sizes, caches, a
-//! roofline) is kept as a factor for each octave of rows and of length.
+//! roofline) is kept as a factor for each octave of rows and of length. Executors that are not alike have a factor each (pace.rs).
 //!
 //! Always true
 //! - Coefficients are finite and not negative, whatever was observed. Memory is fixed.
 //! - Observations of equal order give equal coefficients: a replay learns what the live run learned.
 
 use std::time::Duration;
+
+use super::pace::Paces;
 
 /// Coefficients of the batch time, in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, bincode::Decode, bincode::Encode)]
@@ -94,7 +96,7 @@ const OCTAVES: usize = 16;
 /// Mean relative error from which on predictions decide about no request and no slot.
 const TRUSTED: f64 = 0.25;
 
-/// The model of one model's batches on one kind of executor.
+/// The model of one model's batches.
 #[derive(Clone, Debug, PartialEq, bincode::Decode, bincode::Encode)]
 pub struct CostModel {
     prior: Coefficients,
@@ -108,6 +110,7 @@ pub struct CostModel {
     observations: u64,
     /// Mean of |predicted/observed − 1|.
     error: f64,
+    paces: Paces,
 }
 
 /// All that a cost model has learned, as plain numbers: to be kept while the process does not run.
@@ -122,6 +125,59 @@ pub struct Learned {
     pub error: f64,
     /// Octave of rows, octave of length, factor, how often it was observed. Only those that were.
     pub corrections: Vec<(u8, u8, f32, u16)>,
+    /// By executor: logarithm of its time beside the mean, how often it was observed.
+    pub paces: Vec<(f64, u32)>,
+}
+
+/// A cost model as it is for one executor.
+#[derive(Clone, Copy, Debug)]
+pub struct OnExecutor<'a> {
+    cost: &'a CostModel,
+    pace: f64,
+}
+
+impl OnExecutor<'_> {
+    pub fn coefficients(&self) -> Coefficients {
+        let Coefficients { batch, cell, square } = self.cost.fit;
+        Coefficients { batch: self.pace * batch, cell: self.pace * cell, square: self.pace * square }
+    }
+
+    /// T(b, L) here, in ns. Zero while nothing is known.
+    pub fn predict(&self, rows: u32, len: u32) -> f64 {
+        self.pace * self.cost.predict(rows, len)
+    }
+
+    /// T of rows of different lengths here, in ns.
+    pub fn predict_work(&self, work: Work) -> f64 {
+        self.pace * self.cost.predict_work(work)
+    }
+
+    /// T of one row alone on the fastest executor, in ns: who cannot be done within it cannot be done.
+    pub fn alone_at_best(&self, len: u32) -> f64 {
+        self.cost.alone_at_best(1, len)
+    }
+
+    /// Time on the fastest executor ÷ time on this one: at most 1.
+    pub fn best_share(&self) -> f64 {
+        (self.cost.paces.fastest() / self.pace).min(1.0)
+    }
+
+    pub fn is_known(&self) -> bool {
+        self.cost.is_known()
+    }
+
+    pub fn is_trusted(&self) -> bool {
+        self.cost.is_trusted()
+    }
+
+    pub fn margin(&self) -> f64 {
+        self.cost.margin()
+    }
+
+    /// Differs wherever predictions may.
+    pub fn version(&self) -> (u64, u64) {
+        (self.cost.observations, self.pace.to_bits())
+    }
 }
 
 impl Default for CostModel {
@@ -141,7 +197,28 @@ impl CostModel {
             corrections: vec![(1.0, 0); OCTAVES * OCTAVES],
             observations: 0,
             error: 0.0,
+            paces: Paces::default(),
         }
+    }
+
+    /// Makes room for the executors of a server. What is known of them stays.
+    pub fn set_executors(&mut self, executors: usize) {
+        self.paces.set_executors(executors);
+    }
+
+    /// As it is for one of them.
+    pub fn on(&self, executor: usize) -> OnExecutor<'_> {
+        OnExecutor { cost: self, pace: self.paces.factor(executor) }
+    }
+
+    /// What is known of executors.
+    pub fn paces(&self) -> &Paces {
+        &self.paces
+    }
+
+    /// T of such rows alone in a batch of the fastest executor, in ns.
+    pub fn alone_at_best(&self, rows: u32, len: u32) -> f64 {
+        self.paces.fastest() * self.predict(rows, len)
     }
 
     /// What it has learned.
@@ -156,12 +233,13 @@ impl CostModel {
             observations: self.observations,
             error: self.error,
             corrections: seen.map(|(at, (factor, count))| (place(at).0, place(at).1, *factor, *count)).collect(),
+            paces: self.paces.learned(),
         }
     }
 
     /// A model that goes on from there. `None`: no model could have learned this.
     pub fn resume(learned: &Learned) -> Option<CostModel> {
-        let Learned { fit, normal, moment, weight, observations, error, corrections } = learned;
+        let Learned { fit, normal, moment, weight, observations, error, corrections, paces } = learned;
         let sums = normal.iter().flatten().chain(moment).chain(fit).chain([weight, error]);
         let good = sums.into_iter().all(|number| number.is_finite() && *number >= 0.0);
         if !good || *observations == 0 || fit.iter().sum::<f64>() <= 0.0 || *weight <= 0.0 || *error > 1.0 {
@@ -174,6 +252,7 @@ impl CostModel {
             weight: *weight,
             observations: *observations,
             error: *error,
+            paces: Paces::resume(paces)?,
             ..CostModel::default()
         };
         for (rows, len, factor, count) in corrections {
@@ -190,9 +269,9 @@ impl CostModel {
         self.fit
     }
 
-    /// A correction for every octave.
-    pub fn is_whole(&self) -> bool {
-        self.corrections.len() == OCTAVES * OCTAVES
+    /// A correction for every octave, a pace for every executor.
+    pub fn is_whole(&self, executors: usize) -> bool {
+        self.corrections.len() == OCTAVES * OCTAVES && self.paces.is_whole(executors)
     }
 
     pub fn observations(&self) -> u64 {
@@ -240,14 +319,26 @@ impl CostModel {
         Duration::from_nanos(self.predict(rows, len) as u64)
     }
 
-    /// A padded batch of this shape took so long.
+    /// A padded batch of this shape took so long, wherever it ran.
     pub fn observe(&mut self, rows: u32, len: u32, took: Duration, alone: bool) {
-        self.observe_work(Work::padded(rows, len), took, alone);
+        self.observe_work(Work::padded(rows, len), took.as_nanos() as f64, alone);
     }
 
-    /// A batch took so long. `alone` says that its fixed part was not hidden behind another batch's run.
-    pub fn observe_work(&mut self, work: Work, took: Duration, alone: bool) {
+    /// A batch took so long on this executor. `alone` says that its fixed part was not hidden behind another batch's run.
+    pub fn observe_on(&mut self, executor: usize, work: Work, took: Duration, alone: bool) {
         let took = took.as_nanos() as f64;
+        if took <= 0.0 || work.rows == 0 {
+            return;
+        }
+        if self.observations > SETTLED {
+            let expected = self.predict_work(work) - if alone { 0.0 } else { self.fit.batch };
+            self.paces.observe(executor, took / expected);
+        }
+        // What it would have taken in the mean of the executors: the curve is theirs.
+        self.observe_work(work, took / self.paces.factor(executor), alone);
+    }
+
+    fn observe_work(&mut self, work: Work, took: f64, alone: bool) {
         if took <= 0.0 || work.rows == 0 {
             return;
         }

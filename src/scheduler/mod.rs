@@ -26,6 +26,7 @@ pub mod knobs;
 mod lane;
 mod lengths;
 pub mod lint;
+pub mod pace;
 mod packing;
 mod policy;
 mod seats;
@@ -255,7 +256,11 @@ impl Scheduler {
                 totals: Totals::default(),
                 tenants: Tenants::new(),
                 packer: Packer::new(policy.buckets.len()),
-                cost: CostModel::default(),
+                cost: {
+                    let mut cost = CostModel::default();
+                    cost.set_executors(seats.len());
+                    cost
+                },
                 service: Default::default(),
                 used: 0.0,
                 last_arrival: None,
@@ -355,7 +360,7 @@ impl Scheduler {
         let queue = &self.models[arrival.model.index()];
         let Some(deadline) = arrival.deadline else { return Ok(()) };
         let slack = deadline.since(now).as_nanos() as f64;
-        let alone = queue.cost.predict(arrival.rows, arrival.len);
+        let alone = queue.cost.alone_at_best(arrival.rows, arrival.len);
         // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
         if alone > slack && queue.totals.rows > 0 && queue.cost.is_trusted() {
             let message = format!(
@@ -430,7 +435,7 @@ impl Scheduler {
         }
         self.models.iter_mut().for_each(|queue| queue.hold = None);
         for group in [Group::Inline, Group::Executors] {
-            if let Some(seat) = self.seats.idle_seat(group)
+            if let Some(seat) = self.idle_seat(group)
                 && let Some(batch) = self.poll_seat(now, seat, Vacancy::Idle, members)
             {
                 return Some(batch);
@@ -450,6 +455,17 @@ impl Scheduler {
             }
         }
         None
+    }
+
+    /// An executor that has nothing to do: the fastest of them, where what waits knows a difference.
+    fn idle_seat(&self, group: Group) -> Option<usize> {
+        let first = self.seats.idle_seat(group)?;
+        let differs =
+            |queue: &&ModelQueue| queue.totals.rows > 0 && queue.policy.group == group && queue.cost.paces().differ();
+        let Some(queue) = self.models.iter().find(differs) else { return Some(first) };
+        let idle = self.seats.seats.iter().enumerate().filter(|(_, seat)| seat.group == group && seat.is_idle());
+        let pace = |seat: usize| queue.cost.paces().factor(seat);
+        idle.map(|(at, _)| at).min_by(|a, b| pace(*a).total_cmp(&pace(*b)))
     }
 
     fn poll_seat(
@@ -499,6 +515,7 @@ impl Scheduler {
         let model = ModelHandle(index as u16);
         let queue = &mut self.models[index];
         let ModelQueue { lanes, due, policy, packer, cost, tenants, .. } = queue;
+        let cost = cost.on(seat);
         let (reason, plan) = match proposal {
             Proposal::Prefix(choice) => {
                 fifo::take(lanes, &mut self.tickets, policy, members);
@@ -587,6 +604,7 @@ impl Scheduler {
         let start = now.max(self.seats.seats[seat].free_at());
         let outlook = Outlook { now, start, device_free, executors, sharing, others_idle, draining: self.draining };
         let ModelQueue { lanes, due, policy, packer, cost, .. } = queue;
+        let cost = cost.on(seat);
         let (tickets, shed) = (&mut self.tickets, &mut self.shed);
         match (packing::Queue { packer, lanes, tickets, due, policy, cost, shed }).decide(&outlook) {
             Outcome::Nothing => None,
@@ -606,7 +624,7 @@ impl Scheduler {
     /// When a batch of this model may be bound to a seat: not much before the seat, or the device that it shares, is
     /// expected to be free. Another row might still join, until then. `None`: not before its running batch has finished.
     fn binds_at(&self, now: Moment, index: usize, seat: usize) -> Option<Moment> {
-        let cost = &self.models[index].cost;
+        let cost = self.models[index].cost.on(seat);
         let fixed = 1.15 * cost.coefficients().batch;
         let at = &self.seats.seats[seat];
         if self.seats.is_shared(seat) {
@@ -673,29 +691,31 @@ impl Scheduler {
         }
         let shared = self.seats.is_shared(usize::from(batch.executor));
         let queue = &mut self.models[batch.model.index()];
+        let executor = usize::from(batch.executor);
         let took = service.as_nanos() as f64;
         queue.used += (took - running.predicted) / queue.policy.weight;
         queue.service.observe(service);
         self.drain_rate.observe(batch.cells_padded(), service);
         if !shared {
-            queue.cost.observe_work(batch.work(), service, true);
+            queue.cost.observe_on(executor, batch.work(), service, true);
             return;
         }
         // On a shared device a batch waits for the one before: what it took from the device is the time since.
         let device = &mut self.seats.devices[usize::from(device)];
-        let fixed = Duration::from_nanos(queue.cost.coefficients().batch as u64);
+        let fixed = Duration::from_nanos(queue.cost.on(executor).coefficients().batch as u64);
         let last = device.last_finish;
         if last > running.started + fixed {
-            queue.cost.observe_work(batch.work(), now.since(last), false);
+            queue.cost.observe_on(executor, batch.work(), now.since(last), false);
         } else {
-            queue.cost.observe_work(batch.work(), service, true);
+            queue.cost.observe_on(executor, batch.work(), service, true);
         }
         device.last_finish = now;
         self.seats.expect_free(usize::from(batch.executor), now);
     }
 
     /// What an earlier run learned about a model's batch times. Before any batch.
-    pub fn resume_cost(&mut self, model: ModelHandle, cost: CostModel) {
+    pub fn resume_cost(&mut self, model: ModelHandle, mut cost: CostModel) {
+        cost.set_executors(self.seats.seats.len());
         self.models[model.index()].cost = cost;
     }
 
@@ -989,7 +1009,7 @@ impl Scheduler {
             reason,
             sealed_at: now,
         };
-        let predicted = queue.cost.predict_work(batch.work());
+        let predicted = queue.cost.on(seat).predict_work(batch.work());
         let plan_of = |value: fn(&Plan) -> f64| plan.as_ref().map_or(0.0, value) as f32;
         self.note(Decision {
             verdict: Verdict::Sealed(reason),
@@ -1022,7 +1042,7 @@ impl Scheduler {
     /// Writes a batch down on its seat.
     fn occupy(&mut self, now: Moment, batch: &SealedBatch, predicted: f64) {
         let seat = usize::from(batch.executor);
-        let cost = &self.models[batch.model.index()].cost;
+        let cost = self.models[batch.model.index()].cost.on(seat);
         let fixed = if cost.is_known() { cost.coefficients().batch.min(predicted) } else { 0.0 };
         let (started, until) = self.seats.forecast(seat, now, fixed, predicted - fixed);
         let shared = self.seats.is_shared(seat);

@@ -25,7 +25,7 @@
 use std::time::Duration;
 
 use super::TicketId;
-use super::cost::{CostModel, Work};
+use super::cost::{OnExecutor, Work};
 use super::due::Due;
 use super::lane::Lanes;
 use super::lengths::{LOOK_AHEAD, WAKE_MARGIN};
@@ -133,7 +133,7 @@ struct BucketCost {
 pub struct Packer {
     buckets: Vec<BucketCost>,
     /// Observations of the cost model when `buckets` was computed.
-    buckets_at: Option<u64>,
+    buckets_at: Option<(u64, u64)>,
     cells: Vec<Cell>,
     /// Buckets that rows are being taken from, with their soonest deadlines.
     heads: Vec<(Moment, u16)>,
@@ -160,7 +160,8 @@ pub struct Queue<'a> {
     pub tickets: &'a mut Tickets,
     pub due: &'a Due,
     pub policy: &'a Policy,
-    pub cost: &'a CostModel,
+    /// Of the executor that is decided about.
+    pub cost: OnExecutor<'a>,
     pub shed: &'a mut Vec<TicketId>,
 }
 
@@ -300,7 +301,7 @@ impl Queue<'_> {
                 ..plan
             });
         }
-        let done = after(outlook.start, begin + run);
+        let done = self.at_best(outlook, after(outlook.start, begin + run));
         let before = self.shed.len();
         for bucket in plan.shortest..=plan.longest {
             for class in &Class::ALL[..=plan.lowest_class] {
@@ -355,23 +356,23 @@ impl Queue<'_> {
         let here = ticket.place == Place::Lane && (shortest..=longest).contains(&ticket.bucket);
         let len = self.policy.buckets.len_at(longest);
         let fits = ticket.rows <= self.policy.rows_at(len) && ticket.class.index() <= lowest_class;
-        let hopeless = after(outlook.start, self.cost.predict(1, ticket.len)) > due;
+        let hopeless = after(outlook.start, self.cost.alone_at_best(ticket.len)) > due;
         (here && fits && !hopeless).then_some(id)
     }
 
     /// Computes what follows from the cost model alone, once for each of its observations.
     fn know_buckets(&mut self) {
-        if self.packer.buckets_at == Some(self.cost.observations()) {
+        if self.packer.buckets_at == Some(self.cost.version()) {
             return;
         }
         let fit = self.cost.coefficients();
         self.packer.buckets.clear();
         self.packer.buckets.extend(self.policy.buckets.lens().iter().map(|len| BucketCost {
             row: fit.row(*len),
-            alone: self.cost.predict(1, *len),
+            alone: self.cost.alone_at_best(*len),
             budget: f64::from(self.policy.rows_at(*len)),
         }));
-        self.packer.buckets_at = Some(self.cost.observations());
+        self.packer.buckets_at = Some(self.cost.version());
     }
 
     /// Gives up the hopeless and lists the buckets that hold rows.
@@ -419,7 +420,7 @@ impl Queue<'_> {
         if let Some((due, id)) = self.due.first()
             && self.tickets[id].place == Place::Lane
             && let Some(cell) = self.packer.cells.iter_mut().find(|cell| cell.bucket == self.tickets[id].bucket)
-            && after(outlook.start, self.cost.predict(1, self.tickets[id].len)) <= due
+            && after(outlook.start, self.cost.alone_at_best(self.tickets[id].len)) <= due
         {
             cell.due = cell.due.min(due);
         }
@@ -719,7 +720,7 @@ impl Queue<'_> {
                 return Some(Plan { rows, full: false, reason: SealReason::Urgent, efficiency, predicted, ..plan });
             }
         }
-        let done = self.done_at(outlook, rows, plan.longest, 1.0);
+        let done = self.at_best(outlook, self.done_at(outlook, rows, plan.longest, 1.0));
         let before = self.shed.len();
         for bucket in plan.shortest..=plan.longest {
             for class in &Class::ALL[..=plan.lowest_class] {
@@ -729,6 +730,14 @@ impl Queue<'_> {
             }
         }
         if self.shed.len() == before { Some(plan) } else { None }
+    }
+
+    /// When the fastest executor would be done with what this one ends at `done`. Nothing is given up that another could do.
+    fn at_best(&self, outlook: &Outlook, done: Moment) -> Moment {
+        match self.cost.best_share() {
+            share if share < 1.0 => outlook.start + done.since(outlook.start).mul_f64(share),
+            _ => done,
+        }
     }
 
     /// Step 5.

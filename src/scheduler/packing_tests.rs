@@ -5,7 +5,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use super::*;
-use crate::scheduler::cost::{self, Coefficients};
+use crate::scheduler::cost::{self, Coefficients, CostModel};
 use crate::scheduler::{
     Arrival, Buckets, Expired, Group, PadTo, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
 };
@@ -415,7 +415,7 @@ fn with_cells<T>(cells: Vec<Cell>, sharing: f64, ask: impl FnOnce(&mut Queue<'_>
         tickets: &mut tickets,
         due: &due,
         policy: &policy,
-        cost: &cost,
+        cost: cost.on(0),
         shed: &mut shed,
     };
     ask(&mut queue, &outlook)

@@ -21,7 +21,7 @@ use super::{Buckets, ModelQueue, Policy, Scheduler, TicketId};
 use crate::vocab::ModelHandle;
 
 /// Raised with every change of what is saved: a field, its type, its order, or what it means.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Most bytes of a saved state, and most memory that restoring one may ask for.
 pub const STATE_BYTES_MAX: usize = 256 << 20;
@@ -97,7 +97,10 @@ impl Scheduler {
             for due in [&queue.due, &queue.due_composed] {
                 holds(due.is_whole(|id| id.index() < tickets), "a model's deadlines")?;
             }
-            holds(queue.cost.is_whole() && queue.packer.is_whole(queue.policy.buckets.len()), "a model's cost")?;
+            holds(
+                queue.cost.is_whole(self.seats.seats.len()) && queue.packer.is_whole(queue.policy.buckets.len()),
+                "a model's cost",
+            )?;
         }
         holds(self.compositions.is_whole(|id: TicketId| id.index() < tickets), "a composition")?;
         holds(self.seats.is_whole(|model: ModelHandle| model.index() < self.models.len()), "an executor")
@@ -332,5 +335,5 @@ mod tests {
     }
 
     /// Layout, bytes and CRC of the life above.
-    const GOLDEN: (u32, usize, u32) = (2, 6049, 3_138_909_403);
+    const GOLDEN: (u32, usize, u32) = (3, 6087, 2_148_575_003);
 }

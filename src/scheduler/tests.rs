@@ -743,6 +743,39 @@ fn batches_are_numbered_from_one() {
     assert_eq!((rig.expect_batch().0.id, rig.expect_batch().0.id), (1, 2));
 }
 
+/// Each batch alone on the executor it is given to; the second takes three times as long as the first.
+#[test]
+fn of_executors_that_differ_each_is_known_and_the_fastest_of_the_idle_ones_goes_first() {
+    let seats = SeatSpec::separate(Group::Executors, 2, 1);
+    let policy = Policy { kind: PolicyKind::Cost, rows_max: 4, ..policy() };
+    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy], &seats);
+    let (mut now, mut members) = (Moment::ZERO, Vec::new());
+    let mut given = Vec::new();
+    for round in 0..200u32 {
+        let mut batches = Vec::new();
+        // One batch at a time at the end: then there is a choice.
+        for _ in 0..if round < 150 { 2 } else { 1 } {
+            scheduler.handle_arrival(now, Arrival { rows: 1 + round % 4, ..request() }).expect("it fits");
+            batches.extend(scheduler.poll_batch(now, &mut members));
+        }
+        for batch in batches {
+            let alone = Duration::from_micros(900 + 100 * u64::from(batch.rows));
+            let service = alone * if batch.executor == 0 { 3 } else { 1 };
+            now = now + service;
+            scheduler.handle_finished(now, &batch, service);
+            given.push((round, batch.executor));
+        }
+    }
+    let cost = scheduler.cost(MODEL);
+    let ratio = cost.on(0).predict(4, 8) / cost.on(1).predict(4, 8);
+    assert!((ratio - 3.0).abs() < 0.4, "{ratio}");
+    assert!((cost.on(1).predict(4, 8) / 1.3e6 - 1.0).abs() < 0.1, "{}", cost.on(1).predict(4, 8));
+    assert!(cost.error() < 0.1, "a difference between executors is no error: {}", cost.error());
+    assert!(given.iter().any(|(_, executor)| *executor == 0), "both were used while both had something to do");
+    let alone = |(round, executor): &(u32, u16)| *round < 150 || *executor == 1;
+    assert!(given.iter().all(alone), "alone, a batch goes to the fast one");
+}
+
 /// A plain model of the scheduler: a list of who waits, searched from end to end. Each step of a random run is done by
 /// both, and whatever the scheduler says is checked against the list.
 mod against_a_plain_model {

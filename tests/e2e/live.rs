@@ -245,6 +245,10 @@ fn what_was_learned_and_decided_is_shown() {
     assert!(cost["observations"].as_u64().expect("a number") >= 60, "{cost}");
     assert_eq!(cost["known"], true);
     assert!(cost["coefficients"]["batch_us"].as_f64().expect("a number") >= 0.0);
+    let executors = cost["executors"].as_array().expect("a list");
+    let batches: u64 = executors.iter().map(|one| one["observations"].as_u64().expect("a number")).sum();
+    assert!((20..=60).contains(&batches), "those behind the first twenty: {executors:?}");
+    assert!(executors.iter().all(|one| one["pace"].as_f64().expect("a factor") > 0.0), "{executors:?}");
     let grid = cost["predicted"].as_array().expect("a list");
     assert!((10..=30).contains(&grid.len()), "{} shapes", grid.len());
     assert!(grid.iter().all(|shape| shape["predicted_us"].as_f64().expect("a number") > 0.0), "{grid:?}");
