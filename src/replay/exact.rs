@@ -8,6 +8,7 @@ use std::io::Read;
 use std::time::Duration;
 
 use super::ledger::{Ledger, Report};
+use super::regret;
 use crate::capture::{Cancelled, CaptureEnd, Done, Event, Header, PolicyChange, TraceError, TraceReader};
 use crate::scheduler::state::{StateError, restore_policy};
 use crate::scheduler::{Group, Policy, Scheduler, SealedBatch, TicketId};
@@ -111,7 +112,8 @@ pub fn restore<R: Read>(reader: &TraceReader<R>) -> Result<Scheduler, ReplayErro
 /// An empty ledger for what a trace was recorded of.
 pub fn ledger_of(header: &Header, slo: impl Fn(ModelHandle) -> Duration) -> Ledger {
     let models = header.models.iter().enumerate().map(|(at, model)| (model.name.clone(), slo(ModelHandle(at as u16))));
-    Ledger::new(models, header.seats.len(), header.at)
+    let executors: Vec<Group> = header.seats.iter().map(|seat| seat.group).collect();
+    Ledger::new(models, &executors, header.at)
 }
 
 /// The policy that a change in a trace says.
@@ -291,8 +293,11 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.batches += 1;
             self.ledger.sealed(&batch, &members);
-            let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
-            self.ledger.regret.sealed(batch.id, members.iter().map(shape));
+            let member = |id: &TicketId| {
+                let (rows, len) = self.scheduler.rows_and_len(*id);
+                regret::Member { rows, len, at: self.scheduler.admitted_at(*id) }
+            };
+            self.ledger.regret.sealed(batch.id, members.iter().map(member));
             let seat = &self.scheduler.seats()[usize::from(batch.executor)];
             self.sealed.push((batch, seat.running.len() == 1));
             if seat.group == Group::Inline {

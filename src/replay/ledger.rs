@@ -14,7 +14,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 
 use super::regret::{self, Account, Regret};
-use crate::scheduler::{Arrival, SealedBatch, TicketId};
+use crate::scheduler::{Arrival, Group, SealedBatch, TicketId};
 use crate::vocab::{Code, ModelHandle, Moment, SealReason};
 
 /// One model's part.
@@ -136,14 +136,15 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    pub fn new(models: impl IntoIterator<Item = (String, Duration)>, executors: usize, begin: Moment) -> Ledger {
+    /// `executors`: the group of each.
+    pub fn new(models: impl IntoIterator<Item = (String, Duration)>, executors: &[Group], begin: Moment) -> Ledger {
         let (models, slos): (Vec<_>, Vec<_>) =
             models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
         Ledger {
-            regret: Account::new(models.len(), begin, regret::EVERY),
+            regret: Account::new(models.len(), executors, begin, regret::EVERY),
             models,
             slos,
-            busy: vec![Duration::ZERO; executors],
+            busy: vec![Duration::ZERO; executors.len()],
             begin,
             waiting: Vec::new(),
             running: Vec::new(),
@@ -287,7 +288,7 @@ mod tests {
 
     #[test]
     fn everybody_ends_in_one_way_and_times_are_from_arrival_to_the_end_of_the_batch() {
-        let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], 1, Moment(0));
+        let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
         for number in 0..7 {
             let deadline = (number == 1).then_some(Moment(20 * MS));
             ledger.arrived(number, Moment(number * MS), &arrival(deadline), Ok(TicketId(number as u32)));

@@ -14,6 +14,7 @@ pub mod exact;
 pub mod ledger;
 pub mod regret;
 pub mod services;
+pub mod tail;
 pub mod whatif;
 pub mod world;
 

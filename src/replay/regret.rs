@@ -1,4 +1,5 @@
-//! Regret: how much executor time a run's batches took beside the cheapest batches of the same rows, interval by interval.
+//! Regret: how much executor time a run's batches took beside the cheapest batches of the same rows, interval by interval; and how
+//! much p99 beside the least that the executors allow (tail.rs).
 //!
 //! Of each interval the rows of the batches that ended in it are cut into batches anew, as cheaply as the learned coefficients
 //! and the policy's budgets allow. The share that this needs of what the batches as they were are expected to take is taken of
@@ -21,8 +22,9 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::tail::{self, Tail};
 use crate::scheduler::cost::{Coefficients, Work};
-use crate::scheduler::{Policy, SealedBatch};
+use crate::scheduler::{Group, Policy, SealedBatch};
 use crate::vocab::{Layout, Moment};
 
 /// Length of an interval.
@@ -45,11 +47,13 @@ impl Times {
 }
 
 /// The regret of a run.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Regret {
     pub total: Times,
     /// The interval in which the most was lost. `None`: nothing was, in any.
     pub worst: Option<Times>,
+    /// By model; `None` where nothing was answered, or too much to look at.
+    pub tails: Vec<Option<Tail>>,
 }
 
 impl Regret {
@@ -80,6 +84,54 @@ struct Served {
     cells: u64,
     squares: u64,
     used: Duration,
+    tail: Answered,
+}
+
+/// Requests that were answered, with their least times by the coefficients of then.
+#[derive(Debug, Default)]
+struct Answered {
+    calls: Vec<tail::Call>,
+    took: Vec<u64>,
+    /// What their batches took, and were expected to take.
+    used: f64,
+    expected: f64,
+    executors: u32,
+}
+
+impl Answered {
+    fn add(&mut self, now: Moment, member: &Member, policy: &Policy, fit: Coefficients) {
+        // One too many says that there are too many.
+        if self.calls.len() > tail::CALLS_MAX {
+            return;
+        }
+        let len = match policy.layout {
+            Layout::Padded => policy.padded_len(member.len.min(policy.buckets.longest())),
+            Layout::Packed => member.len,
+        };
+        let (rows, most) = (f64::from(member.rows), f64::from(policy.rows_at(len).max(1)));
+        let (row, share) = (rows * fit.row(len), (rows / most).min(1.0));
+        let (work, alone) = ((row + share * fit.batch) as u64, (row + fit.batch) as u64);
+        self.calls.push(tail::Call { at: member.at, work, alone });
+        self.took.push(u64::try_from(now.since(member.at).as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    fn close(mut self) -> Option<Tail> {
+        // Where batches were faster than the coefficients say, so could all have been.
+        let pace = if self.expected > 0.0 { (self.used / self.expected).min(1.0) } else { 1.0 };
+        for call in &mut self.calls {
+            (call.work, call.alone) = ((call.work as f64 * pace) as u64, (call.alone as f64 * pace) as u64);
+        }
+        Tail::of(&mut self.calls, &mut self.took, self.executors)
+    }
+}
+
+/// A request's rows in a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Member {
+    pub rows: u32,
+    pub len: u32,
+    /// It arrived.
+    pub at: Moment,
 }
 
 impl Served {
@@ -107,15 +159,19 @@ pub struct Account {
     present: Times,
     /// By model.
     served: Vec<Served>,
-    /// Rows and length of the members of each batch that runs; as many as executors hold.
-    running: Vec<(u64, Vec<(u32, u32)>)>,
-    spare: Vec<Vec<(u32, u32)>>,
+    /// Members of each batch that runs; as many as executors hold.
+    running: Vec<(u64, Vec<Member>)>,
+    spare: Vec<Vec<Member>>,
+    /// The group of each executor.
+    executors: Vec<Group>,
     regret: Regret,
 }
 
 impl Account {
-    pub fn new(models: usize, begin: Moment, every: Duration) -> Account {
+    /// `executors`: the group of each.
+    pub fn new(models: usize, executors: &[Group], begin: Moment, every: Duration) -> Account {
         Account {
+            executors: executors.to_vec(),
             every: every.max(Duration::from_nanos(1)),
             begin,
             interval: 0,
@@ -127,8 +183,8 @@ impl Account {
         }
     }
 
-    /// A batch was sealed, of members with so many rows of such a length.
-    pub fn sealed(&mut self, batch: u64, members: impl Iterator<Item = (u32, u32)>) {
+    /// A batch was sealed, of these members.
+    pub fn sealed(&mut self, batch: u64, members: impl Iterator<Item = Member>) {
         let mut list = self.spare.pop().unwrap_or_default();
         list.extend(members);
         self.running.push((batch, list));
@@ -159,8 +215,13 @@ impl Account {
         served.cells += cells;
         served.squares += squares;
         served.used += service;
-        for (rows, len) in members.drain(..) {
-            served.lens.extend(std::iter::repeat_n(len, rows as usize));
+        let group = |executor: &&Group| **executor == policy.group;
+        served.tail.executors = self.executors.iter().filter(group).count() as u32;
+        served.tail.used += service.as_nanos() as f64;
+        served.tail.expected += fit.work_time(batch.work());
+        for member in members.drain(..) {
+            served.lens.extend(std::iter::repeat_n(member.len, member.rows as usize));
+            served.tail.add(now, &member, policy, fit);
         }
         self.spare.push(members);
     }
@@ -187,6 +248,7 @@ impl Account {
 
     pub fn close(mut self) -> Regret {
         self.close_interval();
+        self.regret.tails = self.served.into_iter().map(|served| served.tail.close()).collect();
         self.regret
     }
 }
@@ -357,10 +419,10 @@ mod tests {
     /// Batches of rows of these lengths, which end at these times and take these times, all in ms.
     fn account(batches: &[(u64, u64, &[u32])]) -> Regret {
         let policy = Policy::new(4, 1000, Buckets::new(&[10, 100]).expect("ascending"));
-        let mut account = Account::new(1, Moment(0), EVERY);
+        let mut account = Account::new(1, &[Group::Executors], Moment(0), EVERY);
         for (id, (at, took, lens)) in batches.iter().enumerate() {
             let batch = batch(id as u64, &policy, lens);
-            account.sealed(batch.id, lens.iter().map(|len| (1, *len)));
+            account.sealed(batch.id, lens.iter().map(|len| Member { rows: 1, len: *len, at: Moment(0) }));
             let service = Duration::from_millis(*took);
             account.finished(Moment(at * MS), &batch, service, (1, &policy), FIT);
         }
@@ -398,11 +460,11 @@ mod tests {
     fn each_policy_is_measured_by_its_own_budgets_and_a_batch_of_before_by_none() {
         let of = |rows_max| Policy::new(rows_max, 1000, Buckets::new(&[10]).expect("one"));
         let (one, two) = (of(1), of(2));
-        let mut account = Account::new(1, Moment(0), EVERY);
+        let mut account = Account::new(1, &[Group::Executors], Moment(0), EVERY);
         let took = Duration::from_millis(2);
         for id in 0..4 {
             let (generation, policy) = if id < 2 { (1, &one) } else { (2, &two) };
-            account.sealed(id, [(1, 10)].into_iter());
+            account.sealed(id, [Member { rows: 1, len: 10, at: Moment(0) }].into_iter());
             account.finished(Moment(id * MS), &batch(id, policy, &[10]), took, (generation, policy), FIT);
         }
         account.finished(Moment(9 * MS), &batch(99, &two, &[10]), took, (2, &two), FIT);

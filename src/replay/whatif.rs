@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use super::exact::{self, ReplayError, Verified, Watch, ledger_of, policy_of, sealed_before};
 use super::ledger::{Ledger, Report};
+use super::regret;
 use super::services::{Observer, Services, shared_devices};
 use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader};
 use crate::load::Rng;
@@ -465,8 +466,11 @@ impl<'a> World<'a> {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.ledger.sealed(&batch, &members);
-            let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
-            self.ledger.regret.sealed(batch.id, members.iter().map(shape));
+            let member = |id: &TicketId| {
+                let (rows, len) = self.scheduler.rows_and_len(*id);
+                regret::Member { rows, len, at: self.scheduler.admitted_at(*id) }
+            };
+            self.ledger.regret.sealed(batch.id, members.iter().map(member));
             self.submit(batch);
         }
         self.members = members;

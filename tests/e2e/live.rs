@@ -377,8 +377,8 @@ fn what_was_learned_outlives_the_server() {
     assert_eq!(server.ending(), Ending::Drained);
     let file = directory.path().join("digits/1/cost.toml");
     let text = std::fs::read_to_string(&file).expect("it was kept");
-    assert!(text.contains("format = 1\nmodel = \"digits\"\nversion = \"1\"\nweights_sha256 = \"9275"), "{text}");
-    for (text, resumed) in [(text.clone(), true), (text.replace("format = 1", "form = 1"), false)] {
+    assert!(text.contains("format = 2\nmodel = \"digits\"\nversion = \"1\"\nweights_sha256 = \"9275"), "{text}");
+    for (text, resumed) in [(text.clone(), true), (text.replace("format = 2", "form = 2"), false)] {
         std::fs::write(&file, text).expect("writes");
         let server = Server::start(&[&state]);
         assert_eq!(observations(&server) > 50, resumed);

@@ -94,7 +94,7 @@ fn verify(trace: &Path, json: bool) -> ExitCode {
                     json!({
                         "equal": true,
                         "replay": counts(&verified, reader.bytes()),
-                        "regret": report::regret_json(&verified.report.regret),
+                        "regret": report::regret_json(&verified.report.regret, &verified.report.models),
                     })
                 );
             } else {
@@ -109,7 +109,7 @@ fn verify(trace: &Path, json: bool) -> ExitCode {
                 );
                 println!("equal: {} decisions, {checkpoints} checkpoints, hash {hash:016x}", verified.report.decisions);
                 println!("since the server's start: {decisions} decisions");
-                println!("{}", report::regret_text(&verified.report.regret));
+                println!("{}", report::regret_text(&verified.report.regret, &verified.report.models));
             }
             ExitCode::SUCCESS
         }

@@ -2,6 +2,7 @@
 
 use ferry::replay::ledger::{ModelReport, Report};
 use ferry::replay::regret::Regret;
+use ferry::replay::tail::Tail;
 use ferry::vocab::SealReason;
 use serde_json::json;
 
@@ -57,6 +58,15 @@ pub fn text(runs: &[(&str, &Report)]) -> String {
         for (name, share) in SHARES {
             show(&format!("  queue and run {name}, ms"), &|model| format!("{:.3}", millis(model, share)));
         }
+        let tail = |report: &Report| report.regret.tails.get(at).copied().flatten();
+        if runs.iter().any(|(_, report)| tail(report).is_some()) {
+            let least = |tail: Tail| format!("{:.3}", tail.least.as_secs_f64() * 1e3);
+            let cells = runs.iter().map(|(_, report)| tail(report).map_or("-".to_owned(), least)).collect();
+            line("    p99 at least, ms", cells);
+        }
+        let mut show = |label: &str, of: &dyn Fn(&ModelReport) -> String| {
+            line(label, runs.iter().map(|(_, report)| of(&report.models[at])).collect());
+        };
         for (reason, name) in SealReason::ALL.iter().map(|reason| reason.name()).enumerate() {
             if runs.iter().any(|(_, report)| report.models[at].reasons[reason] > 0) {
                 show(&format!("  closed: {name}"), &|model| model.reasons[reason].to_string());
@@ -90,13 +100,19 @@ pub fn json(report: &Report) -> serde_json::Value {
         "batches_of_a_guessed_time": report.guessed,
         "executors_busy_seconds": busy,
         "models": models,
-        "regret": regret_json(&report.regret),
+        "regret": regret_json(&report.regret, &report.models),
     })
 }
 
-/// What the batches took beside the cheapest of the same rows.
-pub fn regret_json(regret: &Regret) -> serde_json::Value {
+/// What the batches took beside the cheapest of the same rows, and each model's p99 beside the least.
+pub fn regret_json(regret: &Regret, models: &[ModelReport]) -> serde_json::Value {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
+    let tail = |tail: Tail| json!({ "p99_ms": ms(tail.p99), "least_ms": ms(tail.least), "lost_ms": ms(tail.lost()) });
+    let tails: serde_json::Map<String, serde_json::Value> = models
+        .iter()
+        .zip(&regret.tails)
+        .filter_map(|(model, known)| Some((model.name.clone(), tail((*known)?))))
+        .collect();
     json!({
         "device_ms_used": ms(regret.total.used),
         "device_ms_least": ms(regret.total.least),
@@ -106,10 +122,11 @@ pub fn regret_json(regret: &Regret) -> serde_json::Value {
             "device_ms_used": ms(worst.used),
             "device_ms_least": ms(worst.least),
         })),
+        "queue_and_run_p99": tails,
     })
 }
 
-pub fn regret_text(regret: &Regret) -> String {
+pub fn regret_text(regret: &Regret, models: &[ModelReport]) -> String {
     let ms = |time: std::time::Duration| time.as_secs_f64() * 1e3;
     let (total, share) = (&regret.total, percent(regret.lost_share()));
     let worst = regret.worst.map_or(String::new(), |worst| {
@@ -121,9 +138,17 @@ pub fn regret_text(regret: &Regret) -> String {
         )
     });
     let (used, least) = (ms(total.used), ms(total.least));
-    format!(
+    let mut text = format!(
         "executors used {used:.1} ms; the cheapest batches of the same rows take {least:.1} ms ({share} lost{worst})"
-    )
+    );
+    for (model, tail) in models.iter().zip(&regret.tails).filter_map(|(model, tail)| Some((model, (*tail)?))) {
+        let (p99, least) = (ms(tail.p99), ms(tail.least));
+        text += &format!(
+            "\n{}: queue and run p99 {p99:.3} ms; no scheduler could have had less than {least:.3} ms",
+            model.name
+        );
+    }
+    text
 }
 
 fn json_of(model: &ModelReport) -> serde_json::Value {
@@ -169,17 +194,17 @@ mod tests {
             used: Duration::from_millis(used),
             least: Duration::from_millis(least),
         };
-        let regret = Regret { total: times(0, 400, 300), worst: Some(times(7, 40, 10)) };
+        let regret = Regret { total: times(0, 400, 300), worst: Some(times(7, 40, 10)), tails: Vec::new() };
         assert_eq!(
-            regret_text(&regret),
+            regret_text(&regret, &[]),
             "executors used 400.0 ms; the cheapest batches of the same rows take 300.0 ms (25.00 % lost; the most in the \
              interval at 7 s: 30.0 of 40.0 ms)"
         );
-        let value = regret_json(&regret);
+        let value = regret_json(&regret, &[]);
         assert_eq!((&value["device_ms_used"], &value["lost_share"]), (&json!(400.0), &json!(0.25)));
         assert_eq!(value["worst_interval"], json!({ "at_s": 7.0, "device_ms_used": 40.0, "device_ms_least": 10.0 }));
         let nothing = Regret::default();
-        assert_eq!(regret_json(&nothing)["worst_interval"], json!(null));
-        assert!(regret_text(&nothing).ends_with("(0.00 % lost)"));
+        assert_eq!(regret_json(&nothing, &[])["worst_interval"], json!(null));
+        assert!(regret_text(&nothing, &[]).ends_with("(0.00 % lost)"));
     }
 }
