@@ -31,6 +31,10 @@ pub struct ModelReport {
     pub unfinished: u64,
     pub on_time: u64,
     pub judged: u64,
+    /// By tenant: judged, and on time.
+    pub tenants: BTreeMap<u16, (u64, u64)>,
+    /// Ran behind a later one of the same tenant, class and length, whose deadline was not sooner.
+    pub overtaken: u64,
     pub batches: u64,
     pub rows: u64,
     pub rows_possible: u64,
@@ -54,6 +58,8 @@ impl ModelReport {
             unfinished: 0,
             on_time: 0,
             judged: 0,
+            tenants: BTreeMap::new(),
+            overtaken: 0,
             batches: 0,
             rows: 0,
             rows_possible: 0,
@@ -62,6 +68,14 @@ impl ModelReport {
             reasons: [0; SealReason::ALL.len()],
             latency: Histogram::new(3).expect("3 digits are possible"),
         }
+    }
+
+    fn judge(&mut self, tenant: u16, on_time: bool) {
+        self.judged += 1;
+        self.on_time += u64::from(on_time);
+        let (judged, in_time) = self.tenants.entry(tenant).or_default();
+        *judged += 1;
+        *in_time += u64::from(on_time);
     }
 
     pub fn refused_total(&self) -> u64 {
@@ -117,6 +131,9 @@ struct Call {
     at: Moment,
     /// Its deadline, or what stands for one.
     due: Moment,
+    tenant: u16,
+    class: u8,
+    len: u32,
 }
 
 /// Keeps the books of a run.
@@ -131,6 +148,8 @@ pub struct Ledger {
     /// By batch; as many as executors hold.
     running: Vec<(u64, Vec<Call>)>,
     spare: Vec<Vec<Call>>,
+    /// By model, tenant, class and length: number and deadline of the last that came of those that were sealed.
+    sealed_last: BTreeMap<(u16, u16, u8, u32), (u64, Moment)>,
     pub guessed: u64,
     pub regret: Account,
 }
@@ -149,6 +168,7 @@ impl Ledger {
             waiting: Vec::new(),
             running: Vec::new(),
             spare: Vec::new(),
+            sealed_last: BTreeMap::new(),
             guessed: 0,
         }
     }
@@ -163,11 +183,19 @@ impl Ledger {
                     self.waiting.resize(id.index() + 1, None);
                 }
                 let due = arrival.deadline.unwrap_or(at + self.slos[arrival.model.index()]);
-                self.waiting[id.index()] = Some(Call { number, model: arrival.model, at, due });
+                self.waiting[id.index()] = Some(Call {
+                    number,
+                    model: arrival.model,
+                    at,
+                    due,
+                    tenant: arrival.tenant.0,
+                    class: arrival.class.index() as u8,
+                    len: arrival.len,
+                });
             }
             Err(code) => {
                 *model.refused.entry(code).or_default() += 1;
-                model.judged += 1;
+                model.judge(arrival.tenant.0, false);
             }
         }
     }
@@ -207,7 +235,7 @@ impl Ledger {
         if let Some(call) = self.leave(id) {
             let model = &mut self.models[call.model.index()];
             model.expired += 1;
-            model.judged += 1;
+            model.judge(call.tenant, false);
         }
     }
 
@@ -224,6 +252,16 @@ impl Ledger {
         for id in members {
             calls.extend(self.leave(*id));
         }
+        let model = &mut self.models[batch.model.index()];
+        let key = |call: &Call| (call.model.0, call.tenant, call.class, call.len);
+        for call in &calls {
+            let last = self.sealed_last.get(&key(call));
+            model.overtaken += u64::from(last.is_some_and(|(number, due)| call.number < *number && call.due <= *due));
+        }
+        for call in &calls {
+            let last = self.sealed_last.entry(key(call)).or_insert((call.number, call.due));
+            *last = (*last).max((call.number, call.due));
+        }
         self.running.push((batch.id, calls));
     }
 
@@ -235,8 +273,7 @@ impl Ledger {
         for call in calls.drain(..) {
             let model = &mut self.models[call.model.index()];
             model.answered += 1;
-            model.judged += 1;
-            model.on_time += u64::from(now <= call.due);
+            model.judge(call.tenant, now <= call.due);
             let nanos = u64::try_from(now.since(call.at).as_nanos()).unwrap_or(u64::MAX);
             model.latency.record(nanos).expect("it grows with what it holds");
         }
@@ -249,7 +286,9 @@ impl Ledger {
         for call in self.waiting.drain(..).flatten().chain(running) {
             let model = &mut self.models[call.model.index()];
             model.unfinished += 1;
-            model.judged += u64::from(call.due <= end);
+            if call.due <= end {
+                model.judge(call.tenant, false);
+            }
         }
         let span = end.since(self.begin);
         let regret = self.regret.close();
@@ -287,6 +326,31 @@ mod tests {
     const MS: u64 = 1_000_000;
 
     #[test]
+    fn who_runs_behind_a_later_one_of_its_kind_was_overtaken_unless_that_was_more_urgent() {
+        let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
+        let ids: Vec<TicketId> = (0..5).map(TicketId).collect();
+        for (number, id) in ids.iter().enumerate() {
+            let arrival = match number {
+                3 => Arrival { len: 9, ..arrival(None) },
+                4 => arrival(Some(Moment(1))),
+                _ => arrival(None),
+            };
+            ledger.arrived(number as u64, Moment(number as u64), &arrival, Ok(*id));
+        }
+        // 3 is of another length, 4 more urgent, 1 comes behind 2; 0 and 2 share a batch.
+        ledger.sealed(&batch(1, 1), &[ids[3]]);
+        ledger.sealed(&batch(2, 2), &[ids[2], ids[0]]);
+        ledger.sealed(&batch(3, 1), &[ids[1]]);
+        assert_eq!(ledger.models[0].overtaken, 1);
+        let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
+        ledger.arrived(0, Moment(0), &arrival(None), Ok(ids[0]));
+        ledger.arrived(1, Moment(1), &arrival(Some(Moment(2))), Ok(ids[1]));
+        ledger.sealed(&batch(1, 1), &[ids[1]]);
+        ledger.sealed(&batch(2, 1), &[ids[0]]);
+        assert_eq!(ledger.models[0].overtaken, 0, "the later one had less time");
+    }
+
+    #[test]
     fn everybody_ends_in_one_way_and_times_are_from_arrival_to_the_end_of_the_batch() {
         let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
         for number in 0..7 {
@@ -308,6 +372,7 @@ mod tests {
         assert_eq!((model.cancelled, model.unfinished), (2, 2));
         // Of 0 (late by 7 ms), 1 (by its deadline), 3 and 4 (their 5 ms are over), 5 (expired), 7 (refused).
         assert_eq!((model.judged, model.on_time), (6, 1));
+        assert_eq!((model.tenants[&0], model.overtaken), ((6, 1), 0));
         assert_eq!((model.batches, model.rows, model.rows_possible), (2, 4, 16));
         assert!((model.waste() - 0.2).abs() < 1e-9);
         let largest = model.latency.max() as f64 / (12 * MS) as f64;

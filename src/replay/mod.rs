@@ -11,6 +11,7 @@
 pub mod bound;
 pub mod compare;
 pub mod exact;
+pub mod gate;
 pub mod ledger;
 pub mod regret;
 pub mod services;

@@ -21,6 +21,7 @@ use super::regret;
 use super::services::{Observer, Services, shared_devices};
 use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader};
 use crate::load::Rng;
+use crate::scheduler::decision::{Decision, DecisionLog};
 use crate::scheduler::{Arrival, Class, Compose, Group, Policy, Scheduler, SealedBatch, TenantId, TicketId};
 use crate::vocab::{ModelHandle, Moment};
 
@@ -219,6 +220,11 @@ impl Recording {
         {
             return Ok(scheduler);
         }
+        self.fresh_scheduler()
+    }
+
+    /// An empty one with the recorded policies, and batch times as the recorded batches took.
+    fn fresh_scheduler(&self) -> Result<Scheduler, ReplayError> {
         let mut policies = Vec::new();
         for model in &self.header.models {
             let policy =
@@ -272,9 +278,28 @@ impl Recording {
         }
         let before = scheduler.log().count();
         let mut world = World::new(self, settings, scheduler, ledger, seed);
-        world.run()?;
+        world.resume();
+        world.run(|_| {})?;
         let World { scheduler, ledger, .. } = world;
         Ok(ledger.close(self.end, scheduler.log().count() - before))
+    }
+
+    /// Replays the requests with a scheduler that knows nothing but policies and batch times, and executors of which the batcher hears
+    /// at once: equal builds give equal outcomes, whatever layout the recorded state has. Each decision is told. Returns the
+    /// hash of all of them too.
+    pub fn fresh(&self, seed: u64, mut decided: impl FnMut(&Decision)) -> Result<(Report, u64), ReplayError> {
+        let scheduler = self.fresh_scheduler()?;
+        let ledger = ledger_of(&self.header, |model| scheduler.policy(model).slo);
+        let mut world = World::new(self, &[], scheduler, ledger, seed);
+        world.at_once = true;
+        let mut told = 0;
+        world.run(|log| {
+            let fresh = (log.count() - told) as usize;
+            log.last(fresh).for_each(&mut decided);
+            told = log.count();
+        })?;
+        let World { scheduler, ledger, .. } = world;
+        Ok((ledger.close(self.end, scheduler.log().count()), scheduler.log().hash()))
     }
 }
 
@@ -310,6 +335,8 @@ struct World<'a> {
     flying: VecDeque<(u64, Notice)>,
     members: Vec<TicketId>,
     wake: Option<Moment>,
+    /// The batcher hears of a batch as soon as it is done.
+    at_once: bool,
 }
 
 const NO_TICKET: TicketId = TicketId(u32::MAX);
@@ -324,7 +351,7 @@ impl<'a> World<'a> {
     ) -> World<'a> {
         let header = &recording.header;
         let devices = header.seats.iter().map(|seat| usize::from(seat.device) + 1).max().unwrap_or(0);
-        let mut world = World {
+        World {
             settings,
             ledger,
             rng: Rng::new(seed, 31),
@@ -338,18 +365,21 @@ impl<'a> World<'a> {
             flying: VecDeque::new(),
             members: Vec::new(),
             wake: Some(header.at),
+            at_once: false,
             recording,
             scheduler,
-        };
-        // What ran at the start ends as it did.
-        for (at, done) in &recording.before {
-            let seat = world.scheduler.seats().get(usize::from(done.executor));
+        }
+    }
+
+    /// What ran at the start ends as it did.
+    fn resume(&mut self) {
+        for (at, done) in &self.recording.before {
+            let seat = self.scheduler.seats().get(usize::from(done.executor));
             if seat.is_some_and(|seat| seat.running.iter().any(|running| running.batch == done.id)) {
-                world.executors[usize::from(done.executor)].free_at = *at;
-                world.fly(*at, Notice { batch: sealed_before(done), service: done.service });
+                self.executors[usize::from(done.executor)].free_at = *at;
+                self.fly(*at, Notice { batch: sealed_before(done), service: done.service });
             }
         }
-        world
     }
 
     fn fly(&mut self, at: Moment, notice: Notice) {
@@ -357,7 +387,8 @@ impl<'a> World<'a> {
         self.flying.push_back((notice.batch.id, notice));
     }
 
-    fn run(&mut self) -> Result<(), ReplayError> {
+    /// `turned` is told the log after each turn.
+    fn run(&mut self, mut turned: impl FnMut(&DecisionLog)) -> Result<(), ReplayError> {
         loop {
             let call = self.recording.calls.get(self.ids.len()).map(|call| call.at);
             let other = self.recording.others.get(self.next_other).map(|(at, ..)| *at);
@@ -370,6 +401,7 @@ impl<'a> World<'a> {
             self.now = self.now.max(next);
             self.take_inputs()?;
             self.turn();
+            turned(self.scheduler.log());
             // A wake-up that has come was answered.
             self.wake = self.scheduler.poll_timeout(self.now).map(|wake| wake.max(Moment(self.now.nanos() + 1)));
         }
@@ -506,7 +538,10 @@ impl<'a> World<'a> {
             }
         };
         self.executors[seat].free_at = done;
-        let late = self.recording.services.handover(&mut self.rng, group as usize);
+        let late = match self.at_once {
+            true => Duration::ZERO,
+            false => self.recording.services.handover(&mut self.rng, group as usize),
+        };
         self.fly(done + late, Notice { batch, service: done.since(start) });
     }
 

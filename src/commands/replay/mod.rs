@@ -2,6 +2,7 @@
 //! have decided with other settings. Without one: how policies compare.
 
 mod compare;
+mod gate;
 mod report;
 
 use std::fs::File;
@@ -21,7 +22,7 @@ use super::load::{failed, wrong_use};
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
     /// A trace that `ferry capture` made.
-    #[arg(value_name = "TRACE", required_unless_present_any = ["compare", "knobs"])]
+    #[arg(value_name = "TRACE", required_unless_present_any = ["compare", "knobs", "gate"])]
     trace: Option<PathBuf>,
     /// What if: sets a knob of a model for the replay, such as minilm.rows_max=16; `*` names all models; can be repeated.
     #[arg(long = "set", value_name = "MODEL.KEY=VALUE", conflicts_with = "compare")]
@@ -42,6 +43,19 @@ pub struct Args {
     /// Only rows whose name contains this, e.g. "gpu lognormal poisson".
     #[arg(long, value_name = "TEXT", default_value = "", requires = "compare")]
     rows: String,
+    /// Replay a library of traces and compare with the figures that FILE keeps of them: fails where p99, time on executors, padding,
+    /// fairness or order got worse.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["trace", "compare"])]
+    gate: Option<PathBuf>,
+    /// Write this build's figures into the gate's file.
+    #[arg(long, requires = "gate")]
+    write: bool,
+    /// Compare with what another build of this program makes of the traces, and show the first decision that differs.
+    #[arg(long, value_name = "BINARY", requires = "gate", conflicts_with = "write")]
+    against: Option<PathBuf>,
+    /// Print the trace's figures and each decision as the gate sees them.
+    #[arg(long, conflicts_with_all = ["compare", "what_if", "sets", "gate"])]
+    decisions: bool,
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
     /// Print one JSON document.
@@ -57,7 +71,13 @@ pub fn run(args: &Args) -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
+    if let Some(file) = &args.gate {
+        return gate::run(file, args.write, args.against.as_ref(), args.seed, args.json);
+    }
     let Some(trace) = &args.trace else { return compare::run(args.quick, &args.rows, args.seed, args.json) };
+    if args.decisions {
+        return gate::decisions(trace, args.seed);
+    }
     let sets: Result<Vec<Setting>, String> = args.sets.iter().map(|set| Setting::parse(set)).collect();
     match sets {
         Err(message) => wrong_use(&message),
