@@ -323,6 +323,31 @@ fn check_warns_of_a_batch_that_callers_can_never_fill() {
 }
 
 #[test]
+fn check_gives_each_finding_a_code_and_the_knob_to_turn() {
+    let (status, value) = check_json(&["--set", "frontend.credit_requests=1"]);
+    assert_eq!(status, Some(0), "a finding is not a failure");
+    let of_echo = value["findings"].as_array().expect("a list").iter().find(|finding| finding["model"] == "echo");
+    let of_echo = of_echo.expect("one request in flight fills no batch");
+    let [code, severity, knob] = ["code", "severity", "knob"].map(|key| of_echo[key].as_str().expect("text"));
+    assert_eq!((code, severity, knob), ("rows_max_above_credit", "warning", "frontend.credit_requests"));
+    let (_, out, _) = ferry(&["check", "--set", "frontend.credit_requests=1"]);
+    let line = out.lines().find(|line| line.starts_with("warning: echo: ")).expect("the same for people");
+    assert!(line.ends_with("[rows_max_above_credit: change frontend.credit_requests]"), "{line}");
+}
+
+#[test]
+fn check_fails_where_a_right_manifest_cannot_be_served() {
+    let models = tempfile::tempdir().expect("a temporary directory");
+    std::fs::create_dir(models.path().join("half")).expect("a folder in it");
+    let minilm = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/models/minilm/model.toml"));
+    let half = minilm.expect("a manifest").replace("normalize = true", "normalize = true\nprecision = \"f16\"");
+    std::fs::write(models.path().join("half/model.toml"), half).expect("a manifest");
+    let (status, value) = check_json(&["--models", &models.path().display().to_string()]);
+    assert_eq!(status, Some(1));
+    assert!(value["errors"][0].as_str().expect("text").contains("computed on a GPU only"), "{value}");
+}
+
+#[test]
 fn check_says_every_mistake_and_fails() {
     let (status, value) = check_json(&["--set", "queue.rows=1", "--set", "log.format=xml"]);
     assert_eq!(status, Some(1));

@@ -2,7 +2,11 @@
 //! against each other. Starts nothing, opens no port, loads no weights.
 //!
 //! Always true
-//! - Exit status 0: it can be served, perhaps with warnings. 1: it cannot; every mistake was printed.
+//! - Exit status 0: it can be served, perhaps with findings. 1: it cannot; every mistake was printed.
+//!
+//! Elsewhere: what contradicts what (findings.rs).
+
+mod findings;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,6 +17,7 @@ use ferry::models::manifest::Manifest;
 use ferry::models::repository;
 use ferry::scheduler::Edges;
 
+use self::findings::{Finding, Given, Severity, findings};
 use super::{ConfigArgs, EXIT_FAILED};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -31,7 +36,7 @@ struct Report {
     manifests: Vec<Manifest>,
     memory: Vec<MemoryPart>,
     errors: Vec<String>,
-    warnings: Vec<String>,
+    findings: Vec<Finding>,
 }
 
 pub fn run(args: Args) -> ExitCode {
@@ -72,8 +77,15 @@ fn check(args: &ConfigArgs) -> Report {
     }
     let staging = staging_bytes(&config, &report.manifests);
     report.memory = memory(&config, staging, weight_bytes(&config.models, &report.manifests));
-    let memory_bytes = memory_total(&report.memory);
-    report.warnings.extend(warnings(&config, &report.manifests, Machine::here().cores, memory_bytes));
+    report.errors.extend(report.manifests.iter().filter_map(|manifest| findings::unservable(&config, manifest)));
+    let given = Given {
+        config: &config,
+        manifests: &report.manifests,
+        cores: Machine::here().cores,
+        memory_bytes: memory_total(&report.memory),
+        physical_bytes: physical_memory_bytes(),
+    };
+    report.findings.extend(findings(&given));
     report.config = Some(config);
     report
 }
@@ -105,80 +117,6 @@ fn weight_file(directory: &Path, manifest: &Manifest) -> PathBuf {
     directory.join(&contract.name).join(&contract.version).join("weights.safetensors")
 }
 
-/// Knobs that are each allowed and together not what anybody means.
-fn warnings(config: &Config, manifests: &[Manifest], cores: usize, memory_bytes: u64) -> Vec<String> {
-    let mut found = Vec::new();
-    let (frontend, threads) = (&config.frontend, &config.threads);
-    let callers = u64::from(frontend.connections_max) * u64::from(frontend.credit_requests);
-    if threads.shards + threads.executors > cores {
-        found.push(format!(
-            "{} shards and {} executors share {cores} core(s): each batch gets slower, none gets sooner",
-            threads.shards, threads.executors
-        ));
-    }
-    if !frontend.spin.is_zero() && threads.shards + threads.executors >= cores {
-        found.push("frontend.spin_us keeps a core busy that executors need; every core already has a thread".into());
-    }
-    if let Some(physical) = physical_memory_bytes()
-        && memory_bytes > physical
-    {
-        found.push(format!(
-            "the limits add up to {} and the machine has {}: lower queue.bytes_max or frontend.output_bytes_total_max",
-            size_text(memory_bytes),
-            size_text(physical)
-        ));
-    }
-    for manifest in manifests {
-        let name = &manifest.contract.name;
-        let batching = &manifest.batching;
-        let cap = u64::from(batching.rows_max);
-        if cap > callers {
-            found.push(format!("{name}: batches up to {cap} rows, but callers can have at most {callers} in flight"));
-        } else if cap > u64::from(frontend.credit_requests) {
-            found.push(format!(
-                "{name}: batches up to {cap} rows, but one connection can have at most {} requests in flight: a \
-                 single caller never fills a batch",
-                frontend.credit_requests
-            ));
-        }
-        let queue_rows = manifest.queue.rows_max.unwrap_or(u64::from(config.queue.rows_max));
-        let wanted = cap * threads.executors as u64;
-        if queue_rows.min(config.queue.rows_max.into()) < wanted {
-            found.push(format!(
-                "{name}: the queue holds {} rows, but {} executors want {wanted} for a full batch each",
-                queue_rows.min(config.queue.rows_max.into()),
-                threads.executors
-            ));
-        }
-        let contract = &manifest.contract;
-        let (rows, len) = (contract.rows_max, contract.len_max());
-        let request = contract.input_offset(contract.inputs.len(), rows, len) as u64;
-        if request > u64::from(frontend.payload_bytes_max) {
-            found.push(format!(
-                "{name}: its largest request has {request} bytes, but frontend.payload_bytes_max is {}",
-                frontend.payload_bytes_max
-            ));
-        }
-        let answer: u64 = contract.outputs.iter().map(|spec| u64::from(rows) * spec.row_bytes(len) as u64).sum();
-        if answer > u64::from(frontend.output_bytes_max) {
-            found.push(format!(
-                "{name}: its largest answer has {answer} bytes, but frontend.output_bytes_max is {}: each one stops \
-                 its connection from being read",
-                frontend.output_bytes_max
-            ));
-        }
-        if let Some(delay) = batching.queue_delay_max
-            && delay >= config.drain_timeout
-        {
-            found.push(format!(
-                "{name}: batches wait up to {delay:?}, but a drain ends after {:?}",
-                config.drain_timeout
-            ));
-        }
-    }
-    found
-}
-
 fn physical_memory_bytes() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
@@ -205,8 +143,18 @@ impl Report {
             return;
         }
         let how = weights.fetch.as_ref().map_or(String::new(), |command| format!("; `{command}` fetches it"));
-        let line = format!("{}: {} is not there{how}", manifest.contract.name, file.display());
-        if weights.optional { self.warnings.push(line) } else { self.errors.push(line) }
+        let message = format!("{} is not there{how}", file.display());
+        if weights.optional {
+            self.findings.push(Finding {
+                code: "weights_missing",
+                severity: Severity::Warning,
+                model: Some(manifest.contract.name.clone()),
+                knob: "weights.optional",
+                message,
+            });
+        } else {
+            self.errors.push(format!("{}: {message}", manifest.contract.name));
+        }
     }
 
     fn to_text(&self) -> String {
@@ -240,8 +188,9 @@ impl Report {
             }
             text += &format!("  {:>10}  together\n", size_text(memory_total(&self.memory)));
         }
-        for warning in &self.warnings {
-            text += &format!("warning: {warning}\n");
+        for finding in &self.findings {
+            let Finding { code, severity, knob, .. } = finding;
+            text += &format!("{}: {} [{code}: change {knob}]\n", severity.name(), finding.sentence());
         }
         for error in &self.errors {
             text += &format!("error: {error}\n");
@@ -271,10 +220,12 @@ impl Report {
             .collect();
         let memory: Vec<serde_json::Value> =
             self.memory.iter().map(|part| serde_json::json!({ "what": part.what, "bytes": part.bytes })).collect();
+        let warnings = self.findings.iter().filter(|finding| finding.severity == Severity::Warning);
         serde_json::json!({
             "ok": self.errors.is_empty(),
             "errors": self.errors,
-            "warnings": self.warnings,
+            "warnings": warnings.map(Finding::sentence).collect::<Vec<_>>(),
+            "findings": self.findings.iter().map(Finding::to_json).collect::<Vec<_>>(),
             "limits": limits,
             "models": models,
             "memory": memory,
