@@ -184,6 +184,26 @@ pub enum ToShard {
     Abort,
 }
 
+/// What a request waited for between admission and seal, apart from what the policy held it for: in ns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Waited {
+    /// Every executor that could run it ran something else.
+    pub behind: u64,
+    /// Its model had its share of the executors, or its composition was not complete.
+    pub other: u64,
+}
+
+/// When a device did what, on the server's clock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceTimes {
+    /// It was asked for all of it.
+    pub asked_at: Moment,
+    /// The rows had been copied to it.
+    pub uploaded_at: Moment,
+    /// The answers were there, and the copy back began.
+    pub computed_at: Moment,
+}
+
 /// One request's place in a batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Member {
@@ -194,6 +214,7 @@ pub struct Member {
     pub part: Part,
     pub received_at: Moment,
     pub admitted_at: Moment,
+    pub waited: Waited,
     pub truncated: bool,
 }
 
@@ -216,4 +237,6 @@ pub struct FinishedBatch {
     pub packed_at: Moment,
     pub started_at: Moment,
     pub finished_at: Moment,
+    /// Where it ran on a device, and as one.
+    pub device: Option<DeviceTimes>,
 }

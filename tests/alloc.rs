@@ -17,7 +17,7 @@ use ferry::executor::worker::{Answers, Worker};
 use ferry::mail::{Burst, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
 use ferry::models::repository::{self, LoadOptions, Loaded};
-use ferry::scatter::append_result;
+use ferry::scatter::{Details, append_result};
 use ferry::scheduler::{
     Arrival, Buckets, Class, Group, Policy, PolicyKind, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
 };
@@ -124,6 +124,8 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
         cells_real: u64::from(rows),
         reason: SealReason::Full,
         sealed_at: Moment(2),
+        generation: 1,
+        predicted: 0,
     }
 }
 
@@ -152,7 +154,7 @@ fn answer(inbox: &Receiver<ToShard>, out: &mut Vec<u8>) -> usize {
         let ToShard::Batch(finished) = message else { panic!("a batch was run") };
         for member in &finished.members {
             out.clear();
-            append_result(out, &finished, member, 1, true, finished.finished_at);
+            append_result(out, &finished, member, 1, Details { timings: true, receipt: false }, finished.finished_at);
             answers += 1;
         }
     }
@@ -176,7 +178,7 @@ fn packing_running_and_answering_a_batch_allocates_nothing_once_buffers_have_gro
     let mut one = |id: u64, rows: u32, padded_len: u32| {
         let batch = batch(id, rows, padded_len);
         let mut vacant = slot.take().expect("it came back");
-        let row = |request| Row { request, admitted_at: Moment(1) };
+        let row = |request| Row { request, admitted_at: Moment(1), waited: Default::default() };
         let packing = allocations(|| {
             pack(&mut vacant, &contract, &pads, &batch, requests.iter().take(rows as usize).map(row));
         });

@@ -22,7 +22,7 @@ use std::time::Duration;
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
 use super::canary::{self, Canary};
 use super::slot::{FilledSlot, VacantSlot};
-use super::worker::{Answers, Worker, padding, view_of};
+use super::worker::{Answers, Ran, Worker, padding, view_of};
 use super::{Failure, slot::Staging};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
@@ -30,7 +30,7 @@ use crate::gpu::encoder::{self, Encoder, Form, Parameters};
 use crate::gpu::launch::Float;
 use crate::gpu::ops::Bounds;
 use crate::gpu::slot::{Capacity, Complete, Failed, Held, HostBatch, InFlight, Vacant};
-use crate::mail::{Finished, FinishedBatch, ToBatcher};
+use crate::mail::{DeviceTimes, Finished, FinishedBatch, ToBatcher};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::SealedBatch;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason};
@@ -92,6 +92,8 @@ const NO_BATCH: SealedBatch = SealedBatch {
     squares_real: 0,
     reason: SealReason::Idle,
     sealed_at: Moment::ZERO,
+    generation: 0,
+    predicted: 0,
 };
 
 /// Raises the alarm that the device is lost. Each half of each executor that notices calls it, once.
@@ -459,7 +461,8 @@ impl<D: Driver> DeviceWorker<D> {
         service: Duration,
     ) -> Finished {
         let batch = slot.batch;
-        self.answers.send(&mut readback, &mut slot, result, [started_at, clock::now()], service);
+        let ran = Ran { started_at, finished_at: clock::now(), device: None, service };
+        self.answers.send(&mut readback, &mut slot, result, &ran);
         self.readbacks.push(readback);
         Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
     }
@@ -648,13 +651,14 @@ impl<D: Driver> Completion<D> {
     fn complete(&mut self, flight: Flight<D>) {
         let waited = flight.batch.wait();
         let finished_at = clock::now();
-        let (result, service, vacant, held) = match waited {
+        let (result, service, before_done, vacant, held) = match waited {
             Ok(complete) => {
-                let service = complete.computed_in();
+                let (service, before_done) = (complete.computed_in(), complete.before_done());
                 let (vacant, held) = Complete::vacate(complete);
-                (service.as_ref().map(drop).map_err(Fault::clone), service.unwrap_or_default(), Some(vacant), held)
+                let result = service.as_ref().map(drop).map_err(Fault::clone);
+                (result, service.unwrap_or_default(), before_done.ok(), Some(vacant), held)
             }
-            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, vacant, held),
+            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, None, vacant, held),
         };
         let lost = result.as_ref().err().filter(|fault| fault.is_lost()).cloned();
         if let Some(fault) = &lost
@@ -666,10 +670,17 @@ impl<D: Driver> Completion<D> {
         }
         let Whole { mut slot, mut finished } = held;
         let batch: SealedBatch = slot.batch;
-        // It waited for the queue before it began.
-        let started_at = (flight.asked_at).max(Moment::ZERO + finished_at.since(Moment::ZERO).saturating_sub(service));
+        // Its events are seen from its end, which is when this thread woke; it waited for the queue before it began.
+        let device = before_done.map(|(uploaded, computed)| DeviceTimes {
+            asked_at: flight.asked_at,
+            uploaded_at: flight.asked_at.max(finished_at - uploaded),
+            computed_at: flight.asked_at.max(finished_at - computed),
+        });
+        let computed_at = device.map_or(finished_at, |device| device.computed_at);
+        let started_at = flight.asked_at.max(computed_at - service);
         let result = result.map_err(|fault| refuse(&fault));
-        self.answers.send(&mut finished, &mut slot, result, [started_at, finished_at], service);
+        let ran = Ran { started_at, finished_at, device, service };
+        self.answers.send(&mut finished, &mut slot, result, &ran);
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
         let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service };

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::contract::{Contract, NonFinite, TensorSpec, first_non_finite};
-use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
+use crate::mail::{DeviceTimes, Finished, FinishedBatch, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
@@ -29,6 +29,17 @@ pub struct Answers {
     pub contracts: Vec<Arc<Contract>>,
     pub shards: Vec<Sender<ToShard>>,
     pub telemetry: Arc<Telemetry>,
+}
+
+/// When a batch ran.
+#[derive(Clone, Copy, Debug)]
+pub struct Ran {
+    pub started_at: Moment,
+    pub finished_at: Moment,
+    /// Where it ran on a device, and as one.
+    pub device: Option<DeviceTimes>,
+    /// Time of the executor: of a device, what it computed.
+    pub service: Duration,
 }
 
 /// An executor with what it needs to answer.
@@ -68,7 +79,8 @@ impl Worker {
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
-        self.answers.send(&mut shared, &mut slot, result, [started_at, finished_at], service);
+        let ran = Ran { started_at, finished_at, device: None, service };
+        self.answers.send(&mut shared, &mut slot, result, &ran);
         if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
@@ -157,6 +169,7 @@ impl Answers {
             packed_at: Moment::ZERO,
             started_at: Moment::ZERO,
             finished_at: Moment::ZERO,
+            device: None,
         }
     }
 
@@ -186,14 +199,7 @@ impl Answers {
     }
 
     /// Sends a batch that has run to the shards of its members. Nobody else may hold `shared`.
-    pub fn send(
-        &self,
-        shared: &mut Arc<FinishedBatch>,
-        slot: &mut FilledSlot,
-        result: Result<(), Failure>,
-        [started_at, finished_at]: [Moment; 2],
-        service: Duration,
-    ) {
+    pub fn send(&self, shared: &mut Arc<FinishedBatch>, slot: &mut FilledSlot, result: Result<(), Failure>, ran: &Ran) {
         let finished = Arc::get_mut(shared).expect("whoever ran the batch holds it alone");
         let metrics = self.telemetry.executor(self.index);
         finished.failure = match result {
@@ -211,12 +217,13 @@ impl Answers {
         };
         finished.batch = slot.batch;
         finished.packed_at = slot.packed_at;
-        finished.started_at = started_at;
-        finished.finished_at = finished_at;
+        finished.started_at = ran.started_at;
+        finished.finished_at = ran.finished_at;
+        finished.device = ran.device;
         std::mem::swap(&mut finished.members, &mut slot.staging_mut().members);
         // Counted before the send: a client that has its answer may ask for the count.
-        metrics.busy(service);
-        self.telemetry.model(slot.batch.model).service_time(service);
+        metrics.busy(ran.service);
+        self.telemetry.model(slot.batch.model).service_time(ran.service);
         scatter::send(shared, &self.shards);
     }
 }

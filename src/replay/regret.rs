@@ -348,6 +348,8 @@ mod tests {
             squares_real: 0,
             reason: SealReason::Idle,
             sealed_at: Moment::ZERO,
+            generation: 1,
+            predicted: 0,
         }
     }
 
