@@ -68,6 +68,7 @@ fn pack_batch(c: &mut Criterion) {
                 sealed_at: Moment(0),
                 generation: 1,
                 predicted: 0,
+                objective: Default::default(),
             };
             let pads = Pads::of(contract);
             let mut slot = VacantSlot::default();

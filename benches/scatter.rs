@@ -61,6 +61,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
         sealed_at: Moment(2),
         generation: 1,
         predicted: 0,
+        objective: Default::default(),
     };
     FinishedBatch {
         contract: Arc::new(contract),

@@ -19,6 +19,8 @@ use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
+use crate::timeline::{BatchRecord, Ran};
+pub use crate::timeline::{DeviceTimes, Waited};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -157,6 +159,12 @@ pub enum Question {
         last: usize,
         reply: Reply<Vec<Decision>>,
     },
+    /// Of the batches that are kept, the last that were sealed at `since` or later, oldest first.
+    Batches {
+        last: usize,
+        since: Moment,
+        reply: Reply<Vec<BatchRecord>>,
+    },
 }
 
 impl Question {
@@ -170,6 +178,8 @@ pub struct Finished {
     pub slot: VacantSlot,
     pub batch: SealedBatch,
     pub service: Duration,
+    /// When it ran, and how it ended.
+    pub ran: Ran,
 }
 
 #[derive(Debug)]
@@ -182,26 +192,6 @@ pub enum ToShard {
     Drain,
     /// End now: what is unanswered is answered `executor_failed`.
     Abort,
-}
-
-/// What a request waited for between admission and seal, apart from what the policy held it for: in ns.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Waited {
-    /// Every executor that could run it ran something else.
-    pub behind: u64,
-    /// Its model had its share of the executors, or its composition was not complete.
-    pub other: u64,
-}
-
-/// When a device did what, on the server's clock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceTimes {
-    /// It was asked for all of it.
-    pub asked_at: Moment,
-    /// The rows had been copied to it.
-    pub uploaded_at: Moment,
-    /// The answers were there, and the copy back began.
-    pub computed_at: Moment,
 }
 
 /// One request's place in a batch.

@@ -126,6 +126,7 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
         sealed_at: Moment(2),
         generation: 1,
         predicted: 0,
+        objective: Duration::ZERO,
     }
 }
 
@@ -283,6 +284,8 @@ fn a_turn_of_the_batcher_allocates_nothing_once_everything_has_grown() {
     let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Inline, PolicyKind::Cost)], &seats);
     let telemetry = Telemetry::new(&labels, 1, 1);
     let mut batcher = Batcher::new(scheduler, outlet, &[contract], 1, telemetry);
+    // The flight recorder too: it is on by default.
+    batcher.keep_batches(64);
     let requests = requests(40);
     let mut out = Vec::new();
     for turn in 0..100 {

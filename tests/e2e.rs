@@ -24,3 +24,5 @@ mod order;
 mod process;
 #[path = "e2e/receipts.rs"]
 mod receipts;
+#[path = "e2e/recorder.rs"]
+mod recorder;

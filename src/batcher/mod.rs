@@ -7,6 +7,7 @@
 //! Elsewhere: what to do (scheduler), who answers (scatter.rs, frontend).
 
 mod flights;
+mod keeping;
 mod live;
 mod recorder;
 mod waits;
@@ -27,6 +28,7 @@ use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
 use flights::Flights;
+use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
 use recorder::Recorder;
@@ -83,6 +85,8 @@ pub struct Batcher<O> {
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
     live: Live,
+    /// What became of the last batches.
+    kept: Kept,
     /// While a capture is on.
     recorder: Option<Box<Recorder>>,
     telemetry: Arc<Telemetry>,
@@ -120,6 +124,7 @@ impl<O: Outlet> Batcher<O> {
             flights: Flights::default(),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
+            kept: Kept::default(),
             recorder: None,
             telemetry,
             audit_at: Moment::ZERO,
@@ -164,6 +169,7 @@ impl<O: Outlet> Batcher<O> {
         self.expire(now);
         self.mail_ends();
         self.publish();
+        self.dump(now);
         self.audit(now);
         let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
         wakes.into_iter().flatten().min()
@@ -328,6 +334,7 @@ impl<O: Outlet> Batcher<O> {
             let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
             recorder.finished(now, done, self.scheduler.log());
         }
+        self.note_ran(now, &finished);
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
@@ -397,6 +404,7 @@ impl<O: Outlet> Batcher<O> {
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
+            self.kept.sealed(&batch, rows.clone());
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
         }
@@ -411,7 +419,9 @@ impl<O: Outlet> Batcher<O> {
                 }
             }
         }
-        slot.fill(batch, clock::now())
+        let packed_at = clock::now();
+        self.kept.packed(packed_at);
+        slot.fill(batch, packed_at)
     }
 
     /// A count that drifted would refuse requests for ever, or none any more; nobody would know why.

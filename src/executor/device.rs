@@ -22,7 +22,7 @@ use std::time::Duration;
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
 use super::canary::{self, Canary};
 use super::slot::{FilledSlot, VacantSlot};
-use super::worker::{Answers, Ran, Worker, padding, view_of};
+use super::worker::{Answers, Worker, padding, view_of};
 use super::{Failure, slot::Staging};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
@@ -33,6 +33,7 @@ use crate::gpu::slot::{Capacity, Complete, Failed, Held, HostBatch, InFlight, Va
 use crate::mail::{DeviceTimes, Finished, FinishedBatch, ToBatcher};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::SealedBatch;
+use crate::timeline::Ran;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason};
 
 /// What a model computes on a device, and how large its batches may be.
@@ -94,6 +95,7 @@ const NO_BATCH: SealedBatch = SealedBatch {
     sealed_at: Moment::ZERO,
     generation: 0,
     predicted: 0,
+    objective: Duration::ZERO,
 };
 
 /// Raises the alarm that the device is lost. Each half of each executor that notices calls it, once.
@@ -461,10 +463,10 @@ impl<D: Driver> DeviceWorker<D> {
         service: Duration,
     ) -> Finished {
         let batch = slot.batch;
-        let ran = Ran { started_at, finished_at: clock::now(), device: None, service };
-        self.answers.send(&mut readback, &mut slot, result, &ran);
+        let mut ran = Ran::new(started_at, clock::now(), None, service);
+        self.answers.send(&mut readback, &mut slot, result, &mut ran);
         self.readbacks.push(readback);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran }
     }
 
     /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
@@ -679,11 +681,11 @@ impl<D: Driver> Completion<D> {
         let computed_at = device.map_or(finished_at, |device| device.computed_at);
         let started_at = flight.asked_at.max(computed_at - service);
         let result = result.map_err(|fault| refuse(&fault));
-        let ran = Ran { started_at, finished_at, device, service };
-        self.answers.send(&mut finished, &mut slot, result, &ran);
+        let mut ran = Ran::new(started_at, finished_at, device, service);
+        self.answers.send(&mut finished, &mut slot, result, &mut ran);
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
-        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service };
+        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }
 }

@@ -103,6 +103,7 @@ impl Rig {
             sealed_at: Moment(1),
             generation: 1,
             predicted: 0,
+            objective: Default::default(),
         };
         let contract = Arc::clone(&self.contracts[model.index()]);
         let mut slot = self.slot.take().expect("it came back");

@@ -394,5 +394,6 @@ pub fn sealed_before(done: &Done) -> SealedBatch {
         sealed_at: Moment::ZERO,
         generation: 1,
         predicted: 0,
+        objective: Duration::ZERO,
     }
 }

@@ -282,6 +282,7 @@ mod tests {
             sealed_at: Moment(0),
             generation: 1,
             predicted: 0,
+            objective: Duration::ZERO,
         }
     }
 

@@ -350,6 +350,7 @@ mod tests {
             sealed_at: Moment::ZERO,
             generation: 1,
             predicted: 0,
+            objective: Duration::ZERO,
         }
     }
 

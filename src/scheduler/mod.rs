@@ -113,6 +113,8 @@ pub struct SealedBatch {
     pub generation: u32,
     /// How long it is expected to take, in ns; 0 where nothing is known.
     pub predicted: u64,
+    /// How long its requests should be here at most: the model's objective when it was sealed.
+    pub objective: Duration,
 }
 
 impl SealedBatch {
@@ -999,6 +1001,7 @@ impl Scheduler {
             sealed_at: now,
             generation: queue.generation,
             predicted: 0,
+            objective: queue.policy.slo,
         };
         let predicted = queue.cost.predict_work(batch.work());
         batch.predicted = predicted as u64;
