@@ -66,6 +66,9 @@ fn pack_batch(c: &mut Criterion) {
                 cells_real: 0,
                 reason: SealReason::Full,
                 sealed_at: Moment(0),
+                generation: 1,
+                predicted: 0,
+                objective: Default::default(),
             };
             let pads = Pads::of(contract);
             let mut slot = VacantSlot::default();
@@ -73,7 +76,11 @@ fn pack_batch(c: &mut Criterion) {
             group.throughput(Throughput::Bytes(bytes as u64));
             group.bench_function(BenchmarkId::new(*name, format!("{rows}_rows")), |b| {
                 b.iter(|| {
-                    let rows = requests.iter().map(|request| Row { request, admitted_at: Moment(0) });
+                    let rows = requests.iter().map(|request| Row {
+                        request,
+                        admitted_at: Moment(0),
+                        waited: Default::default(),
+                    });
                     pack(&mut slot, contract, &pads, &batch, rows);
                 });
             });

@@ -6,7 +6,7 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use ferry::contract::{Contract, Dim, NonFinite, TensorSpec};
 use ferry::executor::batch::BatchOutput;
 use ferry::mail::{FinishedBatch, Member};
-use ferry::scatter::append_result;
+use ferry::scatter::{Details, append_result};
 use ferry::scheduler::SealedBatch;
 use ferry::vocab::{DType, Layout, ModelHandle, Moment, SealReason, TicketKey};
 
@@ -43,6 +43,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
             part: ferry::mail::Part::whole(1),
             received_at: Moment(0),
             admitted_at: Moment(1),
+            waited: Default::default(),
             truncated: false,
         })
         .collect();
@@ -58,6 +59,9 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
         cells_real: u64::from(ROWS),
         reason: SealReason::Full,
         sealed_at: Moment(2),
+        generation: 1,
+        predicted: 0,
+        objective: Default::default(),
     };
     FinishedBatch {
         contract: Arc::new(contract),
@@ -68,6 +72,7 @@ fn finished(dtype: DType, elements: u32) -> FinishedBatch {
         packed_at: Moment(3),
         started_at: Moment(4),
         finished_at: Moment(5),
+        device: None,
     }
 }
 
@@ -76,15 +81,18 @@ fn answer(c: &mut Criterion) {
     group.throughput(Throughput::Elements(1));
     for (name, dtype, elements) in [("echo_256_bytes", DType::U8, 256), ("embedding_384_floats", DType::F32, 384)] {
         let finished = finished(dtype, elements);
-        for timings in [false, true] {
-            let id = BenchmarkId::new(name, if timings { "with_timings" } else { "plain" });
+        for (what, timings, receipt) in
+            [("plain", false, false), ("with_timings", true, false), ("with_receipt", true, true)]
+        {
+            let details = Details { timings, receipt };
+            let id = BenchmarkId::new(name, what);
             let mut out = Vec::new();
             let mut members = finished.members.iter().cycle();
             group.bench_function(id, |b| {
                 b.iter(|| {
                     out.clear();
                     let member = members.next().expect("a cycle");
-                    append_result(&mut out, &finished, member, 7, timings, Moment(6));
+                    append_result(&mut out, &finished, member, 7, details, Moment(6));
                     out.len()
                 });
             });

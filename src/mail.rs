@@ -19,6 +19,8 @@ use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
+use crate::timeline::{BatchRecord, Ran};
+pub use crate::timeline::{DeviceTimes, Waited};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -157,6 +159,12 @@ pub enum Question {
         last: usize,
         reply: Reply<Vec<Decision>>,
     },
+    /// Of the batches that are kept, the last that were sealed at `since` or later, oldest first.
+    Batches {
+        last: usize,
+        since: Moment,
+        reply: Reply<Vec<BatchRecord>>,
+    },
 }
 
 impl Question {
@@ -170,6 +178,8 @@ pub struct Finished {
     pub slot: VacantSlot,
     pub batch: SealedBatch,
     pub service: Duration,
+    /// When it ran, and how it ended.
+    pub ran: Ran,
 }
 
 #[derive(Debug)]
@@ -194,6 +204,7 @@ pub struct Member {
     pub part: Part,
     pub received_at: Moment,
     pub admitted_at: Moment,
+    pub waited: Waited,
     pub truncated: bool,
 }
 
@@ -216,4 +227,6 @@ pub struct FinishedBatch {
     pub packed_at: Moment,
     pub started_at: Moment,
     pub finished_at: Moment,
+    /// Where it ran on a device, and as one.
+    pub device: Option<DeviceTimes>,
 }

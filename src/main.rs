@@ -34,6 +34,10 @@ enum Command {
     Capture(commands::capture::Args),
     /// Run the scheduler in virtual time: a trace again, or with other settings.
     Replay(commands::replay::Args),
+    /// Tell why a request took as long as it did, in plain sentences.
+    Explain(commands::explain::Args),
+    /// Write a server's last batches as a file for a trace viewer.
+    Timeline(commands::timeline::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
     /// Show what models could run on: the processor and the GPUs.
@@ -50,6 +54,8 @@ fn main() -> ExitCode {
         Command::Offline(args) => commands::offline::run(&args),
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
+        Command::Explain(args) => commands::explain::run(&args),
+        Command::Timeline(args) => commands::timeline::run(&args),
         Command::Check(args) => commands::check::run(args),
         Command::Devices(args) => commands::devices::run(&args),
     }

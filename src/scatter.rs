@@ -11,10 +11,19 @@ use std::sync::Arc;
 use crate::contract::TensorSpec;
 use crate::mail::{FinishedBatch, Member, ToShard};
 use crate::mailbox::Sender;
-use crate::vocab::{ModelHandle, Moment, Refusal};
+use crate::vocab::{Layout, ModelHandle, Moment, Refusal};
 use crate::wire::encoder::{Head, append_frame_with, pad_to_8};
 use crate::wire::frame::Kind;
-use crate::wire::message::{ErrorMessage, InferResult, Item, List, RESULT_TRUNCATED, TensorMeta, Timings};
+use crate::wire::message::{ErrorMessage, InferResult, Item, List, RESULT_TRUNCATED, Receipt, TensorMeta, Timings};
+
+/// What a caller wants to know beside the answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Details {
+    /// Its timeline.
+    pub timings: bool,
+    /// What came of it, and why; with the timeline.
+    pub receipt: bool,
+}
 
 /// Mails the batch to every shard that has a member in it.
 pub fn send(finished: &Arc<FinishedBatch>, shards: &[Sender<ToShard>]) {
@@ -44,17 +53,18 @@ pub fn append_result(
     finished: &FinishedBatch,
     member: &Member,
     request_id: u64,
-    timings: bool,
+    details: Details,
     now: Moment,
 ) {
-    let result = result_of(finished, member, member.part.of_rows, timings.then(|| timings_of(finished, member, now)));
+    let mut result = result_of(finished, member, member.part.of_rows);
+    describe(&mut result, finished, member, details, || timings_of(finished, member, now));
     let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
     append(out, finished, head, &result, rows_of(finished, member));
 }
 
 /// Appends the item frame of one member that has not failed: its rows, whether all of the request's or not.
 pub fn append_item(out: &mut Vec<u8>, finished: &FinishedBatch, member: &Member, request_id: u64) {
-    let result = result_of(finished, member, member.rows, None);
+    let result = result_of(finished, member, member.rows);
     let head = Head { kind: Kind::Item, model: finished.batch.model, request_id };
     append(out, finished, head, &Item { at_row: member.part.at_row, result }, rows_of(finished, member));
 }
@@ -65,9 +75,11 @@ pub fn append_end(
     finished: &FinishedBatch,
     member: &Member,
     request_id: u64,
-    timings: Option<Timings>,
+    details: Details,
+    now: Moment,
 ) {
-    let result = InferResult { outputs: List::new(), ..result_of(finished, member, 0, timings) };
+    let mut result = InferResult { outputs: List::new(), ..result_of(finished, member, 0) };
+    describe(&mut result, finished, member, details, || timings_of(finished, member, now));
     let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
     append_frame_with(out, head, &result, |_| {}).expect("less than a result with rows");
 }
@@ -82,7 +94,7 @@ fn rows_of(finished: &FinishedBatch, member: &Member) -> impl Fn(&mut Vec<u8>, u
 }
 
 /// What is said about `rows` rows of a member.
-fn result_of(finished: &FinishedBatch, member: &Member, rows: u32, timings: Option<Timings>) -> InferResult {
+fn result_of(finished: &FinishedBatch, member: &Member, rows: u32) -> InferResult {
     let batch = &finished.batch;
     let mut result = InferResult {
         batch: batch.id,
@@ -90,8 +102,10 @@ fn result_of(finished: &FinishedBatch, member: &Member, rows: u32, timings: Opti
         padded_len: batch.padded_len,
         seal_reason: batch.reason as u8,
         flags: if member.truncated { RESULT_TRUNCATED } else { 0 },
+        generation: batch.generation,
         outputs: List::new(),
-        timings,
+        timings: None,
+        receipt: None,
     };
     for (index, spec) in finished.contract.outputs.iter().enumerate() {
         let mut dims = List::new();
@@ -107,6 +121,59 @@ fn result_of(finished: &FinishedBatch, member: &Member, rows: u32, timings: Opti
         result.outputs.push(tensor).expect("the number of outputs was checked with the contract");
     }
     result
+}
+
+/// Adds what the caller asked to be told.
+fn describe(
+    result: &mut InferResult,
+    finished: &FinishedBatch,
+    member: &Member,
+    details: Details,
+    timings: impl FnOnce() -> Timings,
+) {
+    if details.timings || details.receipt {
+        result.timings = Some(timings());
+    }
+    if details.receipt {
+        result.receipt = Some(Box::new(receipt_of(finished, member)));
+    }
+}
+
+/// What came of a member, and why.
+pub fn receipt_of(finished: &FinishedBatch, member: &Member) -> Receipt {
+    let batch = &finished.batch;
+    let nanos = |from: Moment, to: Moment| to.since(from).as_nanos() as u64;
+    let queue = nanos(member.admitted_at, batch.sealed_at);
+    let behind = member.waited.behind.min(queue);
+    let other = member.waited.other.min(queue - behind);
+    let padding = match batch.layout {
+        Layout::Padded => u64::from(member.rows) * u64::from(batch.padded_len.saturating_sub(member.len)),
+        Layout::Packed => 0,
+    };
+    let mut co_lens = List::new();
+    for mate in finished.members.iter().filter(|mate| mate.first_row != member.first_row) {
+        if co_lens.push(mate.len).is_err() {
+            break;
+        }
+    }
+    Receipt {
+        executor: batch.executor,
+        layout: batch.layout as u8,
+        rows: member.rows,
+        len: member.len,
+        rows_possible: batch.rows_possible,
+        cells_real: batch.cells_real,
+        cells_padded: batch.cells_padded(),
+        cells_own_padding: padding,
+        held_ns: queue - behind - other,
+        behind_ns: behind,
+        other_ns: other,
+        upload_ns: finished.device.map_or(0, |device| nanos(device.asked_at, device.uploaded_at)),
+        readback_ns: finished.device.map_or(0, |device| nanos(device.computed_at, finished.finished_at)),
+        predicted_ns: batch.predicted,
+        co_members: finished.members.len() as u32 - 1,
+        co_lens,
+    }
 }
 
 fn append<M: bincode::Encode>(
@@ -183,10 +250,11 @@ impl Assemblies {
         finished: &FinishedBatch,
         member: &Member,
         request_id: u64,
-        timings: bool,
+        details: Details,
     ) {
         let entry = self.entries.remove(&member.key.slot).expect("its last part was taken");
-        let result = result_of(finished, member, member.part.of_rows, timings.then_some(entry.timings));
+        let mut result = result_of(finished, member, member.part.of_rows);
+        describe(&mut result, finished, member, details, || entry.timings);
         let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
         append(out, finished, head, &result, |out, index, _| out.extend_from_slice(&entry.outputs[index]));
     }
@@ -220,6 +288,7 @@ impl Assemblies {
     }
 }
 
+/// Where a member's time went, up to `now`.
 pub fn timings_of(finished: &FinishedBatch, member: &Member, now: Moment) -> Timings {
     let nanos = |from: Moment, to: Moment| to.since(from).as_nanos() as u64;
     // Each stage starts where the one before ended, so the parts add up to the total.

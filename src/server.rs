@@ -42,6 +42,8 @@ use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::telemetry::{ModelLabels, Telemetry};
+use crate::timeline::breach::BreachWatch;
+use crate::timeline::files::{Dump, DumpFiles};
 use crate::tokenizers::Tokenizing;
 use crate::vocab::{Layout, ModelHandle, Moment, Refusal};
 
@@ -241,6 +243,9 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let groups: Vec<Group> = models.iter().map(|model| group_of(&model.manifest)).collect();
     let seats = config.threads.executors + usize::from(groups.contains(&Group::Inline));
     let telemetry = Telemetry::new(&labels_of(&contracts), config.threads.shards, seats);
+    if config.recorder.batches > 0 {
+        telemetry.keep_answered(config.recorder.batches as usize);
+    }
     let lifecycle = Arc::new(Lifecycle::new());
     let (reserved, data_addr) = reserve_port(config.listen).map_err(StartError::Thread)?;
     let (events_sender, events) = flume::unbounded();
@@ -271,7 +276,8 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let started = start_executors(&plan, &lifecycle, &mut others)?;
     plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
-    let batcher = start_batcher(&plan, started, batcher_mailbox)?;
+    let dumps = start_dumps(&plan, &mut others)?;
+    let batcher = start_batcher(&plan, started, dumps, batcher_mailbox)?;
     let options = shard_options(config, hooks, in_flight_max);
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
@@ -699,6 +705,7 @@ const TEXTS_MAX: usize = 4096;
 fn start_batcher(
     plan: &Plan<'_>,
     executors: Started,
+    dumps: Option<flume::Sender<Dump>>,
     mailbox: Receiver<ToBatcher>,
 ) -> Result<JoinHandle<()>, StartError> {
     let queue = &plan.config.queue;
@@ -721,8 +728,24 @@ fn start_batcher(
     let telemetry = Arc::clone(&plan.telemetry);
     let mut batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     executors.slots.into_iter().for_each(|(executor, slots)| batcher.set_slots(executor, slots));
+    let recorder = &plan.config.recorder;
+    batcher.keep_batches(recorder.batches as usize);
+    if let Some(dumps) = dumps {
+        let watch = BreachWatch::new(recorder.breach, recorder.interval, plan.contracts.len());
+        batcher.keep_dumps(watch, dumps);
+    }
     let spin = plan.config.frontend.spin;
     spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))
+}
+
+/// The thread that writes what the flight recorder is kept as, where a directory is given. It ends with the batcher.
+fn start_dumps(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Option<flume::Sender<Dump>>, StartError> {
+    let Some(directory) = plan.config.recorder_directory() else { return Ok(None) };
+    let names = plan.contracts.iter().map(|contract| contract.name.clone()).collect();
+    let files = DumpFiles { directory, files_max: plan.config.recorder.files_max as usize, names };
+    let (sender, dumps) = flume::bounded(1);
+    others.push(spawn_thread("ferry-recorder".into(), &plan.events, move || files.run(&dumps))?);
+    Ok(Some(sender))
 }
 
 /// What batch times of each model depend on.

@@ -355,18 +355,22 @@ impl fmt::Display for DType {
     }
 }
 
-/// How the rows of a batch lie in memory.
+/// How the rows of a batch lie in memory. Numbers are wire-stable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, bincode::Decode, bincode::Encode)]
 #[serde(rename_all = "lowercase")]
 pub enum Layout {
     /// Each row in a place of the batch's padded length.
     #[default]
-    Padded,
+    Padded = 0,
     /// End to end, without padding.
-    Packed,
+    Packed = 1,
 }
 
 impl Layout {
+    pub fn from_number(number: u8) -> Option<Layout> {
+        [Layout::Padded, Layout::Packed].into_iter().find(|layout| *layout as u8 == number)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Layout::Padded => "padded",

@@ -17,7 +17,7 @@ use ferry::executor::worker::{Answers, Worker};
 use ferry::mail::{Burst, Request, ToBatcher, ToShard};
 use ferry::mailbox::{Receiver, mailbox};
 use ferry::models::repository::{self, LoadOptions, Loaded};
-use ferry::scatter::append_result;
+use ferry::scatter::{Details, append_result};
 use ferry::scheduler::{
     Arrival, Buckets, Class, Group, Policy, PolicyKind, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
 };
@@ -124,6 +124,9 @@ fn batch(id: u64, rows: u32, padded_len: u32) -> SealedBatch {
         cells_real: u64::from(rows),
         reason: SealReason::Full,
         sealed_at: Moment(2),
+        generation: 1,
+        predicted: 0,
+        objective: Duration::ZERO,
     }
 }
 
@@ -152,7 +155,7 @@ fn answer(inbox: &Receiver<ToShard>, out: &mut Vec<u8>) -> usize {
         let ToShard::Batch(finished) = message else { panic!("a batch was run") };
         for member in &finished.members {
             out.clear();
-            append_result(out, &finished, member, 1, true, finished.finished_at);
+            append_result(out, &finished, member, 1, Details { timings: true, receipt: false }, finished.finished_at);
             answers += 1;
         }
     }
@@ -176,7 +179,7 @@ fn packing_running_and_answering_a_batch_allocates_nothing_once_buffers_have_gro
     let mut one = |id: u64, rows: u32, padded_len: u32| {
         let batch = batch(id, rows, padded_len);
         let mut vacant = slot.take().expect("it came back");
-        let row = |request| Row { request, admitted_at: Moment(1) };
+        let row = |request| Row { request, admitted_at: Moment(1), waited: Default::default() };
         let packing = allocations(|| {
             pack(&mut vacant, &contract, &pads, &batch, requests.iter().take(rows as usize).map(row));
         });
@@ -281,6 +284,8 @@ fn a_turn_of_the_batcher_allocates_nothing_once_everything_has_grown() {
     let scheduler = Scheduler::new(QueueLimits::NONE, vec![policy(Group::Inline, PolicyKind::Cost)], &seats);
     let telemetry = Telemetry::new(&labels, 1, 1);
     let mut batcher = Batcher::new(scheduler, outlet, &[contract], 1, telemetry);
+    // The flight recorder too: it is on by default.
+    batcher.keep_batches(64);
     let requests = requests(40);
     let mut out = Vec::new();
     for turn in 0..100 {

@@ -433,7 +433,7 @@ fn a_damaged_item_fails_its_request_alone_and_once() {
         let result = InferResult { outputs: infer.infer().inputs, ..InferResult::default() };
         let mut out = Vec::new();
         let head = Head { kind: Kind::Item, model: ModelHandle(0), request_id: infer.id };
-        append_frame(&mut out, head, &Item { at_row: 0, result }, &infer.payload).expect("small");
+        append_frame(&mut out, head, &Item { at_row: 0, result: result.clone() }, &infer.payload).expect("small");
         *out.last_mut().expect("a payload") ^= 1;
         peer.stream.write_all(&out).expect("the client reads");
         peer.send(Kind::Item, infer.id, &Item { at_row: 1, result }, &infer.payload);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ferry::config::file::Value;
-use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memory_total, setting};
+use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memory_total, recorder_bytes, setting};
 use ferry::config::{Config, LogFormat, Machine, Place};
 use proptest::prelude::*;
 
@@ -237,9 +237,16 @@ fn an_address_beyond_this_machine_is_refused_until_it_is_allowed_in_words() {
 fn memory_adds_up_and_grows_with_each_of_its_limits() {
     let config = of_sets(&["frontend.connections_max=10"]).expect("ten connections are enough for two shards");
     let parts = memory(&config, 7, 11);
-    let expected = (1u64 << 30) + 10 * (16 << 20) + 10 * (4 << 20) + 7 + 11;
+    let recorder = recorder_bytes(&config);
+    assert!((1 << 20..4 << 20).contains(&recorder), "some hundred bytes for each of 4096 batches: {recorder}");
+    let expected = (1u64 << 30) + 10 * (16 << 20) + 10 * (4 << 20) + 7 + 11 + recorder;
     assert_eq!(memory_total(&parts), expected);
-    for set in ["queue.bytes_max=2147483648", "frontend.connections_max=11", "frontend.output_bytes_max=8388608"] {
+    for set in [
+        "queue.bytes_max=2147483648",
+        "frontend.connections_max=11",
+        "frontend.output_bytes_max=8388608",
+        "recorder.batches=4097",
+    ] {
         let more = of_sets(&["frontend.connections_max=10", set]).expect("each of these is allowed");
         assert!(memory_total(&memory(&more, 7, 11)) > expected, "{set} must cost memory");
     }

@@ -22,3 +22,7 @@ mod meaning;
 mod order;
 #[path = "e2e/process.rs"]
 mod process;
+#[path = "e2e/receipts.rs"]
+mod receipts;
+#[path = "e2e/recorder.rs"]
+mod recorder;

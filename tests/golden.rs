@@ -13,13 +13,13 @@ use std::path::Path;
 
 use bincode::{Decode, Encode};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
-use ferry::vocab::{Code, DType, Executed, ModelHandle, Refusal, Retry, SealReason, Stage};
+use ferry::vocab::{Code, DType, Executed, Layout, ModelHandle, Refusal, Retry, SealReason, Stage};
 use ferry::wire::decoder::Step;
 use ferry::wire::encoder::{Head, append_bare, append_frame, append_frame_with, pad_to_8};
 use ferry::wire::frame::FLAG_OPTIONAL;
 use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, INFER_TRUNCATE, Infer,
-    InferResult, Item, List, RESULT_TRUNCATED, TensorMeta, Timings, decode_exact,
+    InferResult, Item, List, RESULT_TRUNCATED, Receipt, TensorMeta, Timings, decode_exact,
 };
 use ferry::wire::{Decoder, Header, Kind, Limits};
 
@@ -316,8 +316,10 @@ fn goldens() -> Vec<Golden> {
                 padded_len: 8,
                 seal_reason: SealReason::Idle as u8,
                 flags: 0,
+                generation: 1,
                 outputs: tensors(&[(DType::U32, &[1, 3])]),
                 timings: None,
+                receipt: None,
             },
             u32s(&[7, 8, 9]),
         ),
@@ -334,8 +336,10 @@ fn goldens() -> Vec<Golden> {
                     padded_len: 3,
                     seal_reason: SealReason::Full as u8,
                     flags: 0,
+                    generation: 3,
                     outputs: tensors(&[(DType::U32, &[2, 3])]),
                     timings: None,
+                    receipt: None,
                 },
             },
             u32s(&[7, 8, 9, 10, 11, 12]),
@@ -351,6 +355,7 @@ fn goldens() -> Vec<Golden> {
                 padded_len: 16,
                 seal_reason: SealReason::QueueDelay as u8,
                 flags: RESULT_TRUNCATED,
+                generation: 2,
                 outputs: tensors(&[(DType::F32, &[1, 2])]),
                 timings: Some(Timings {
                     admit_ns: 1000,
@@ -360,6 +365,49 @@ fn goldens() -> Vec<Golden> {
                     run_ns: 5_000_000,
                     scatter_ns: 600,
                 }),
+                receipt: None,
+            },
+            f32s(&[0.25, -2.0]),
+        ),
+        golden(
+            "result_receipt",
+            Kind::Result,
+            3,
+            15,
+            InferResult {
+                batch: 45,
+                batch_rows: 4,
+                padded_len: 9,
+                seal_reason: SealReason::QueueDelay as u8,
+                flags: 0,
+                generation: 2,
+                outputs: tensors(&[(DType::F32, &[1, 2])]),
+                timings: Some(Timings {
+                    admit_ns: 1000,
+                    queue_ns: 2_000_000,
+                    pack_ns: 300,
+                    wait_ns: 90_000,
+                    run_ns: 5_000_000,
+                    scatter_ns: 600,
+                }),
+                receipt: Some(Box::new(Receipt {
+                    executor: 1,
+                    layout: Layout::Padded as u8,
+                    rows: 1,
+                    len: 5,
+                    rows_possible: 16,
+                    cells_real: 25,
+                    cells_padded: 36,
+                    cells_own_padding: 4,
+                    held_ns: 1_500_000,
+                    behind_ns: 499_000,
+                    other_ns: 1000,
+                    upload_ns: 40_000,
+                    readback_ns: 7000,
+                    predicted_ns: 4_800_000,
+                    co_members: 2,
+                    co_lens: List::from_slice(&[9, 3]).expect("two"),
+                })),
             },
             f32s(&[0.25, -2.0]),
         ),
@@ -374,8 +422,10 @@ fn goldens() -> Vec<Golden> {
                 padded_len: 1,
                 seal_reason: SealReason::Composed as u8,
                 flags: 0,
+                generation: 1,
                 outputs: tensors(&integers.map(|(dtype, _)| (dtype, &[1u32][..]))),
                 timings: None,
+                receipt: None,
             },
             laid_out(&integers.map(|(_, bytes)| bytes)),
         ),

@@ -14,7 +14,7 @@ use ferry::wire::encoder::{Head, align8, append_bare, append_frame};
 use ferry::wire::frame::{FLAG_OPTIONAL, MAGIC};
 use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_FLAGS_KNOWN, Infer, InferResult, Item,
-    List, TensorMeta, Timings, decode_exact, encode_into,
+    List, Receipt, TensorMeta, Timings, decode_exact, encode_into,
 };
 use ferry::wire::{DecodeError, Decoder, HEADER_LEN, Header, Kind, Limits, PROTOCOL_MAJOR};
 use proptest::prelude::*;
@@ -124,8 +124,14 @@ fn sample_metadata() -> Vec<(Kind, Vec<u8>)> {
     let result = InferResult {
         outputs: List::from_slice(&[tensor(0, DType::F32, &[2, 384])]).expect("one"),
         timings: Some(Timings { run_ns: 7, ..Timings::default() }),
+        receipt: Some(Box::new(Receipt {
+            co_members: 2,
+            co_lens: List::from_slice(&[5, 6]).expect("two"),
+            ..Receipt::default()
+        })),
         ..InferResult::default()
     };
+    let without = InferResult { timings: None, receipt: None, ..result.clone() };
     let hello = Hello {
         version_min: 1,
         version_max: 1,
@@ -160,8 +166,8 @@ fn sample_metadata() -> Vec<(Kind, Vec<u8>)> {
         (Kind::Description, encoded(&Description { handle: 1, contract_hash: 2 })),
         (Kind::Infer, encoded(&infer)),
         (Kind::Result, encoded(&result)),
-        (Kind::Result, encoded(&InferResult { timings: None, ..result })),
-        (Kind::Item, encoded(&Item { at_row: 5, result: InferResult { timings: None, ..result } })),
+        (Kind::Result, encoded(&without)),
+        (Kind::Item, encoded(&Item { at_row: 5, result: without })),
         (Kind::Error, encoded(&error)),
         (Kind::Cancel, vec![]),
         (Kind::Ping, vec![]),
@@ -498,10 +504,14 @@ fn an_option_is_one_byte_0_or_1_and_nothing_else() {
     let absent = encoded(&InferResult::default());
     let present = encoded(&InferResult { timings: Some(Timings::default()), ..InferResult::default() });
     assert_eq!(present.len(), absent.len() + 48);
+    // The receipt's tag is behind it.
+    let (timings_at, receipt_at) = (absent.len() - 2, present.len() - 1);
     for tag in 2..=255u8 {
-        let mut bytes = present.clone();
-        bytes[absent.len() - 1] = tag;
-        assert_eq!(reencode(Kind::Result, &bytes), None, "F09: tag {tag}");
+        for at in [timings_at, receipt_at] {
+            let mut bytes = present.clone();
+            bytes[at] = tag;
+            assert_eq!(reencode(Kind::Result, &bytes), None, "F09: tag {tag} at {at}");
+        }
     }
     // The forms that a decoder of variable-width integers would take for a length of 3.
     for form in [&[3u8][..], &[251, 3, 0], &[252, 3, 0, 0, 0], &[253, 3, 0, 0, 0, 0, 0, 0, 0]] {
@@ -697,7 +707,7 @@ fn contracts() -> Vec<Contract> {
 fn reference(contract: &Contract, infer: &Infer, payload: &[u8]) -> Option<(u32, u32, bool)> {
     let payload_len = payload.len() as i128;
     let round_up = |n: i128| (n + 7) / 8 * 8;
-    if infer.flags > 7 {
+    if infer.flags > 15 {
         return None;
     }
     if let (Some(text), [tensor]) = (&contract.text, &infer.inputs[..])
@@ -958,7 +968,7 @@ proptest! {
     #[test]
     fn the_check_of_any_request_at_all_agrees_with_its_slow_twin(
         which in 0usize..4,
-        flags in 0u8..16,
+        flags in 0u8..32,
         tensors in proptest::collection::vec(
             (any::<u8>(), any::<u8>(), proptest::collection::vec(any::<u32>(), 0..=8)), 0..=8),
         payload in proptest::collection::vec(any::<u8>(), 0..300),

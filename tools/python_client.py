@@ -71,7 +71,7 @@ dims = [1] + spec["shape"]
 tensor = struct.pack(f"<BBQ{len(dims)}I", 0, number, len(dims), *dims)
 send(sock, INFER, 2, struct.pack("<QBBQIQ", 0, 0, 0, 0, 0, 1) + tensor, payload, *struct.unpack_from("<H", metadata))
 metadata, payload = receive(stream, RESULT)
-_, dtype, rank = struct.unpack_from("<BBQ", metadata, 26)  # behind 18 bytes of fields and the count of outputs
-count = math.prod(struct.unpack_from(f"<{rank}I", metadata, 36))
+_, dtype, rank = struct.unpack_from("<BBQ", metadata, 30)  # behind 22 bytes of fields and the count of outputs
+count = math.prod(struct.unpack_from(f"<{rank}I", metadata, 40))
 scores = struct.unpack_from(f"<{count}{DTYPE_OF_NUMBER[dtype]}", payload)
 print(max(range(len(scores)), key=scores.__getitem__))

@@ -144,6 +144,7 @@ impl<O: Outlet> Batcher<O> {
             Question::Decisions { last, reply } => {
                 reply.give(scheduler.log().last(last.min(Question::DECISIONS_MAX)).copied().collect());
             }
+            Question::Batches { last, since, reply } => reply.give(self.batches(last, since)),
         }
     }
 }

@@ -7,8 +7,10 @@
 //! Elsewhere: what to do (scheduler), who answers (scatter.rs, frontend).
 
 mod flights;
+mod keeping;
 mod live;
 mod recorder;
+mod waits;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,15 +22,17 @@ use crate::contract::Contract;
 use crate::executor::pack::{Pads, Row, pack};
 use crate::executor::slot::{FilledSlot, VacantSlot};
 use crate::executor::worker::Worker;
-use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard};
+use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
-use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
+use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Stage, TicketKey};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
 use flights::Flights;
+use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
 use recorder::Recorder;
+use waits::Waits;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
 pub trait Outlet {
@@ -44,6 +48,14 @@ pub trait Outlet {
 struct Form {
     contract: Arc<Contract>,
     pads: Pads,
+}
+
+/// A request that the scheduler holds.
+#[derive(Debug)]
+struct Held {
+    request: Request,
+    /// What its model's account said when it was admitted.
+    waits: Waited,
 }
 
 /// A request of more rows than fit a batch.
@@ -62,7 +74,8 @@ pub struct Batcher<O> {
     /// By executor: the slots that can be filled. The scheduler knows how many there are.
     vacant: Vec<Vec<VacantSlot>>,
     /// Requests by ticket: those the scheduler holds, and no others.
-    held: Vec<Option<Request>>,
+    held: Vec<Option<Held>>,
+    waits: Waits,
     /// Ticket by shard and slot; checked against the request's key, so a stale entry does no harm.
     tickets: Vec<Vec<TicketId>>,
     /// Requests that are run in parts, as long as one of them waits.
@@ -72,6 +85,8 @@ pub struct Batcher<O> {
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
     live: Live,
+    /// What became of the last batches.
+    kept: Kept,
     /// While a capture is on.
     recorder: Option<Box<Recorder>>,
     telemetry: Arc<Telemetry>,
@@ -103,11 +118,13 @@ impl<O: Outlet> Batcher<O> {
             forms,
             vacant,
             held: Vec::new(),
+            waits: Waits::new(contracts.len()),
             tickets: vec![Vec::new(); shards],
             parts: BTreeMap::new(),
             flights: Flights::default(),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
+            kept: Kept::default(),
             recorder: None,
             telemetry,
             audit_at: Moment::ZERO,
@@ -152,6 +169,7 @@ impl<O: Outlet> Batcher<O> {
         self.expire(now);
         self.mail_ends();
         self.publish();
+        self.dump(now);
         self.audit(now);
         let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
         wakes.into_iter().flatten().min()
@@ -296,7 +314,8 @@ impl<O: Outlet> Batcher<O> {
             self.held.resize_with(id.index() + 1, || None);
         }
         assert!(self.held[id.index()].is_none(), "a ticket's request leaves with it");
-        self.held[id.index()] = Some(request);
+        let waits = self.waits.of(request.model, now);
+        self.held[id.index()] = Some(Held { request, waits });
         Ok(id)
     }
 
@@ -304,7 +323,7 @@ impl<O: Outlet> Batcher<O> {
     fn ticket_of(&self, key: TicketKey) -> Option<TicketId> {
         let id = *self.tickets.get(usize::from(key.shard))?.get(key.slot as usize)?;
         let held = self.held.get(id.index())?.as_ref()?;
-        (held.key == key).then_some(id)
+        (held.request.key == key).then_some(id)
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
@@ -315,6 +334,7 @@ impl<O: Outlet> Batcher<O> {
             let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
             recorder.finished(now, done, self.scheduler.log());
         }
+        self.note_ran(now, &finished);
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
@@ -323,7 +343,7 @@ impl<O: Outlet> Batcher<O> {
     fn expire(&mut self, now: Moment) {
         while let Some(expired) = self.scheduler.poll_expired(now) {
             let id = expired.id();
-            let request = self.held[id.index()].take().expect("the scheduler's tickets are held here");
+            let Held { request, .. } = self.held[id.index()].take().expect("the scheduler's tickets are held here");
             let message = match expired {
                 Expired::Due(_) => "the deadline came while waiting",
                 Expired::Hopeless(_) => "the deadline could no longer be met: a batch takes longer than what is left",
@@ -346,12 +366,18 @@ impl<O: Outlet> Batcher<O> {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(now, &mut members) {
             let filled = self.pack(batch, &members);
+            if self.scheduler.policy(batch.model).group == Group::Inline {
+                // It takes its time here and now.
+                self.waits.settle(now, &self.scheduler);
+            }
             if let Some(finished) = self.outlet.submit(usize::from(batch.executor), filled) {
                 now = now + finished.service;
                 self.take_finished(now, finished, true);
+                self.waits.settle(now, &self.scheduler);
                 self.expire(now);
             }
         }
+        self.waits.settle(now, &self.scheduler);
         self.members = members;
         now
     }
@@ -360,23 +386,30 @@ impl<O: Outlet> Batcher<O> {
         let vacant = self.vacant[usize::from(batch.executor)].pop();
         let mut slot = vacant.expect("the scheduler gives an executor no more batches than it has slots");
         let metrics = self.telemetry.model(batch.model);
-        let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|request| request.len);
+        let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|held| held.request.len);
         let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
         metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, batch.cells_real, batch.cells_padded());
         let form = &self.forms[batch.model.index()];
         {
-            let (held, scheduler) = (&self.held, &self.scheduler);
-            let rows = members.iter().map(|id| Row {
-                request: held[id.index()].as_ref().expect("the scheduler's tickets are held here"),
-                admitted_at: scheduler.admitted_at(*id),
+            let (held, scheduler, waits) = (&self.held, &self.scheduler, &self.waits);
+            let rows = members.iter().map(|id| {
+                let held = held[id.index()].as_ref().expect("the scheduler's tickets are held here");
+                let admitted_at = scheduler.admitted_at(*id);
+                let mut waited = waits.since(batch.model, batch.sealed_at, held.waits);
+                if batch.reason == SealReason::Composed {
+                    let queue = batch.sealed_at.since(admitted_at).as_nanos() as u64;
+                    waited.other = queue.saturating_sub(waited.behind);
+                }
+                Row { request: &held.request, admitted_at, waited }
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
+            self.kept.sealed(&batch, rows.clone());
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
         }
         for id in members {
-            let request = self.held[id.index()].take().expect("packed above");
+            let Held { request, .. } = self.held[id.index()].take().expect("packed above");
             if request.rows != request.part.of_rows
                 && let Some(parts) = self.parts.get_mut(&request.key)
             {
@@ -386,7 +419,9 @@ impl<O: Outlet> Batcher<O> {
                 }
             }
         }
-        slot.fill(batch, clock::now())
+        let packed_at = clock::now();
+        self.kept.packed(packed_at);
+        slot.fill(batch, packed_at)
     }
 
     /// A count that drifted would refuse requests for ever, or none any more; nobody would know why.

@@ -15,8 +15,8 @@ use crate::contract::Contract;
 use crate::vocab::{DType, Refusal, SealReason};
 use crate::wire::encoder::align8;
 use crate::wire::message::{
-    INFER_ITEMS, INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED, TensorMeta,
-    Timings,
+    INFER_ITEMS, INFER_RECEIPT, INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED,
+    Receipt, TensorMeta, Timings,
 };
 
 /// Rust types that are elements of tensors. Half floats have none here: read them with [`Response::output_f64`].
@@ -111,6 +111,12 @@ impl Request {
     /// Asks for the server's timeline in the response.
     pub fn timings(mut self) -> Request {
         self.flags |= INFER_TIMINGS;
+        self
+    }
+
+    /// Asks for the receipt in the response: its batch, and what it waited for. The timeline comes with it.
+    pub fn receipt(mut self) -> Request {
+        self.flags |= INFER_RECEIPT;
         self
     }
 
@@ -318,6 +324,16 @@ impl Response {
     /// Where the server's time went, when the request asked for it.
     pub fn timings(&self) -> Option<Timings> {
         self.result.timings
+    }
+
+    /// Generation of the policy that decided its batch.
+    pub fn generation(&self) -> u32 {
+        self.result.generation
+    }
+
+    /// Its batch, and what it waited for, when the request asked for it.
+    pub fn receipt(&self) -> Option<&Receipt> {
+        self.result.receipt.as_deref()
     }
 
     fn find(&self, name: &str) -> Result<(TensorMeta, DType, &[u8]), ClientError> {

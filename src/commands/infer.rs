@@ -76,7 +76,7 @@ pub fn run(args: Args) -> ExitCode {
     }
 }
 
-fn array_request(contract: &Contract, arrays: Vec<(String, Array)>) -> Request {
+pub(super) fn array_request(contract: &Contract, arrays: Vec<(String, Array)>) -> Request {
     let mut request = Request::new(contract.name.as_str()).timings();
     for (name, array) in arrays {
         let mut dims = array.dims;
@@ -204,13 +204,13 @@ fn cosines(responses: &[Response]) -> Option<Vec<Vec<f64>>> {
 
 /// An array as a file holds it.
 #[derive(Debug, PartialEq)]
-struct Array {
+pub(super) struct Array {
     dtype: DType,
     dims: Vec<u32>,
     bytes: Vec<u8>,
 }
 
-fn read_input(input: &str) -> Result<(String, Array), String> {
+pub(super) fn read_input(input: &str) -> Result<(String, Array), String> {
     let (name, path) =
         input.split_once('=').ok_or_else(|| format!("--input {input}: expected NAME=FILE.npy, there is no ="))?;
     let content = std::fs::read(path).map_err(|error| format!("{path}: {error}"))?;

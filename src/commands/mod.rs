@@ -7,6 +7,7 @@
 pub mod capture;
 pub mod check;
 pub mod devices;
+pub mod explain;
 mod http;
 pub mod infer;
 pub mod load;
@@ -15,6 +16,7 @@ pub mod offline;
 pub mod replay;
 pub mod serve;
 pub mod set;
+pub mod timeline;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

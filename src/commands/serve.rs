@@ -9,6 +9,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
+use ferry::config::limits::recorder_bytes;
 use ferry::config::{Config, LogFormat, Place};
 use ferry::server::{self, Ending, StartError, Stopper};
 use ferry::telemetry::log;
@@ -77,7 +78,7 @@ pub fn run(args: Args) -> ExitCode {
             return ExitCode::from(status_of(&error));
         }
     };
-    eprint!("{}", thread_plan(&config));
+    eprint!("{}{}", thread_plan(&config), recorder_line(&config));
     for skipped in &server.skipped {
         eprintln!("{}", skipped.reason);
     }
@@ -157,18 +158,33 @@ fn thread_plan(config: &Config) -> String {
     let keeper = usize::from(config.state.is_some());
     // Each executor of a device has a second thread, which waits for it.
     let waiting = if config.executor.device == Place::Cpu { 0 } else { threads.executors };
-    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 3 + keeper;
+    let recorder = usize::from(config.recorder_directory().is_some());
+    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 3 + keeper + recorder;
     let waiting =
         if waiting > 0 { format!(" and as many that wait for {}", config.executor.device) } else { String::new() };
     let keeper = if keeper > 0 { ", 1 for --state" } else { "" };
+    let recorder = if recorder > 0 { ", 1 for the flight recorder's files" } else { "" };
     format!(
         "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 signals, 1 main\
-         {keeper}; {total} at most, on {} core(s)\n",
+         {keeper}{recorder}; {total} at most, on {} core(s)\n",
         threads.shards,
         threads.executors,
         threads.tokenizers,
         ferry::config::Machine::here().cores,
     )
+}
+
+/// What is kept of the last batches, and where.
+fn recorder_line(config: &Config) -> String {
+    let batches = config.recorder.batches;
+    let kept = match config.recorder_directory() {
+        Some(directory) => format!("kept in {} on a breach of slo_ms or a panic", directory.display()),
+        None => "kept when asked for (ferry timeline)".to_owned(),
+    };
+    match batches {
+        0 => String::new(),
+        _ => format!("flight recorder: the last {batches} batches, {} KiB; {kept}\n", recorder_bytes(config) >> 10),
+    }
 }
 
 /// Watches for signals from now on. The stopper is filled in once there is something to stop.

@@ -13,6 +13,8 @@ use std::time::Duration;
 
 use super::file::Value;
 use super::{Config, LogFormat, Place};
+use crate::timeline::Ring;
+use crate::timeline::breach::BreachRule;
 use crate::wire::Limits as WireLimits;
 
 /// How a value is written, which values are allowed, and the field it goes to.
@@ -49,6 +51,7 @@ pub enum Access {
     /// Empty: none.
     PathOrNone(fn(&mut Config) -> &mut Option<PathBuf>),
     Place(fn(&mut Config) -> &mut Place),
+    Breach(fn(&mut Config) -> &mut BreachRule),
     Format(fn(&mut Config) -> &mut LogFormat),
     Level(fn(&mut Config) -> &mut String),
 }
@@ -232,6 +235,34 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 0, max: 1_000_000_000, at: |c| &mut c.executor.canary_every },
     },
     Setting {
+        key: "recorder.batches",
+        about: "The flight recorder: what became of the last so many batches, for ferry explain, ferry timeline and the
+                files below. Some 350 bytes each; 0 keeps nothing.",
+        access: Access::U32 { min: 0, max: 1 << 20, at: |c| &mut c.recorder.batches },
+    },
+    Setting {
+        key: "recorder.directory",
+        about: "Directory where the flight recorder is kept by itself, as a file that ui.perfetto.dev opens, when requests
+                missed their model's slo_ms or a model panicked. Empty: timelines/ in `state`, or nowhere without one.",
+        access: Access::PathOrNone(|c| &mut c.recorder.directory),
+    },
+    Setting {
+        key: "recorder.breach",
+        about: "What counts as missing slo_ms: p99 (more than one request in a hundred of 5 s), request (a single one), or
+                off. A panic of a model counts in any case.",
+        access: Access::Breach(|c| &mut c.recorder.breach),
+    },
+    Setting {
+        key: "recorder.interval_ms",
+        about: "Least time between two such files, so that an overload is not spent on writing about it.",
+        access: Access::Millis { min: 0, max: TIMEOUT_MAX_MS, at: |c| &mut c.recorder.interval },
+    },
+    Setting {
+        key: "recorder.files_max",
+        about: "Such files that are kept; the oldest goes first. One has some 3 KiB for each batch.",
+        access: Access::U32 { min: 1, max: 100_000, at: |c| &mut c.recorder.files_max },
+    },
+    Setting {
         key: "log.format",
         about: "text or json, on standard error.",
         access: Access::Format(|c| &mut c.log.format),
@@ -287,6 +318,7 @@ impl Setting {
                 quoted(&at(config).as_ref().map_or(String::new(), |path| path.display().to_string()))
             }
             Access::Place(at) => quoted(&at(config).to_string()),
+            Access::Breach(at) => quoted(at(config).name()),
             Access::Format(at) => quoted(at(config).name()),
             Access::Level(at) => quoted(at(config)),
         }
@@ -300,6 +332,7 @@ impl Setting {
             | Access::Path(_)
             | Access::PathOrNone(_)
             | Access::Place(_)
+            | Access::Breach(_)
             | Access::Format(_)
             | Access::Level(_) => {
                 let table: toml::Table = toml::from_str(&format!("value = {text}")).expect("quoted() writes TOML");
@@ -346,6 +379,13 @@ impl Setting {
                     _ => None,
                 };
                 *at(config) = place.ok_or_else(|| expected("\"cpu\", \"cuda\", \"cuda:0,1\" or \"sim:SEED\""))?;
+            }
+            Access::Breach(at) => {
+                let rule = match value {
+                    Value::Text(text) => BreachRule::ALL.into_iter().find(|rule| rule.name() == text),
+                    _ => None,
+                };
+                *at(config) = rule.ok_or_else(|| expected("\"p99\", \"request\" or \"off\""))?;
             }
             Access::Format(at) => match value {
                 Value::Text(text) if text == "text" => *at(config) = LogFormat::Text,
@@ -475,7 +515,14 @@ pub fn memory(config: &Config, staging_bytes: u64, weight_bytes: u64) -> Vec<Mem
         ),
         part("batch staging (threads.executors × executor.slots × largest batch)", staging_bytes),
         part("model weights", weight_bytes),
+        part("flight recorder (recorder.batches)", recorder_bytes(config)),
     ]
+}
+
+/// Memory of the flight recorder, with the times at which batches were answered.
+pub fn recorder_bytes(config: &Config) -> u64 {
+    let batches = config.recorder.batches as usize;
+    Ring::bytes(batches) + (batches * size_of::<u64>()) as u64
 }
 
 /// Sum of [`memory`]'s parts.

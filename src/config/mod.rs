@@ -21,6 +21,8 @@ use std::time::Duration;
 use file::Origin;
 use limits::SETTINGS;
 
+use crate::timeline::breach::BreachRule;
+
 /// Everything that can be configured, as the rooms' options are built from it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -40,6 +42,7 @@ pub struct Config {
     pub frontend: Frontend,
     pub queue: Queue,
     pub executor: Executor,
+    pub recorder: Recorder,
     pub log: Log,
 }
 
@@ -145,6 +148,19 @@ pub struct Executor {
     pub canary_every: u32,
 }
 
+/// What is kept of the last batches.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recorder {
+    /// Batches; 0: nothing is kept.
+    pub batches: u32,
+    /// Where it is kept when an objective was missed; none: below `state`, or nowhere.
+    pub directory: Option<PathBuf>,
+    pub breach: BreachRule,
+    /// Least time between two files.
+    pub interval: Duration,
+    pub files_max: u32,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Log {
     pub format: LogFormat,
@@ -225,6 +241,13 @@ impl Config {
                 threads: 1,
                 canary_every: 1000,
             },
+            recorder: Recorder {
+                batches: 4096,
+                directory: None,
+                breach: BreachRule::P99,
+                interval: Duration::from_secs(60),
+                files_max: 8,
+            },
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }
@@ -279,6 +302,12 @@ impl Config {
             );
         }
         if errors.is_empty() { Ok(config) } else { Err(ConfigErrors(errors)) }
+    }
+
+    /// Where the flight recorder is kept by itself, if anywhere.
+    pub fn recorder_directory(&self) -> Option<PathBuf> {
+        let below = || Some(self.state.as_ref()?.join("timelines"));
+        self.recorder.directory.clone().or_else(below).filter(|_| self.recorder.batches > 0)
     }
 
     /// Every bound that is a number, by its key: what `Telemetry::publish_limits` exports.

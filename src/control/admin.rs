@@ -9,6 +9,7 @@
 //! | `GET /stats` | cumulative counts as JSON |
 //! | `GET /config` | the effective configuration as TOML |
 //! | `GET /v1/capture?seconds=N` | a trace of the scheduler's inputs, as it is made (capture.rs) |
+//! | `GET /v1/batches`, `/v1/requests`, `/v1/timeline` | what became of the last batches (recorder.rs) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
 //! | `/v1/models/{model}/lengths`, `/cost`, `/findings`, `/v1/decisions` | insight.rs |
@@ -43,7 +44,7 @@ use tokio::time::Sleep;
 
 use super::capture::capture;
 use super::lifecycle::{self, Lifecycle};
-use super::{insight, policy};
+use super::{insight, policy, recorder};
 use crate::clock;
 use crate::mail::{Question, ToBatcher};
 use crate::mailbox::{Awaited, Reply, SendError, Sender, reply};
@@ -177,6 +178,12 @@ impl Shared {
         &self.options.telemetry
     }
 
+    /// Of all models, in the order of their handles.
+    pub(super) fn names(&self) -> Vec<String> {
+        let name = |contract: &serde_json::Value| contract["name"].as_str().unwrap_or_default().to_owned();
+        self.options.models.iter().map(name).collect()
+    }
+
     pub(super) fn name(&self, model: ModelHandle) -> &str {
         self.options.models.get(model.index()).and_then(|contract| contract["name"].as_str()).unwrap_or_default()
     }
@@ -229,6 +236,7 @@ fn router(options: ControlOptions) -> Router {
         .route("/v1/capture", get(capture))
         .merge(policy::routes())
         .merge(insight::routes())
+        .merge(recorder::routes())
         .fallback(unknown)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
     Router::new()
@@ -296,7 +304,7 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 async fn unknown() -> Response {
     let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
                  /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/models/{model}/findings, /v1/decisions, \
-                 /v1/capture, /metrics /stats /config, and POST /drain\n";
+                 /v1/capture, /v1/batches, /v1/requests, /v1/timeline, /metrics /stats /config, and POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()
 }
 

@@ -30,9 +30,10 @@ use crate::gpu::encoder::{self, Encoder, Form, Parameters};
 use crate::gpu::launch::Float;
 use crate::gpu::ops::Bounds;
 use crate::gpu::slot::{Capacity, Complete, Failed, Held, HostBatch, InFlight, Vacant};
-use crate::mail::{Finished, FinishedBatch, ToBatcher};
+use crate::mail::{DeviceTimes, Finished, FinishedBatch, ToBatcher};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::SealedBatch;
+use crate::timeline::Ran;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason};
 
 /// What a model computes on a device, and how large its batches may be.
@@ -92,6 +93,9 @@ const NO_BATCH: SealedBatch = SealedBatch {
     squares_real: 0,
     reason: SealReason::Idle,
     sealed_at: Moment::ZERO,
+    generation: 0,
+    predicted: 0,
+    objective: Duration::ZERO,
 };
 
 /// Raises the alarm that the device is lost. Each half of each executor that notices calls it, once.
@@ -459,9 +463,10 @@ impl<D: Driver> DeviceWorker<D> {
         service: Duration,
     ) -> Finished {
         let batch = slot.batch;
-        self.answers.send(&mut readback, &mut slot, result, [started_at, clock::now()], service);
+        let mut ran = Ran::new(started_at, clock::now(), None, service);
+        self.answers.send(&mut readback, &mut slot, result, &mut ran);
         self.readbacks.push(readback);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran }
     }
 
     /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
@@ -648,13 +653,14 @@ impl<D: Driver> Completion<D> {
     fn complete(&mut self, flight: Flight<D>) {
         let waited = flight.batch.wait();
         let finished_at = clock::now();
-        let (result, service, vacant, held) = match waited {
+        let (result, service, before_done, vacant, held) = match waited {
             Ok(complete) => {
-                let service = complete.computed_in();
+                let (service, before_done) = (complete.computed_in(), complete.before_done());
                 let (vacant, held) = Complete::vacate(complete);
-                (service.as_ref().map(drop).map_err(Fault::clone), service.unwrap_or_default(), Some(vacant), held)
+                let result = service.as_ref().map(drop).map_err(Fault::clone);
+                (result, service.unwrap_or_default(), before_done.ok(), Some(vacant), held)
             }
-            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, vacant, held),
+            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, None, vacant, held),
         };
         let lost = result.as_ref().err().filter(|fault| fault.is_lost()).cloned();
         if let Some(fault) = &lost
@@ -666,13 +672,20 @@ impl<D: Driver> Completion<D> {
         }
         let Whole { mut slot, mut finished } = held;
         let batch: SealedBatch = slot.batch;
-        // It waited for the queue before it began.
-        let started_at = (flight.asked_at).max(Moment::ZERO + finished_at.since(Moment::ZERO).saturating_sub(service));
+        // Its events are seen from its end, which is when this thread woke; it waited for the queue before it began.
+        let device = before_done.map(|(uploaded, computed)| DeviceTimes {
+            asked_at: flight.asked_at,
+            uploaded_at: flight.asked_at.max(finished_at - uploaded),
+            computed_at: flight.asked_at.max(finished_at - computed),
+        });
+        let computed_at = device.map_or(finished_at, |device| device.computed_at);
+        let started_at = flight.asked_at.max(computed_at - service);
         let result = result.map_err(|fault| refuse(&fault));
-        self.answers.send(&mut finished, &mut slot, result, [started_at, finished_at], service);
+        let mut ran = Ran::new(started_at, finished_at, device, service);
+        self.answers.send(&mut finished, &mut slot, result, &mut ran);
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
-        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service };
+        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }
 }

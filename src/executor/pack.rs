@@ -4,7 +4,7 @@
 //! - Every byte of every staged input is written: real elements, then the contract's padding value.
 
 use crate::contract::Contract;
-use crate::mail::{Member, Request};
+use crate::mail::{Member, Request, Waited};
 use crate::scheduler::SealedBatch;
 use crate::vocab::{Layout, Moment};
 
@@ -14,6 +14,7 @@ use super::slot::VacantSlot;
 pub struct Row<'a> {
     pub request: &'a Request,
     pub admitted_at: Moment,
+    pub waited: Waited,
 }
 
 /// How padding is written, found once per model: most contracts pad with zeros.
@@ -40,7 +41,7 @@ pub fn pack<'a>(
     staging.members.clear();
     staging.lens.clear();
     let mut first_row = 0;
-    for Row { request, admitted_at } in rows.clone() {
+    for Row { request, admitted_at, waited } in rows.clone() {
         staging.members.push(Member {
             key: request.key,
             first_row,
@@ -49,6 +50,7 @@ pub fn pack<'a>(
             part: request.part,
             received_at: request.received_at,
             admitted_at,
+            waited,
             truncated: request.truncated,
         });
         staging.lens.extend(std::iter::repeat_n(request.len, request.rows as usize));

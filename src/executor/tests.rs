@@ -17,7 +17,7 @@ use super::{Executor, Failure};
 use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use crate::mail::{FinishedBatch, Request, ToShard};
 use crate::mailbox::{Receiver, mailbox};
-use crate::scatter::{append_result, failure_of};
+use crate::scatter::{Details, append_result, failure_of};
 use crate::scheduler::SealedBatch;
 use crate::telemetry::{ModelLabels, Telemetry};
 use crate::vocab::{Code, DType, Executed, Layout, ModelHandle, Moment, SealReason, TicketKey};
@@ -101,10 +101,13 @@ impl Rig {
             cells_real: 1,
             reason: SealReason::Full,
             sealed_at: Moment(1),
+            generation: 1,
+            predicted: 0,
+            objective: Default::default(),
         };
         let contract = Arc::clone(&self.contracts[model.index()]);
         let mut slot = self.slot.take().expect("it came back");
-        let rows = requests.iter().map(|request| Row { request, admitted_at: Moment(0) });
+        let rows = requests.iter().map(|request| Row { request, admitted_at: Moment(0), waited: Default::default() });
         pack(&mut slot, &contract, &Pads::of(&contract), &batch, rows);
         check_staging(&mut slot, &contract, requests, padded_len);
         let finished = self.worker.run(slot.fill(batch, Moment(2)));
@@ -170,8 +173,8 @@ fn request(contract: &Contract, model: ModelHandle, slot: u32, rows: u32, len: u
 
 /// The payload of a member's result: the end of its frame, `len` bytes long.
 fn result_payload(finished: &FinishedBatch, at: usize, len: usize) -> Vec<u8> {
-    let mut out = Vec::new();
-    append_result(&mut out, finished, &finished.members[at], 1, true, Moment(9));
+    let (mut out, details) = (Vec::new(), Details { timings: true, receipt: false });
+    append_result(&mut out, finished, &finished.members[at], 1, details, Moment(9));
     out.split_off(out.len() - len)
 }
 

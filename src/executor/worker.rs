@@ -9,11 +9,12 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::contract::{Contract, NonFinite, TensorSpec, first_non_finite};
-use crate::mail::{Finished, FinishedBatch, ToBatcher, ToShard};
+use crate::mail::{Finished, FinishedBatch, Member, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
 use crate::telemetry::Telemetry;
+use crate::timeline::{self, Ran};
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
@@ -68,12 +69,13 @@ impl Worker {
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
-        self.answers.send(&mut shared, &mut slot, result, [started_at, finished_at], service);
+        let mut ran = Ran::new(started_at, finished_at, None, service);
+        self.answers.send(&mut shared, &mut slot, result, &mut ran);
         if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran }
     }
 
     /// After the answers are on their way.
@@ -157,6 +159,7 @@ impl Answers {
             packed_at: Moment::ZERO,
             started_at: Moment::ZERO,
             finished_at: Moment::ZERO,
+            device: None,
         }
     }
 
@@ -185,14 +188,13 @@ impl Answers {
         }
     }
 
-    /// Sends a batch that has run to the shards of its members. Nobody else may hold `shared`.
+    /// Sends a batch that has run to the shards of its members, and says in `ran` what came of it. Nobody else may hold `shared`.
     pub fn send(
         &self,
         shared: &mut Arc<FinishedBatch>,
         slot: &mut FilledSlot,
         result: Result<(), Failure>,
-        [started_at, finished_at]: [Moment; 2],
-        service: Duration,
+        ran: &mut Ran,
     ) {
         let finished = Arc::get_mut(shared).expect("whoever ran the batch holds it alone");
         let metrics = self.telemetry.executor(self.index);
@@ -206,17 +208,21 @@ impl Answers {
                     true => metrics.panicked(),
                     false => metrics.failed(),
                 }
+                ran.outcome = if failure.panicked { timeline::Outcome::Panicked } else { timeline::Outcome::Failed };
                 Some(failure.refusal)
             }
         };
         finished.batch = slot.batch;
         finished.packed_at = slot.packed_at;
-        finished.started_at = started_at;
-        finished.finished_at = finished_at;
+        finished.started_at = ran.started_at;
+        finished.finished_at = ran.finished_at;
+        finished.device = ran.device;
         std::mem::swap(&mut finished.members, &mut slot.staging_mut().members);
+        let is_late = |member: &&Member| ran.finished_at.since(member.received_at) > slot.batch.objective;
+        ran.late = finished.members.iter().filter(is_late).count() as u32;
         // Counted before the send: a client that has its answer may ask for the count.
-        metrics.busy(service);
-        self.telemetry.model(slot.batch.model).service_time(service);
+        metrics.busy(ran.service);
+        self.telemetry.model(slot.batch.model).service_time(ran.service);
         scatter::send(shared, &self.shards);
     }
 }

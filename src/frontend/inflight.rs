@@ -5,6 +5,7 @@
 //!   same request finds nothing. This is where "exactly once" is kept.
 //! - Each live slot is on the list of its connection, so that a dying connection ends all of its requests.
 
+use crate::scatter::Details;
 use crate::vocab::{ModelHandle, TicketKey};
 
 const NONE: u32 = u32::MAX;
@@ -16,8 +17,8 @@ pub struct Waiting {
     pub request_id: u64,
     pub model: ModelHandle,
     pub payload_bytes: u32,
-    /// The reply carries its timeline.
-    pub timings: bool,
+    /// What the reply carries beside the answer.
+    pub details: Details,
     /// Rows are answered as they are done.
     pub items: bool,
 }
@@ -137,7 +138,14 @@ mod tests {
     use super::*;
 
     fn waiting(request_id: u64) -> Waiting {
-        Waiting { connection: 0, request_id, model: ModelHandle(0), payload_bytes: 0, timings: false, items: false }
+        Waiting {
+            connection: 0,
+            request_id,
+            model: ModelHandle(0),
+            payload_bytes: 0,
+            details: Details::default(),
+            items: false,
+        }
     }
 
     #[test]

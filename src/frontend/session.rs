@@ -13,13 +13,13 @@ use super::connection::{Connection, Phase};
 use super::inflight::Waiting;
 use super::state::{Burst, State};
 use crate::mail::{Part, Request};
-use crate::scatter::append_error;
+use crate::scatter::{Details, append_error};
 use crate::scheduler::{Class, Compose};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
-    Describe, Description, Goaway, Hello, HelloAck, INFER_ITEMS, INFER_TIMINGS, INFER_TRUNCATE, Infer, MESSAGE_MAX,
-    NAME_MAX, cut, decode_exact,
+    Describe, Description, Goaway, Hello, HelloAck, INFER_ITEMS, INFER_RECEIPT, INFER_TIMINGS, INFER_TRUNCATE, Infer,
+    MESSAGE_MAX, NAME_MAX, cut, decode_exact,
 };
 use crate::wire::{Frame, Kind, Limits, PROTOCOL_MAJOR};
 
@@ -222,7 +222,7 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         request_id: header.request_id,
         model: header.model,
         payload_bytes: header.payload_len,
-        timings: infer.flags & INFER_TIMINGS != 0,
+        details: Details { timings: infer.flags & INFER_TIMINGS != 0, receipt: infer.flags & INFER_RECEIPT != 0 },
         items: infer.flags & INFER_ITEMS != 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {

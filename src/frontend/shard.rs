@@ -133,7 +133,14 @@ impl Shard {
         while let Some(message) = self.mailbox.try_recv() {
             let now = *now.get_or_insert_with(clock::now);
             let drains = matches!(message, ToShard::Drain | ToShard::Abort);
+            let batch = match &message {
+                ToShard::Batch(finished) if state.telemetry.keeps_answered() => Some(finished.batch.id),
+                _ => None,
+            };
             state.take_mail(message, now);
+            if let Some(batch) = batch {
+                state.telemetry.answered(batch, clock::now());
+            }
             if drains && let Some(waker) = self.accept_waker.take() {
                 waker.wake();
             }

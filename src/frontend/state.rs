@@ -21,7 +21,7 @@ use super::session::{Fatal, append_goaway, handle_frame};
 use super::{Catalog, Options};
 use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
-use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of, timings_of};
+use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
 use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
 use crate::wire::decoder::Step;
@@ -365,7 +365,7 @@ impl State {
                         let mut assemblies = std::mem::take(&mut self.assemblies);
                         let waiting = self.release(member.key).expect("found above");
                         let out = &mut self.output(waiting.connection).out;
-                        assemblies.append_result(out, finished, member, waiting.request_id, waiting.timings);
+                        assemblies.append_result(out, finished, member, waiting.request_id, waiting.details);
                         self.assemblies = assemblies;
                     }
                 }
@@ -374,7 +374,7 @@ impl State {
                     Some(waiting) => {
                         ok += 1;
                         let out = &mut self.output(waiting.connection).out;
-                        append_result(out, finished, member, waiting.request_id, waiting.timings, now);
+                        append_result(out, finished, member, waiting.request_id, waiting.details, now);
                     }
                 },
             }
@@ -391,8 +391,8 @@ impl State {
         let last = !member.is_part() || self.assemblies.count_part(member);
         if last {
             self.release(member.key);
-            let timings = waiting.timings.then(|| timings_of(finished, member, now));
-            append_end(&mut self.output(waiting.connection).out, finished, member, waiting.request_id, timings);
+            let out = &mut self.output(waiting.connection).out;
+            append_end(out, finished, member, waiting.request_id, waiting.details, now);
         }
         last
     }

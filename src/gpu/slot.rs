@@ -271,6 +271,12 @@ impl<D: Driver, T> Complete<D, T> {
         self.buffers.computed.since(&self.buffers.started)
     }
 
+    /// How long before the end the rows were there, and how long before it the answers were: on the device's own clock.
+    pub fn before_done(&self) -> Result<(Duration, Duration), Fault> {
+        let Buffers { uploaded, computed, done, .. } = &*self.buffers;
+        Ok((done.since(uploaded)?, done.since(computed)?))
+    }
+
     pub fn vacate(self) -> (Vacant<D>, T) {
         (Vacant(self.buffers), self.held)
     }

@@ -397,5 +397,8 @@ pub fn sealed_before(done: &Done) -> SealedBatch {
         squares_real: done.work().squares,
         reason: crate::vocab::SealReason::Idle,
         sealed_at: Moment::ZERO,
+        generation: 1,
+        predicted: 0,
+        objective: Duration::ZERO,
     }
 }

@@ -410,6 +410,9 @@ mod tests {
             squares_real: 0,
             reason: SealReason::Idle,
             sealed_at: Moment::ZERO,
+            generation: 1,
+            predicted: 0,
+            objective: Duration::ZERO,
         }
     }
 

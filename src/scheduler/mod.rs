@@ -110,6 +110,12 @@ pub struct SealedBatch {
     pub squares_real: u64,
     pub reason: SealReason,
     pub sealed_at: Moment,
+    /// Generation of the policy that decided it.
+    pub generation: u32,
+    /// How long it is expected to take, in ns; 0 where nothing is known.
+    pub predicted: u64,
+    /// How long its requests should be here at most: the model's objective when it was sealed.
+    pub objective: Duration,
 }
 
 impl SealedBatch {
@@ -895,6 +901,11 @@ impl Scheduler {
         self.tickets[id].admitted_at
     }
 
+    /// Whether an executor that is idle may not be used by this model, because it has its share of them.
+    pub fn is_at_its_share(&self, model: ModelHandle, now: Moment) -> bool {
+        !self.may_use(model.index(), Vacancy::Idle, now)
+    }
+
     /// Rows of a ticket and how long they are. Known until the next arrival, also of a ticket that was just sealed.
     pub fn rows_and_len(&self, id: TicketId) -> (u32, u32) {
         (self.tickets[id].rows, self.tickets[id].len)
@@ -996,7 +1007,7 @@ impl Scheduler {
         );
         let rows = real.rows;
         self.batches += 1;
-        let batch = SealedBatch {
+        let mut batch = SealedBatch {
             id: self.batches,
             model,
             executor: seat as u16,
@@ -1008,15 +1019,19 @@ impl Scheduler {
             squares_real: real.squares,
             reason,
             sealed_at: now,
+            generation: queue.generation,
+            predicted: 0,
+            objective: queue.policy.slo,
         };
         let predicted = queue.cost.on(seat).predict_work(batch.work());
+        batch.predicted = predicted as u64;
         let plan_of = |value: fn(&Plan) -> f64| plan.as_ref().map_or(0.0, value) as f32;
         self.note(Decision {
             verdict: Verdict::Sealed(reason),
             executor: batch.executor,
             padded_len,
             shortest: plan.as_ref().map_or(0, |plan| queue.policy.buckets.len_at(plan.shortest)),
-            predicted: predicted as u64,
+            predicted: batch.predicted,
             efficiency: plan_of(|plan| plan.efficiency),
             best_efficiency: plan_of(|plan| plan.best_efficiency),
             ..self.decision(now, model, batch.id, rows)

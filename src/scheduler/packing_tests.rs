@@ -94,6 +94,9 @@ fn ran(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, se
         cells_real: 16,
         reason: SealReason::Full,
         sealed_at: now,
+        generation: 1,
+        predicted: 0,
+        objective: Duration::ZERO,
     };
     let running = Running { batch: batch.id, model, started: now, predicted: 0.0, until: now };
     scheduler.seats.seats[0].running.push(running);

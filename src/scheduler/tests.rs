@@ -81,6 +81,9 @@ fn finish(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32,
         cells_real: 8,
         reason: SealReason::Full,
         sealed_at: now,
+        generation: 1,
+        predicted: 0,
+        objective: Duration::ZERO,
     };
     scheduler.seats.seats[0].running.push(running(batch.id));
     scheduler.handle_finished(now, &batch, service);

@@ -61,6 +61,7 @@ mod counters;
 mod export;
 mod histogram;
 pub mod log;
+mod stamps;
 
 pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics};
 
@@ -100,6 +101,8 @@ pub struct Telemetry {
     audits: [counters::Count; 2],
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
+    /// When batches were answered, where somebody wants to know.
+    answered: OnceLock<stamps::Stamps>,
 }
 
 /// How a capture can end, in the order of their numbers.
@@ -117,6 +120,7 @@ impl Telemetry {
             limits: OnceLock::new(),
             audits: Default::default(),
             captures: Default::default(),
+            answered: OnceLock::new(),
             labels,
         })
     }
@@ -141,6 +145,28 @@ impl Telemetry {
     /// A capture ended: `end` is its place in [`CAPTURE_ENDS`].
     pub fn capture_ended(&self, end: usize) {
         self.captures[end].add(1);
+    }
+
+    /// From now on it is kept when the last so many batches were answered. The first call counts.
+    pub fn keep_answered(&self, batches: usize) {
+        let _ = self.answered.set(stamps::Stamps::new(batches));
+    }
+
+    /// Whether it is kept when batches were answered.
+    pub fn keeps_answered(&self) -> bool {
+        self.answered.get().is_some()
+    }
+
+    /// Answers of a batch were written.
+    pub fn answered(&self, batch: u64, now: Moment) {
+        if let Some(stamps) = self.answered.get() {
+            stamps.note(batch, now);
+        }
+    }
+
+    /// When the last answers of a batch were written, or of one before it: whoever asks knows when it ended.
+    pub fn answered_at(&self, batch: u64) -> Option<Moment> {
+        self.answered.get()?.get(batch)
     }
 
     /// Exports the bounds that the server runs with. The first call counts.

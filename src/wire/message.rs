@@ -216,7 +216,8 @@ pub struct TensorMeta {
 pub const INFER_TIMINGS: u8 = 0x01;
 pub const INFER_TRUNCATE: u8 = 0x02;
 pub const INFER_ITEMS: u8 = 0x04;
-pub const INFER_FLAGS_KNOWN: u8 = INFER_TIMINGS | INFER_TRUNCATE | INFER_ITEMS;
+pub const INFER_RECEIPT: u8 = 0x08;
+pub const INFER_FLAGS_KNOWN: u8 = INFER_TIMINGS | INFER_TRUNCATE | INFER_ITEMS | INFER_RECEIPT;
 
 /// A request. Tensor bytes follow as the payload, in ascending `index`, each at the next multiple of 8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
@@ -226,7 +227,7 @@ pub struct Infer {
     /// 0 is the highest; used by priority policies.
     pub priority: u8,
     /// Bit set: `INFER_TIMINGS` asks for the timeline in the reply, `INFER_TRUNCATE` allows over-long text to be cut,
-    /// `INFER_ITEMS` has rows answered as they are done, by items.
+    /// `INFER_ITEMS` has rows answered as they are done, by items, `INFER_RECEIPT` asks for the timeline and the receipt.
     pub flags: u8,
     /// For tests: requests of one model with the same non-zero tag form exactly one batch, closed when their rows add
     /// up to `compose_rows`. 0 for none.
@@ -259,8 +260,47 @@ impl Timings {
     }
 }
 
-/// A result. Tensor bytes follow as the payload, laid out as in a request.
+/// Most lengths of co-members in a receipt.
+pub const CO_LENS_MAX: usize = 64;
+
+/// What came of a request, and why: its batch, and what its time in the queue was spent on. Of a request that ran in parts,
+/// the last part's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+pub struct Receipt {
+    /// Number of the executor that ran the batch.
+    pub executor: u16,
+    /// 0: rows were padded to `padded_len`; 1: they lay end to end.
+    pub layout: u8,
+    /// Its own rows in this batch, and how long each was.
+    pub rows: u32,
+    pub len: u32,
+    /// Rows that would have fitted at this padded length.
+    pub rows_possible: u32,
+    /// Cells of the batch that carry data, and all that were computed.
+    pub cells_real: u64,
+    pub cells_padded: u64,
+    /// Of the cells that carry nothing, those behind its own rows.
+    pub cells_own_padding: u64,
+    /// Of the time in the queue: an executor could have run it, and the policy waited for others to join.
+    pub held_ns: u64,
+    /// Of the time in the queue: every executor that could run it was running something else.
+    pub behind_ns: u64,
+    /// Of the time in the queue: its model had its share of the executors, or its composition was not complete.
+    pub other_ns: u64,
+    /// Of the wait for the executor: on a device, copying its batch there. 0 on a processor.
+    pub upload_ns: u64,
+    /// Of the run: on a device, copying the answers back. 0 on a processor.
+    pub readback_ns: u64,
+    /// How long the batch was expected to take, when it was sealed; 0 where nothing was known.
+    pub predicted_ns: u64,
+    /// Other requests in the batch.
+    pub co_members: u32,
+    /// How long their rows were, in the batch's order: of the first [`CO_LENS_MAX`].
+    pub co_lens: List<u32, CO_LENS_MAX>,
+}
+
+/// A result. Tensor bytes follow as the payload, laid out as in a request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct InferResult {
     /// The batch that carried the request, counted from the server's start.
     pub batch: u64,
@@ -271,18 +311,22 @@ pub struct InferResult {
     pub seal_reason: u8,
     /// Bit 0: text was truncated, as allowed.
     pub flags: u8,
+    /// Generation of the policy that decided the batch.
+    pub generation: u32,
     pub outputs: List<TensorMeta, TENSORS_MAX>,
     pub timings: Option<Timings>,
+    /// Boxed, so that answers without one stay small.
+    pub receipt: Option<Box<Receipt>>,
 }
 
 pub const RESULT_TRUNCATED: u8 = 0x01;
 
 /// Some rows of a request that asked for them as they are done. Tensor bytes follow as in a result, of these rows only.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Encode, Decode)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Encode, Decode)]
 pub struct Item {
     /// The first of them among the request's.
     pub at_row: u32,
-    /// As of a result; its timings are always absent: the result at the end has them.
+    /// As of a result; its timings and receipt are always absent: the result at the end has them.
     pub result: InferResult,
 }
 

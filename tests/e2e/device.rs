@@ -20,7 +20,7 @@ const HIDDEN: usize = 64;
 const INNER: usize = 96;
 
 /// An encoder with heads of 32, which the kernels of devices have, and random weights.
-fn write_small(directory: &Path) {
+pub fn write_small(directory: &Path) {
     write_encoder(directory, "small", "");
 }
 

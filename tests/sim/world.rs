@@ -21,7 +21,7 @@ use ferry::mail::{
     Burst, FinishedBatch, Member, Part, PolicyChange, Request, SetPolicy, SetPolicyError, ToBatcher, ToShard,
 };
 use ferry::mailbox::{Awaited, Receiver, mailbox, reply};
-use ferry::scatter::{Assemblies, append_error, append_result, failure_of};
+use ferry::scatter::{Assemblies, Details, append_error, append_result, failure_of};
 use ferry::scheduler::{
     Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
 };
@@ -469,7 +469,7 @@ impl World {
             request_id: id,
             model,
             payload_bytes: payload.len() as u32,
-            timings: self.rng.random_bool(0.5),
+            details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25) },
             items: false,
         };
         let shard = &mut self.shards[shard];
@@ -679,9 +679,9 @@ impl World {
             let mut out = Vec::new();
             let member = self.maybe_another(finished, member);
             if part {
-                assemblies.append_result(&mut out, finished, &member, waiting.request_id, waiting.timings);
+                assemblies.append_result(&mut out, finished, &member, waiting.request_id, waiting.details);
             } else {
-                append_result(&mut out, finished, &member, waiting.request_id, waiting.timings, finished.finished_at);
+                append_result(&mut out, finished, &member, waiting.request_id, waiting.details, finished.finished_at);
             }
             self.shards[shard].assemblies = assemblies;
             self.answers += 1;
