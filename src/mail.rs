@@ -19,6 +19,7 @@ use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
+use crate::trial;
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -72,6 +73,12 @@ pub enum ToBatcher {
     /// Hold nothing back any more.
     Drain,
     SetPolicy(SetPolicy),
+    Trial(StartTrial),
+    /// End the model's trial, if one is on, and go back to the policy before it. Answered with how it ended.
+    EndTrial {
+        model: ModelHandle,
+        reply: Reply<Option<trial::Report>>,
+    },
     Ask(Question),
     /// Record for `time` what the scheduler is told.
     Capture {
@@ -91,6 +98,28 @@ pub struct SetPolicy {
     pub reply: Reply<Result<PolicyChange, SetPolicyError>>,
 }
 
+/// Tries knobs for a while: all of them or none. See [`trial`].
+#[derive(Debug)]
+pub struct StartTrial {
+    pub model: ModelHandle,
+    /// Names and values, as [`Policy::with`] takes them.
+    pub set: Vec<(String, String)>,
+    pub time: Duration,
+    pub plan: PlanOf,
+    pub reply: Reply<Result<trial::Report, SetPolicyError>>,
+}
+
+/// What is asked for of a trial; the rest is as by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PlanOf {
+    pub share: Option<f64>,
+    /// Of the model's policy, where nobody says another.
+    pub slo: Option<Duration>,
+    pub on_time_min: Option<f64>,
+    pub keep: Option<trial::Keep>,
+    pub margin: Option<f64>,
+}
+
 /// Why a policy stays as it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SetPolicyError {
@@ -98,6 +127,8 @@ pub enum SetPolicyError {
     Invalid(String),
     /// Something that waits would fit no batch any more.
     Stranded(Refusal),
+    /// A trial is on: of this model, or of another that shares the executors.
+    Busy(String),
 }
 
 /// Who changed a policy.
@@ -107,6 +138,8 @@ pub enum ChangedBy {
     Operator,
     /// The scheduler: automatic buckets.
     Auto,
+    /// A trial, when it first put its policy in force, and when it ended.
+    Trial,
 }
 
 /// One knob's part in a change.
@@ -124,6 +157,8 @@ pub struct PolicyChange {
     pub by: ChangedBy,
     pub knobs: Vec<KnobChange>,
     pub generation: u32,
+    /// What there is to say about it: of a trial what it is, and how it ended.
+    pub note: Option<String>,
 }
 
 /// What the batcher knows and others may ask for. It answers with copies of bounded size.
@@ -151,6 +186,11 @@ pub enum Question {
     Facts {
         model: ModelHandle,
         reply: Reply<Facts>,
+    },
+    /// The model's trial: the one that is on, or the last that was.
+    Trial {
+        model: ModelHandle,
+        reply: Reply<Option<trial::Report>>,
     },
     /// The last decisions about all models, oldest first; at most [`Question::DECISIONS_MAX`].
     Decisions {

@@ -9,6 +9,7 @@
 mod flights;
 mod live;
 mod recorder;
+mod trial;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
+use crate::trial::Outcome;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Stage, TicketKey};
 use flights::Flights;
 pub use live::HISTORY;
@@ -132,8 +134,14 @@ impl<O: Outlet> Batcher<O> {
                     recorder.drain(self.scheduler.log());
                 }
                 self.scheduler.drain();
+                self.end_trial(now, None, Outcome::draining());
             }
             ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
+            ToBatcher::Trial(wish) => self.start_trial(now, wish),
+            ToBatcher::EndTrial { model, reply } => {
+                self.end_trial(now, Some(model), Outcome::aborted());
+                reply.give(self.trial_of(model));
+            }
             ToBatcher::Ask(question) => self.answer(now, question),
             ToBatcher::Capture { time, sink } => self.start_capture(now, time, sink),
             ToBatcher::Stop => self.end_capture(CaptureEnd::Stopped),
@@ -142,6 +150,7 @@ impl<O: Outlet> Batcher<O> {
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
+        self.conduct_trial(now);
         if let Some(recorder) = &mut self.recorder {
             recorder.turn(now, self.scheduler.log());
         }
@@ -153,7 +162,8 @@ impl<O: Outlet> Batcher<O> {
         self.mail_ends();
         self.publish();
         self.audit(now);
-        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
+        let trial = self.live.trial.as_ref().map(|running| running.trial.next(now));
+        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now), trial];
         wakes.into_iter().flatten().min()
     }
 
@@ -211,6 +221,9 @@ impl<O: Outlet> Batcher<O> {
                 && self.scheduler.handle_cancel(id)
             {
                 self.held[id.index()] = None;
+                if let Some(running) = &mut self.live.trial {
+                    running.trial.meter.cancelled(id);
+                }
             }
             self.cancel_parts(now, key, None);
         }
@@ -220,6 +233,9 @@ impl<O: Outlet> Batcher<O> {
     fn cancel_part(&mut self, now: Moment, id: TicketId, with: Option<TicketId>) {
         if self.scheduler.handle_cancel(id) {
             self.held[id.index()] = None;
+            if let Some(running) = &mut self.live.trial {
+                running.trial.meter.cancelled(id);
+            }
             if let Some(recorder) = &mut self.recorder {
                 recorder.cancel_part(now, id, with, self.scheduler.log());
             }
@@ -288,7 +304,11 @@ impl<O: Outlet> Batcher<O> {
         if let Some(recorder) = &mut self.recorder {
             recorder.arrival(now, &arrival, request.key, self.scheduler.log());
         }
-        let id = self.scheduler.handle_arrival(now, arrival)?;
+        let outcome = self.scheduler.handle_arrival(now, arrival);
+        if let Some(running) = &mut self.live.trial {
+            running.arrived(now, arrival.model, arrival.deadline, outcome.as_ref().ok().copied());
+        }
+        let id = outcome?;
         if let Some(recorder) = &mut self.recorder {
             recorder.admitted(id);
         }
@@ -317,12 +337,18 @@ impl<O: Outlet> Batcher<O> {
         }
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
+        if let Some(running) = &mut self.live.trial {
+            running.trial.meter.finished(now, finished.batch.id);
+        }
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
     }
 
     fn expire(&mut self, now: Moment) {
         while let Some(expired) = self.scheduler.poll_expired(now) {
             let id = expired.id();
+            if let Some(running) = &mut self.live.trial {
+                running.trial.meter.expired(id);
+            }
             let request = self.held[id.index()].take().expect("the scheduler's tickets are held here");
             let message = match expired {
                 Expired::Due(_) => "the deadline came while waiting",
@@ -345,6 +371,9 @@ impl<O: Outlet> Batcher<O> {
     fn fill(&mut self, mut now: Moment) -> Moment {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(now, &mut members) {
+            if let Some(running) = &mut self.live.trial {
+                running.sealed(&batch, &members);
+            }
             let filled = self.pack(batch, &members);
             if let Some(finished) = self.outlet.submit(usize::from(batch.executor), filled) {
                 now = now + finished.service;

@@ -11,6 +11,7 @@
 //! | `GET /v1/capture?seconds=N` | a trace of the scheduler's inputs, as it is made (capture.rs) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
+//! | `/v1/models/{model}/trial` | trial.rs |
 //! | `/v1/models/{model}/lengths`, `/cost`, `/findings`, `/v1/decisions` | insight.rs |
 //!
 //! Always true
@@ -43,7 +44,7 @@ use tokio::time::Sleep;
 
 use super::capture::capture;
 use super::lifecycle::{self, Lifecycle};
-use super::{insight, policy};
+use super::{insight, policy, trial};
 use crate::clock;
 use crate::mail::{Question, ToBatcher};
 use crate::mailbox::{Awaited, Reply, SendError, Sender, reply};
@@ -228,6 +229,7 @@ fn router(options: ControlOptions) -> Router {
         .route("/config", get(config))
         .route("/v1/capture", get(capture))
         .merge(policy::routes())
+        .merge(trial::routes())
         .merge(insight::routes())
         .fallback(unknown)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
@@ -295,6 +297,7 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 
 async fn unknown() -> Response {
     let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
+                 /v1/models/{model}/trial, \
                  /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/models/{model}/findings, /v1/decisions, \
                  /v1/capture, /metrics /stats /config, and POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()

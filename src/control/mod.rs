@@ -10,3 +10,4 @@ mod capture;
 mod insight;
 pub mod lifecycle;
 mod policy;
+mod trial;
