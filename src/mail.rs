@@ -85,6 +85,18 @@ pub enum ToBatcher {
         time: Duration,
         sink: Sink,
     },
+    /// The same for the shadow schedulers, beside a capture that may be on.
+    Shadow {
+        time: Duration,
+        sink: Sink,
+    },
+    /// What a setting was predicted to bring, beside what it brought: for the history of the model's policy.
+    Judged {
+        model: ModelHandle,
+        /// Of the policy since it is in force.
+        generation: u32,
+        prediction: Prediction,
+    },
     /// End the thread. Sent when every shard has ended.
     Stop,
 }
@@ -150,8 +162,26 @@ pub struct KnobChange {
     pub to: String,
 }
 
+/// A figure that was predicted and the one that came.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PredictionError {
+    /// `p50` and `p99` (s), `fill`, `waste` (shares).
+    pub what: &'static str,
+    pub predicted: f64,
+    pub happened: f64,
+    /// |predicted ÷ happened − 1|; of the waste, |predicted − happened|.
+    pub error: f64,
+}
+
+/// What a shadow scheduler said of a policy before it was put in force, and what came over as long a time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    pub span: Duration,
+    pub errors: Vec<PredictionError>,
+}
+
 /// A change that was made, or one that changed nothing: then no knob is named, and the generation is the old one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PolicyChange {
     pub at: Moment,
     pub by: ChangedBy,
@@ -159,6 +189,8 @@ pub struct PolicyChange {
     pub generation: u32,
     /// What there is to say about it: of a trial what it is, and how it ended.
     pub note: Option<String>,
+    /// Of a change to what a shadow scheduler looked at, once as much time has passed.
+    pub prediction: Option<Prediction>,
 }
 
 /// What the batcher knows and others may ask for. It answers with copies of bounded size.

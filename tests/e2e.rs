@@ -22,5 +22,7 @@ mod meaning;
 mod order;
 #[path = "e2e/process.rs"]
 mod process;
+#[path = "e2e/shadow.rs"]
+mod shadow;
 #[path = "e2e/trial.rs"]
 mod trial;

@@ -30,8 +30,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
     ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
     // It asks the batcher, and shows what the scheduler answers.
-    ("control", &["capture", "clock", "mail", "mailbox", "scheduler", "telemetry", "trial", "vocab"]),
+    (
+        "control",
+        &["capture", "clock", "mail", "mailbox", "replay", "scheduler", "shadow", "telemetry", "trial", "vocab"],
+    ),
     ("learned", &["mail", "mailbox", "scheduler", "vocab"]),
+    // A capture that nobody keeps, given to the scheduler in virtual time beside the one that serves.
+    ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["capture", "load", "scheduler", "vocab"]),
     // The product that it measures a machine by.

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 
 use super::trial::Running;
 use super::{Batcher, Outlet};
-use crate::mail::{ChangedBy, KnobChange, PolicyChange, Question, SetPolicy, SetPolicyError};
+use crate::mail::{ChangedBy, KnobChange, PolicyChange, Prediction, Question, SetPolicy, SetPolicyError};
 use crate::scheduler::knobs::KNOBS;
 use crate::scheduler::{Buckets, Policy, Scheduler};
 use crate::trial;
@@ -113,14 +113,14 @@ impl<O: Outlet> Batcher<O> {
         let (by, note) = (ChangedBy::Operator, None);
         if policy == before && !is_tried {
             let generation = self.scheduler.generation(model);
-            return Ok(PolicyChange { at: now, by, knobs: Vec::new(), generation, note });
+            return Ok(PolicyChange { at: now, by, knobs: Vec::new(), generation, note, prediction: None });
         }
         let knobs = differences(&before, &policy);
         let generation = self.replace_policy(model, policy).map_err(SetPolicyError::Stranded)?;
         if is_tried {
             self.supersede_trial(now, &before);
         }
-        let change = PolicyChange { at: now, by, knobs, generation, note };
+        let change = PolicyChange { at: now, by, knobs, generation, note, prediction: None };
         if !change.knobs.is_empty() {
             self.live.remember(model, change.clone());
         }
@@ -146,7 +146,7 @@ impl<O: Outlet> Batcher<O> {
             return Ok(self.scheduler.generation(model));
         }
         let generation = self.scheduler.set_policy(model, policy)?;
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             recorder.policy(model, &self.scheduler);
         }
         Ok(generation)
@@ -164,10 +164,19 @@ impl<O: Outlet> Batcher<O> {
                 "buckets follow the lengths that come"
             );
             let (by, generation) = (ChangedBy::Auto, change.generation);
-            self.live.remember(change.model, PolicyChange { at: now, by, knobs, generation, note: None });
+            let change_made = PolicyChange { at: now, by, knobs, generation, note: None, prediction: None };
+            self.live.remember(change.model, change_made);
             if let Some(running) = &mut self.live.trial {
                 running.follow_edges(&change);
             }
+        }
+    }
+
+    /// What was predicted of a change is known beside what came of it. A change that has been forgotten takes it along.
+    pub(super) fn judge(&mut self, model: ModelHandle, generation: u32, prediction: Prediction) {
+        let (_, history) = &mut self.live.models[model.index()];
+        if let Some(change) = history.iter_mut().rev().find(|change| change.generation == generation) {
+            change.prediction = Some(prediction);
         }
     }
 
@@ -294,7 +303,8 @@ pub(super) mod tests {
         batcher.turn(now);
         let changes = history(&mut batcher, now);
         let knobs = vec![KnobChange { knob: "buckets", from: "512".into(), to: "20,512".into() }];
-        assert_eq!(changes, [PolicyChange { at: now, by: ChangedBy::Auto, knobs, generation: 2, note: None }]);
+        let (by, generation) = (ChangedBy::Auto, 2);
+        assert_eq!(changes, [PolicyChange { at: now, by, knobs, generation, note: None, prediction: None }]);
         assert_eq!(batcher.scheduler().waiting(MODEL).1, 40 * 32 * 20, "what waits is in the new buckets");
     }
 

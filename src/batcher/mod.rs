@@ -30,7 +30,7 @@ use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Stage, TicketKey}
 use flights::Flights;
 pub use live::HISTORY;
 use live::Live;
-use recorder::Recorder;
+use recorder::{Recorder, Tap};
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
 pub trait Outlet {
@@ -74,8 +74,8 @@ pub struct Batcher<O> {
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
     live: Live,
-    /// While a capture is on.
-    recorder: Option<Box<Recorder>>,
+    /// Who records: a capture, the shadow schedulers, both or, mostly, nobody.
+    recorders: Vec<Recorder>,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -110,7 +110,7 @@ impl<O: Outlet> Batcher<O> {
             flights: Flights::default(),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
-            recorder: None,
+            recorders: Vec::new(),
             telemetry,
             audit_at: Moment::ZERO,
         };
@@ -130,7 +130,7 @@ impl<O: Outlet> Batcher<O> {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
             ToBatcher::Finished(finished) => self.take_finished(now, finished, false),
             ToBatcher::Drain => {
-                if let Some(recorder) = &mut self.recorder {
+                for recorder in &mut self.recorders {
                     recorder.drain(self.scheduler.log());
                 }
                 self.scheduler.drain();
@@ -143,15 +143,17 @@ impl<O: Outlet> Batcher<O> {
                 reply.give(self.trial_of(model));
             }
             ToBatcher::Ask(question) => self.answer(now, question),
-            ToBatcher::Capture { time, sink } => self.start_capture(now, time, sink),
-            ToBatcher::Stop => self.end_capture(CaptureEnd::Stopped),
+            ToBatcher::Capture { time, sink } => self.start_recorder(now, time, (Tap::Capture, sink)),
+            ToBatcher::Shadow { time, sink } => self.start_recorder(now, time, (Tap::Shadow, sink)),
+            ToBatcher::Judged { model, generation, prediction } => self.judge(model, generation, prediction),
+            ToBatcher::Stop => self.end_recorders(CaptureEnd::Stopped),
         }
     }
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.conduct_trial(now);
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             recorder.turn(now, self.scheduler.log());
         }
         self.choose_edges(now);
@@ -163,34 +165,51 @@ impl<O: Outlet> Batcher<O> {
         self.publish();
         self.audit(now);
         let trial = self.live.trial.as_ref().map(|running| running.trial.next(now));
-        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now), trial];
+        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_recorders(now), trial];
         wakes.into_iter().flatten().min()
     }
 
-    /// Begins to record. A capture that is still on ends: whoever read it has gone, or there would be no other.
-    fn start_capture(&mut self, now: Moment, time: Duration, sink: Sink) {
-        self.end_capture(CaptureEnd::ReaderGone);
+    /// Begins to record. Whoever recorded for the same reader ends: that one has gone, or there would be no other.
+    fn start_recorder(&mut self, now: Moment, time: Duration, (by, sink): (Tap, Sink)) {
+        if let Some(at) = self.recorders.iter().position(|recorder| recorder.by == by) {
+            self.end_recorder(at, CaptureEnd::ReaderGone);
+        }
         let names: Vec<String> = self.forms.iter().map(|form| form.contract.name.clone()).collect();
-        match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, sink) {
-            Ok(recorder) => self.recorder = Some(Box::new(recorder)),
-            Err(end) => self.telemetry.capture_ended(end as usize),
+        match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, (by, sink)) {
+            Ok(recorder) => self.recorders.push(recorder),
+            Err(end) if by == Tap::Capture => self.telemetry.capture_ended(end as usize),
+            Err(_) => {}
         }
     }
 
-    /// When the recorder wants the next turn.
-    fn settle_capture(&mut self, now: Moment) -> Option<Moment> {
-        match self.recorder.as_mut()?.settle(now, self.scheduler.log()) {
-            Ok(again) => Some(again),
-            Err(end) => {
-                self.end_capture(end);
-                None
+    /// When a recorder wants the next turn.
+    fn settle_recorders(&mut self, now: Moment) -> Option<Moment> {
+        let mut next: Option<Moment> = None;
+        let mut at = 0;
+        while let Some(recorder) = self.recorders.get_mut(at) {
+            match recorder.settle(now, self.scheduler.log()) {
+                Ok(again) => {
+                    next = Some(next.map_or(again, |next| next.min(again)));
+                    at += 1;
+                }
+                Err(end) => self.end_recorder(at, end),
             }
         }
+        next
     }
 
-    fn end_capture(&mut self, end: CaptureEnd) {
-        if let Some(recorder) = self.recorder.take() {
-            let end = recorder.end(end, self.scheduler.log());
+    fn end_recorders(&mut self, end: CaptureEnd) {
+        while !self.recorders.is_empty() {
+            self.end_recorder(0, end);
+        }
+    }
+
+    fn end_recorder(&mut self, at: usize, end: CaptureEnd) {
+        let recorder = self.recorders.swap_remove(at);
+        let by = recorder.by;
+        let end = recorder.end(end, self.scheduler.log());
+        // Of stretches for the shadow schedulers, their thread says what became of them.
+        if by == Tap::Capture {
             self.telemetry.capture_ended(end as usize);
         }
     }
@@ -214,7 +233,7 @@ impl<O: Outlet> Batcher<O> {
         }
         for key in burst.cancelled {
             let waits = self.ticket_of(key);
-            if let Some(recorder) = &mut self.recorder {
+            for recorder in &mut self.recorders {
                 recorder.cancel(now, key, waits, self.scheduler.log());
             }
             if let Some(id) = waits
@@ -236,7 +255,7 @@ impl<O: Outlet> Batcher<O> {
             if let Some(running) = &mut self.live.trial {
                 running.trial.meter.cancelled(id);
             }
-            if let Some(recorder) = &mut self.recorder {
+            for recorder in &mut self.recorders {
                 recorder.cancel_part(now, id, with, self.scheduler.log());
             }
         }
@@ -301,7 +320,7 @@ impl<O: Outlet> Batcher<O> {
             class: request.class,
             tenant: request.tenant,
         };
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             recorder.arrival(now, &arrival, request.key, self.scheduler.log());
         }
         let outcome = self.scheduler.handle_arrival(now, arrival);
@@ -309,7 +328,7 @@ impl<O: Outlet> Batcher<O> {
             running.arrived(now, arrival.model, arrival.deadline, outcome.as_ref().ok().copied());
         }
         let id = outcome?;
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             recorder.admitted(id);
         }
         if self.held.len() <= id.index() {
@@ -328,7 +347,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
@@ -495,7 +514,7 @@ pub fn run_thread<O: Outlet>(mut batcher: Batcher<O>, mailbox: Receiver<ToBatche
         let mut next = match mailbox.recv_until(wake_at, spin) {
             Received::Message(message) => Some(message),
             Received::TimedOut => None,
-            Received::Closed => return batcher.end_capture(CaptureEnd::Stopped),
+            Received::Closed => return batcher.end_recorders(CaptureEnd::Stopped),
         };
         let now = clock::now();
         let mut taken = 0;

@@ -160,7 +160,8 @@ impl<O: Outlet> Batcher<O> {
     fn note_trial(&mut self, now: Moment, model: ModelHandle, knobs: Vec<KnobChange>, generation: u32, note: String) {
         let name = &self.forms[model.index()].contract.name;
         tracing::info!(model = name, generation, knobs = describe(&knobs), "{note}");
-        self.live.remember(model, PolicyChange { at: now, by: ChangedBy::Trial, knobs, generation, note: Some(note) });
+        let (by, note) = (ChangedBy::Trial, Some(note));
+        self.live.remember(model, PolicyChange { at: now, by, knobs, generation, note, prediction: None });
     }
 }
 

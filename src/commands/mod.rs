@@ -15,6 +15,7 @@ pub mod offline;
 pub mod replay;
 pub mod serve;
 pub mod set;
+pub mod shadow;
 pub mod trial;
 
 use std::os::unix::process::CommandExt;

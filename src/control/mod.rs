@@ -10,4 +10,5 @@ mod capture;
 mod insight;
 pub mod lifecycle;
 mod policy;
+mod shadow;
 mod trial;

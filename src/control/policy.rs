@@ -114,6 +114,14 @@ fn json_of(change: &PolicyChange) -> Value {
     if let Some(note) = &change.note {
         value["note"] = note.as_str().into();
     }
+    if let Some(prediction) = &change.prediction {
+        let one = |error: &crate::mail::PredictionError| {
+            let figure = json!({ "predicted": error.predicted, "happened": error.happened, "error": error.error });
+            (error.what.to_owned(), figure)
+        };
+        let figures: serde_json::Map<String, Value> = prediction.errors.iter().map(one).collect();
+        value["prediction"] = json!({ "covered_seconds": prediction.span.as_secs_f64(), "figures": figures });
+    }
     value
 }
 

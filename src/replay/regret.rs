@@ -111,6 +111,7 @@ pub struct Account {
     running: Vec<(u64, Vec<(u32, u32)>)>,
     spare: Vec<Vec<(u32, u32)>>,
     regret: Regret,
+    is_off: bool,
 }
 
 impl Account {
@@ -124,11 +125,20 @@ impl Account {
             running: Vec::new(),
             spare: Vec::new(),
             regret: Regret::default(),
+            is_off: false,
         }
+    }
+
+    /// Keeps none from here on.
+    pub fn stop(&mut self) {
+        self.is_off = true;
     }
 
     /// A batch was sealed, of members with so many rows of such a length.
     pub fn sealed(&mut self, batch: u64, members: impl Iterator<Item = (u32, u32)>) {
+        if self.is_off {
+            return;
+        }
         let mut list = self.spare.pop().unwrap_or_default();
         list.extend(members);
         self.running.push((batch, list));
@@ -143,6 +153,9 @@ impl Account {
         (generation, policy): (u32, &Policy),
         fit: Coefficients,
     ) {
+        if self.is_off {
+            return;
+        }
         self.reach(now);
         let Some(at) = self.running.iter().position(|(id, _)| *id == batch.id) else { return };
         let (_, mut members) = self.running.swap_remove(at);

@@ -12,7 +12,7 @@ use crate::common::{Server, control, wait_until};
 const PATH: &str = "/v1/models/queued/trial";
 
 /// Looks until `holds`, seldom enough that the command line, which shares the control port's rate, is not refused.
-fn wait_gently(what: &str, mut holds: impl FnMut() -> bool) {
+pub fn wait_gently(what: &str, mut holds: impl FnMut() -> bool) {
     wait_until(what, || {
         let held = holds();
         if !held {
