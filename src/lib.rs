@@ -15,7 +15,8 @@
 //!    as [`gpu`] says) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
-//! Beside the path: [`config`], [`telemetry`], [`timeline`], [`control`], [`learned`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
+//! Beside the path: [`config`], [`telemetry`], [`timeline`], [`control`], [`learned`], [`trial`], [`shadow`], [`clock`], [`vocab`], [`mail`]. [`server`]
+//! builds and joins
 //! all of it. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
@@ -40,9 +41,11 @@ pub mod replay;
 pub mod scatter;
 pub mod scheduler;
 pub mod server;
+pub mod shadow;
 pub mod telemetry;
 pub mod timeline;
 pub mod tokenize;
 pub mod tokenizers;
+pub mod trial;
 pub mod vocab;
 pub mod wire;

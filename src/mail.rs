@@ -21,6 +21,7 @@ use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::timeline::{BatchRecord, Ran};
 pub use crate::timeline::{DeviceTimes, Waited};
+use crate::trial;
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
@@ -74,11 +75,29 @@ pub enum ToBatcher {
     /// Hold nothing back any more.
     Drain,
     SetPolicy(SetPolicy),
+    Trial(StartTrial),
+    /// End the model's trial, if one is on, and go back to the policy before it. Answered with how it ended.
+    EndTrial {
+        model: ModelHandle,
+        reply: Reply<Option<trial::Report>>,
+    },
     Ask(Question),
     /// Record for `time` what the scheduler is told.
     Capture {
         time: Duration,
         sink: Sink,
+    },
+    /// The same for the shadow schedulers, beside a capture that may be on.
+    Shadow {
+        time: Duration,
+        sink: Sink,
+    },
+    /// What a setting was predicted to bring, beside what it brought: for the history of the model's policy.
+    Judged {
+        model: ModelHandle,
+        /// Of the policy since it is in force.
+        generation: u32,
+        prediction: Prediction,
     },
     /// End the thread. Sent when every shard has ended.
     Stop,
@@ -93,6 +112,28 @@ pub struct SetPolicy {
     pub reply: Reply<Result<PolicyChange, SetPolicyError>>,
 }
 
+/// Tries knobs for a while: all of them or none. See [`trial`].
+#[derive(Debug)]
+pub struct StartTrial {
+    pub model: ModelHandle,
+    /// Names and values, as [`Policy::with`] takes them.
+    pub set: Vec<(String, String)>,
+    pub time: Duration,
+    pub plan: PlanOf,
+    pub reply: Reply<Result<trial::Report, SetPolicyError>>,
+}
+
+/// What is asked for of a trial; the rest is as by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct PlanOf {
+    pub share: Option<f64>,
+    /// Of the model's policy, where nobody says another.
+    pub slo: Option<Duration>,
+    pub on_time_min: Option<f64>,
+    pub keep: Option<trial::Keep>,
+    pub margin: Option<f64>,
+}
+
 /// Why a policy stays as it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SetPolicyError {
@@ -100,6 +141,8 @@ pub enum SetPolicyError {
     Invalid(String),
     /// Something that waits would fit no batch any more.
     Stranded(Refusal),
+    /// A trial is on: of this model, or of another that shares the executors.
+    Busy(String),
 }
 
 /// Who changed a policy.
@@ -109,6 +152,8 @@ pub enum ChangedBy {
     Operator,
     /// The scheduler: automatic buckets.
     Auto,
+    /// A trial, when it first put its policy in force, and when it ended.
+    Trial,
 }
 
 /// One knob's part in a change.
@@ -119,13 +164,35 @@ pub struct KnobChange {
     pub to: String,
 }
 
+/// A figure that was predicted and the one that came.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PredictionError {
+    /// `p50` and `p99` (s), `fill`, `waste` (shares).
+    pub what: &'static str,
+    pub predicted: f64,
+    pub happened: f64,
+    /// |predicted ÷ happened − 1|; of the waste, |predicted − happened|.
+    pub error: f64,
+}
+
+/// What a shadow scheduler said of a policy before it was put in force, and what came over as long a time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    pub span: Duration,
+    pub errors: Vec<PredictionError>,
+}
+
 /// A change that was made, or one that changed nothing: then no knob is named, and the generation is the old one.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PolicyChange {
     pub at: Moment,
     pub by: ChangedBy,
     pub knobs: Vec<KnobChange>,
     pub generation: u32,
+    /// What there is to say about it: of a trial what it is, and how it ended.
+    pub note: Option<String>,
+    /// Of a change to what a shadow scheduler looked at, once as much time has passed.
+    pub prediction: Option<Prediction>,
 }
 
 /// What the batcher knows and others may ask for. It answers with copies of bounded size.
@@ -153,6 +220,11 @@ pub enum Question {
     Facts {
         model: ModelHandle,
         reply: Reply<Facts>,
+    },
+    /// The model's trial: the one that is on, or the last that was.
+    Trial {
+        model: ModelHandle,
+        reply: Reply<Option<trial::Report>>,
     },
     /// The last decisions about all models, oldest first; at most [`Question::DECISIONS_MAX`].
     Decisions {

@@ -28,6 +28,10 @@ enum Command {
     Models(commands::models::Args),
     /// Show a model's knobs, or change some while the server runs.
     Set(commands::set::Args),
+    /// Show what other settings would have made of the requests that come.
+    Shadow(commands::shadow::Args),
+    /// Try knobs of a model for a while, and keep them or go back by what comes of it.
+    Trial(commands::trial::Args),
     /// Run the executors alone on all requests at once: the bound.
     Offline(commands::offline::Args),
     /// Record what a server's scheduler is told, for a replay.
@@ -51,6 +55,8 @@ fn main() -> ExitCode {
         Command::Infer(args) => commands::infer::run(args),
         Command::Models(args) => commands::models::run(args),
         Command::Set(args) => commands::set::run(&args),
+        Command::Shadow(args) => commands::shadow::run(&args),
+        Command::Trial(args) => commands::trial::run(&args),
         Command::Offline(args) => commands::offline::run(&args),
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),

@@ -41,6 +41,7 @@ use crate::models::manifest::{Manifest, Placement};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
+use crate::shadow::{self, Board, Worker as ShadowWorker};
 use crate::telemetry::{ModelLabels, Telemetry};
 use crate::timeline::breach::BreachWatch;
 use crate::timeline::files::{Dump, DumpFiles};
@@ -158,6 +159,13 @@ struct ShardHandle {
     pthread: Pthread,
 }
 
+/// The thread of the shadow schedulers. It ends when its board is told to stop.
+#[derive(Debug)]
+struct ShadowHandle {
+    board: Arc<Board>,
+    thread: JoinHandle<()>,
+}
+
 /// The thread that keeps what is learned. It ends when `stop` is dropped.
 struct KeeperHandle {
     stop: flume::Sender<()>,
@@ -179,6 +187,7 @@ pub struct ServerHandle {
     batcher: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
     keeper: Option<KeeperHandle>,
+    shadow: ShadowHandle,
     lifecycle: Arc<Lifecycle>,
     control: ControlHandle,
     drain_timeout: Duration,
@@ -193,6 +202,8 @@ pub struct TestHooks {
     pub panic_shard_on_request_id: Option<u64>,
     /// Instead of a simulated device of the server's own, where it runs on one.
     pub sim: Option<SimDevice>,
+    /// Shorter stretches for shadow schedulers.
+    pub shadow_stretch: Option<Duration>,
 }
 
 /// Loads the models, starts every thread, and returns when all are warm and the ports are open.
@@ -270,7 +281,9 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
 
     // The control port first: whoever waits for readiness sees "starting" and why.
     let catalog = Arc::new(Catalog::new(&plan.contracts));
-    let control = start_control(&plan, &lifecycle, &catalog, &stopper)?;
+    let (words_sender, words) = flume::bounded(4);
+    let board = Arc::new(Board::new(plan.contracts.len(), words_sender));
+    let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board)?;
 
     let mut others = Vec::new();
     let started = start_executors(&plan, &lifecycle, &mut others)?;
@@ -283,6 +296,15 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     // Shards hold the port now.
     drop(reserved);
     let keeper = start_keeper(&plan)?;
+    let shadow = ShadowWorker {
+        names: plan.contracts.iter().map(|contract| contract.name.clone()).collect(),
+        batcher: plan.batcher.clone(),
+        board: Arc::clone(&board),
+        telemetry: Arc::clone(&telemetry),
+        words,
+        stretch: hooks.shadow_stretch.unwrap_or(shadow::STRETCH),
+    };
+    let shadow = ShadowHandle { board, thread: spawn_thread("ferry-shadow".into(), &plan.events, || shadow.run())? };
     lifecycle.set_serving();
     Ok(ServerHandle {
         data_addr,
@@ -296,6 +318,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         batcher,
         others,
         keeper,
+        shadow,
         lifecycle,
         control,
         drain_timeout: config.drain_timeout,
@@ -308,6 +331,7 @@ fn start_control(
     lifecycle: &Arc<Lifecycle>,
     catalog: &Catalog,
     stopper: &Stopper,
+    board: &Arc<Board>,
 ) -> Result<ControlHandle, StartError> {
     plan.contracts.iter().for_each(|contract| lifecycle.set_cold(&contract.name));
     plan.telemetry.publish_limits(plan.config.limits());
@@ -321,6 +345,7 @@ fn start_control(
         config_toml: plan.config.to_toml(),
         on_drain: Arc::new(move || drain.drain()),
         batcher: plan.batcher.clone(),
+        shadow: Arc::clone(board),
     })
     .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))
 }
@@ -1007,6 +1032,10 @@ impl ServerHandle {
             if *ending == Ending::Drained {
                 let _ = thread.join();
             }
+        }
+        self.shadow.board.stop();
+        if *ending == Ending::Drained {
+            let _ = self.shadow.thread.join();
         }
         let _ = self.batcher_mail.send_or_wait(ToBatcher::Stop);
         // A model that hangs must not keep the process: after an abort or a fault, executors are left to its end.

@@ -11,8 +11,14 @@ use ferry::control::admin::{self, CONNECTIONS_MAX, ControlHandle, ControlOptions
 use ferry::control::lifecycle::Lifecycle;
 use ferry::mail::{Question, SetPolicyError, ToBatcher};
 use ferry::mailbox::{Received, Receiver, mailbox};
+use ferry::shadow::Board;
 use ferry::telemetry::{ModelLabels, Telemetry};
 use ferry::vocab::{Code, ModelHandle, SealReason};
+
+/// Nobody reads what is asked of it.
+fn board() -> Arc<Board> {
+    Arc::new(Board::new(2, flume::bounded(4).0))
+}
 
 struct Control {
     handle: ControlHandle,
@@ -49,6 +55,7 @@ fn start_on(ip: [u8; 4]) -> Control {
             counted.fetch_add(1, Ordering::SeqCst);
         }),
         batcher,
+        shadow: board(),
     })
     .expect("a free port");
     Control { handle, telemetry, lifecycle, drains, mailbox }
@@ -224,6 +231,7 @@ fn a_port_that_is_taken_is_an_error_and_not_a_panic() {
         config_toml: String::new(),
         on_drain: Arc::new(|| {}),
         batcher: mailbox(1).0,
+        shadow: board(),
     })
     .expect_err("the port is taken");
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);

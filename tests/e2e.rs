@@ -26,3 +26,7 @@ mod process;
 mod receipts;
 #[path = "e2e/recorder.rs"]
 mod recorder;
+#[path = "e2e/shadow.rs"]
+mod shadow;
+#[path = "e2e/trial.rs"]
+mod trial;

@@ -15,7 +15,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("timeline", &["vocab"]),
     ("config", &["timeline", "vocab", "wire"]),
     ("capture", &["scheduler", "vocab"]),
-    ("mail", &["capture", "contract", "executor", "mailbox", "scheduler", "timeline", "vocab"]),
+    ("trial", &["scheduler", "vocab"]),
+    ("mail", &["capture", "contract", "executor", "mailbox", "scheduler", "timeline", "trial", "vocab"]),
     ("scatter", &["contract", "mail", "mailbox", "vocab", "wire"]),
     (
         "executor",
@@ -23,7 +24,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ),
     (
         "batcher",
-        &["capture", "clock", "contract", "executor", "mail", "mailbox", "scheduler", "telemetry", "timeline", "vocab"],
+        &[
+            "capture",
+            "clock",
+            "contract",
+            "executor",
+            "mail",
+            "mailbox",
+            "scheduler",
+            "telemetry",
+            "timeline",
+            "trial",
+            "vocab",
+        ],
     ),
     ("device", &["clock", "gpu", "vocab"]),
     ("gpu", &["vocab"]),
@@ -33,8 +46,25 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
     ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
     // It asks the batcher, and shows what the scheduler answers.
-    ("control", &["capture", "clock", "mail", "mailbox", "scheduler", "telemetry", "timeline", "vocab"]),
+    (
+        "control",
+        &[
+            "capture",
+            "clock",
+            "mail",
+            "mailbox",
+            "replay",
+            "scheduler",
+            "shadow",
+            "telemetry",
+            "timeline",
+            "trial",
+            "vocab",
+        ],
+    ),
     ("learned", &["mail", "mailbox", "scheduler", "vocab"]),
+    // A capture that nobody keeps, given to the scheduler in virtual time beside the one that serves.
+    ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["capture", "load", "scheduler", "vocab"]),
     // The product that it measures a machine by.

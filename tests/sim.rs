@@ -53,6 +53,8 @@ const EXPECTED: &[&str] = &[
     "policies changed",
     "policies refused",
     "policies that would strand somebody",
+    "trials begun",
+    "trials reverted",
 ];
 
 #[test]

@@ -10,18 +10,20 @@
 
 use std::collections::VecDeque;
 
+use super::trial::Running;
 use super::{Batcher, Outlet};
-use crate::mail::{ChangedBy, KnobChange, PolicyChange, Question, SetPolicy, SetPolicyError};
+use crate::mail::{ChangedBy, KnobChange, PolicyChange, Prediction, Question, SetPolicy, SetPolicyError};
 use crate::scheduler::knobs::KNOBS;
 use crate::scheduler::{Buckets, Policy, Scheduler};
-use crate::vocab::{ModelHandle, Moment};
+use crate::trial;
+use crate::vocab::{ModelHandle, Moment, Refusal};
 
 /// Changes remembered for each model.
 pub const HISTORY: usize = 64;
 
 /// The largest batch that a model may have.
 #[derive(Clone, Copy, Debug)]
-struct Ceiling {
+pub(super) struct Ceiling {
     rows: u32,
     cells: u64,
 }
@@ -31,7 +33,7 @@ impl Ceiling {
         Ceiling { rows: policy.rows_max, cells: cells_possible(policy) }
     }
 
-    fn check(&self, policy: &Policy) -> Result<(), String> {
+    pub(super) fn check(&self, policy: &Policy) -> Result<(), String> {
         let started = "what the server was started with and has memory for";
         if policy.rows_max > self.rows {
             return Err(format!("rows_max: expected at most {}, {started}; got {}", self.rows, policy.rows_max));
@@ -52,6 +54,10 @@ fn cells_possible(policy: &Policy) -> u64 {
 #[derive(Debug)]
 pub(super) struct Live {
     models: Vec<(Ceiling, VecDeque<PolicyChange>)>,
+    /// The trial that is on.
+    pub(super) trial: Option<Box<Running>>,
+    /// By model: how its last one ended.
+    pub(super) trials: Vec<Option<trial::Report>>,
 }
 
 impl Live {
@@ -60,10 +66,14 @@ impl Live {
             let policy = scheduler.policy(ModelHandle(index as u16));
             (Ceiling::of(policy), VecDeque::new())
         };
-        Live { models: (0..models).map(of).collect() }
+        Live { models: (0..models).map(of).collect(), trial: None, trials: vec![None; models] }
     }
 
-    fn remember(&mut self, model: ModelHandle, change: PolicyChange) {
+    pub(super) fn ceiling(&self, model: ModelHandle) -> Ceiling {
+        self.models[model.index()].0
+    }
+
+    pub(super) fn remember(&mut self, model: ModelHandle, change: PolicyChange) {
         let (_, history) = &mut self.models[model.index()];
         if history.len() == HISTORY {
             history.pop_front();
@@ -95,22 +105,51 @@ impl<O: Outlet> Batcher<O> {
         model: ModelHandle,
         set: &[(String, String)],
     ) -> Result<PolicyChange, SetPolicyError> {
-        let before = self.scheduler.policy(model).clone();
-        let pairs = set.iter().map(|(knob, value)| (knob.as_str(), value.as_str()));
-        let policy = before.with(pairs).map_err(SetPolicyError::Invalid)?;
-        self.live.models[model.index()].0.check(&policy).map_err(SetPolicyError::Invalid)?;
-        if policy == before {
+        // Whoever sets a knob means the policy that they know, not one that is being tried.
+        let tried = self.live.trial.as_deref().filter(|running| running.model == model);
+        let before = tried.map_or(self.scheduler.policy(model), Running::baseline).clone();
+        let policy = self.policy_with(model, &before, set)?;
+        let is_tried = tried.is_some();
+        let (by, note) = (ChangedBy::Operator, None);
+        if policy == before && !is_tried {
             let generation = self.scheduler.generation(model);
-            return Ok(PolicyChange { at: now, by: ChangedBy::Operator, knobs: Vec::new(), generation });
+            return Ok(PolicyChange { at: now, by, knobs: Vec::new(), generation, note, prediction: None });
         }
         let knobs = differences(&before, &policy);
-        let generation = self.scheduler.set_policy(model, policy).map_err(SetPolicyError::Stranded)?;
-        if let Some(recorder) = &mut self.recorder {
+        let generation = self.replace_policy(model, policy).map_err(SetPolicyError::Stranded)?;
+        if is_tried {
+            self.supersede_trial(now, &before);
+        }
+        let change = PolicyChange { at: now, by, knobs, generation, note, prediction: None };
+        if !change.knobs.is_empty() {
+            self.live.remember(model, change.clone());
+        }
+        Ok(change)
+    }
+
+    /// A policy with these knobs set, that the server has memory for.
+    pub(super) fn policy_with(
+        &self,
+        model: ModelHandle,
+        before: &Policy,
+        set: &[(String, String)],
+    ) -> Result<Policy, SetPolicyError> {
+        let pairs = set.iter().map(|(knob, value)| (knob.as_str(), value.as_str()));
+        let policy = before.with(pairs).map_err(SetPolicyError::Invalid)?;
+        self.live.ceiling(model).check(&policy).map_err(SetPolicyError::Invalid)?;
+        Ok(policy)
+    }
+
+    /// Puts a policy in force, unless it is. Returns its generation.
+    pub(super) fn replace_policy(&mut self, model: ModelHandle, policy: Policy) -> Result<u32, Refusal> {
+        if policy == *self.scheduler.policy(model) {
+            return Ok(self.scheduler.generation(model));
+        }
+        let generation = self.scheduler.set_policy(model, policy)?;
+        for recorder in &mut self.recorders {
             recorder.policy(model, &self.scheduler);
         }
-        let change = PolicyChange { at: now, by: ChangedBy::Operator, knobs, generation };
-        self.live.remember(model, change.clone());
-        Ok(change)
+        Ok(generation)
     }
 
     /// Lets the scheduler choose the buckets that are left to it.
@@ -124,8 +163,20 @@ impl<O: Outlet> Batcher<O> {
                 knobs = describe(&knobs),
                 "buckets follow the lengths that come"
             );
-            let change_made = PolicyChange { at: now, by: ChangedBy::Auto, knobs, generation: change.generation };
+            let (by, generation) = (ChangedBy::Auto, change.generation);
+            let change_made = PolicyChange { at: now, by, knobs, generation, note: None, prediction: None };
             self.live.remember(change.model, change_made);
+            if let Some(running) = &mut self.live.trial {
+                running.follow_edges(&change);
+            }
+        }
+    }
+
+    /// What was predicted of a change is known beside what came of it. A change that has been forgotten takes it along.
+    pub(super) fn judge(&mut self, model: ModelHandle, generation: u32, prediction: Prediction) {
+        let (_, history) = &mut self.live.models[model.index()];
+        if let Some(change) = history.iter_mut().rev().find(|change| change.generation == generation) {
+            change.prediction = Some(prediction);
         }
     }
 
@@ -138,6 +189,7 @@ impl<O: Outlet> Batcher<O> {
             Question::History { model, reply } => {
                 reply.give(self.live.models[model.index()].1.iter().cloned().collect());
             }
+            Question::Trial { model, reply } => reply.give(self.trial_of(model)),
             Question::Lengths { model, reply } => reply.give(scheduler.lengths(model).clone()),
             Question::Cost { model, reply } => reply.give(scheduler.cost(model).clone()),
             Question::Facts { model, reply } => reply.give(scheduler.facts(model, now)),
@@ -149,7 +201,7 @@ impl<O: Outlet> Batcher<O> {
     }
 }
 
-fn differences(before: &Policy, after: &Policy) -> Vec<KnobChange> {
+pub(super) fn differences(before: &Policy, after: &Policy) -> Vec<KnobChange> {
     let change = |knob: &'static str| {
         let (from, to) = (before.get(knob)?, after.get(knob)?);
         (from != to).then_some(KnobChange { knob, from, to })
@@ -157,13 +209,13 @@ fn differences(before: &Policy, after: &Policy) -> Vec<KnobChange> {
     KNOBS.iter().filter_map(|knob| change(knob.name)).collect()
 }
 
-fn describe(knobs: &[KnobChange]) -> String {
+pub(super) fn describe(knobs: &[KnobChange]) -> String {
     let one = |change: &KnobChange| format!("{}: {} to {}", change.knob, change.from, change.to);
     knobs.iter().map(one).collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
@@ -174,11 +226,29 @@ mod tests {
     use crate::mailbox::reply;
     use crate::scheduler::{Edges, QueueLimits};
     use crate::telemetry::{ModelLabels, Telemetry};
-    use crate::vocab::{DType, Refusal, TicketKey};
+    use crate::vocab::{DType, TicketKey};
 
-    const MODEL: ModelHandle = ModelHandle(0);
+    pub(in crate::batcher) const MODEL: ModelHandle = ModelHandle(0);
 
-    struct Nowhere;
+    pub(in crate::batcher) struct Nowhere;
+
+    /// Rows of length 20.
+    pub(in crate::batcher) fn request(slot: u32, rows: u32) -> Request {
+        Request {
+            key: TicketKey { shard: 0, slot, generation: 0 },
+            model: MODEL,
+            rows,
+            len: 20,
+            payload: vec![0; rows as usize * 20 * 4].into(),
+            received_at: Moment::ZERO,
+            deadline: None,
+            compose: None,
+            class: Default::default(),
+            tenant: Default::default(),
+            truncated: false,
+            part: Part { at_row: 0, of_rows: rows },
+        }
+    }
 
     impl Outlet for Nowhere {
         fn submit(&mut self, _: usize, _: FilledSlot) -> Option<Finished> {
@@ -188,7 +258,7 @@ mod tests {
         fn end(&mut self, _: u16, _: Vec<(TicketKey, Refusal)>) {}
     }
 
-    fn batcher(policy: Policy) -> Batcher<Nowhere> {
+    pub(in crate::batcher) fn batcher(policy: Policy) -> Batcher<Nowhere> {
         let tensor = TensorSpec {
             name: "ids".into(),
             dtype: DType::U32,
@@ -223,26 +293,19 @@ mod tests {
         let buckets = Buckets::new(&[512]).expect("ascending");
         let automatic = Policy { edges: Edges::Auto, shapes_max: 2, ..Policy::new(32, 32 * 512, buckets) };
         let mut batcher = batcher(automatic);
-        let request = |slot: u32| Request {
-            key: TicketKey { shard: 0, slot, generation: 0 },
-            model: MODEL,
-            rows: 32,
-            len: 20,
-            payload: vec![0; 32 * 20 * 4].into(),
-            received_at: Moment::ZERO,
-            deadline: None,
-            compose: None,
-            class: Default::default(),
-            tenant: Default::default(),
-            truncated: false,
-            part: Part { at_row: 0, of_rows: 32 },
-        };
         let now = Moment::ZERO + Duration::from_secs(31);
-        batcher.take(now, ToBatcher::Burst(Burst { arrivals: (0..40).map(request).collect(), cancelled: Vec::new() }));
+        batcher.take(
+            now,
+            ToBatcher::Burst(Burst {
+                arrivals: (0..40).map(|slot| request(slot, 32)).collect(),
+                cancelled: Vec::new(),
+            }),
+        );
         batcher.turn(now);
         let changes = history(&mut batcher, now);
         let knobs = vec![KnobChange { knob: "buckets", from: "512".into(), to: "20,512".into() }];
-        assert_eq!(changes, [PolicyChange { at: now, by: ChangedBy::Auto, knobs, generation: 2 }]);
+        let (by, generation) = (ChangedBy::Auto, 2);
+        assert_eq!(changes, [PolicyChange { at: now, by, knobs, generation, note: None, prediction: None }]);
         assert_eq!(batcher.scheduler().waiting(MODEL).1, 40 * 32 * 20, "what waits is in the new buckets");
     }
 

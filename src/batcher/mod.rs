@@ -10,6 +10,7 @@ mod flights;
 mod keeping;
 mod live;
 mod recorder;
+mod trial;
 mod waits;
 
 use std::collections::BTreeMap;
@@ -26,12 +27,13 @@ use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
+use crate::trial::Outcome;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
 use flights::Flights;
 use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
-use recorder::Recorder;
+use recorder::{Recorder, Tap};
 use waits::Waits;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
@@ -87,8 +89,8 @@ pub struct Batcher<O> {
     live: Live,
     /// What became of the last batches.
     kept: Kept,
-    /// While a capture is on.
-    recorder: Option<Box<Recorder>>,
+    /// Who records: a capture, the shadow schedulers, both or, mostly, nobody.
+    recorders: Vec<Recorder>,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -125,7 +127,7 @@ impl<O: Outlet> Batcher<O> {
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             kept: Kept::default(),
-            recorder: None,
+            recorders: Vec::new(),
             telemetry,
             audit_at: Moment::ZERO,
         };
@@ -145,21 +147,30 @@ impl<O: Outlet> Batcher<O> {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
             ToBatcher::Finished(finished) => self.take_finished(now, finished, false),
             ToBatcher::Drain => {
-                if let Some(recorder) = &mut self.recorder {
+                for recorder in &mut self.recorders {
                     recorder.drain(self.scheduler.log());
                 }
                 self.scheduler.drain();
+                self.end_trial(now, None, Outcome::draining());
             }
             ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
+            ToBatcher::Trial(wish) => self.start_trial(now, wish),
+            ToBatcher::EndTrial { model, reply } => {
+                self.end_trial(now, Some(model), Outcome::aborted());
+                reply.give(self.trial_of(model));
+            }
             ToBatcher::Ask(question) => self.answer(now, question),
-            ToBatcher::Capture { time, sink } => self.start_capture(now, time, sink),
-            ToBatcher::Stop => self.end_capture(CaptureEnd::Stopped),
+            ToBatcher::Capture { time, sink } => self.start_recorder(now, time, (Tap::Capture, sink)),
+            ToBatcher::Shadow { time, sink } => self.start_recorder(now, time, (Tap::Shadow, sink)),
+            ToBatcher::Judged { model, generation, prediction } => self.judge(model, generation, prediction),
+            ToBatcher::Stop => self.end_recorders(CaptureEnd::Stopped),
         }
     }
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
-        if let Some(recorder) = &mut self.recorder {
+        self.conduct_trial(now);
+        for recorder in &mut self.recorders {
             recorder.turn(now, self.scheduler.log());
         }
         self.choose_edges(now);
@@ -171,34 +182,52 @@ impl<O: Outlet> Batcher<O> {
         self.publish();
         self.dump(now);
         self.audit(now);
-        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
+        let trial = self.live.trial.as_ref().map(|running| running.trial.next(now));
+        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_recorders(now), trial];
         wakes.into_iter().flatten().min()
     }
 
-    /// Begins to record. A capture that is still on ends: whoever read it has gone, or there would be no other.
-    fn start_capture(&mut self, now: Moment, time: Duration, sink: Sink) {
-        self.end_capture(CaptureEnd::ReaderGone);
+    /// Begins to record. Whoever recorded for the same reader ends: that one has gone, or there would be no other.
+    fn start_recorder(&mut self, now: Moment, time: Duration, (by, sink): (Tap, Sink)) {
+        if let Some(at) = self.recorders.iter().position(|recorder| recorder.by == by) {
+            self.end_recorder(at, CaptureEnd::ReaderGone);
+        }
         let names: Vec<String> = self.forms.iter().map(|form| form.contract.name.clone()).collect();
-        match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, sink) {
-            Ok(recorder) => self.recorder = Some(Box::new(recorder)),
-            Err(end) => self.telemetry.capture_ended(end as usize),
+        match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, (by, sink)) {
+            Ok(recorder) => self.recorders.push(recorder),
+            Err(end) if by == Tap::Capture => self.telemetry.capture_ended(end as usize),
+            Err(_) => {}
         }
     }
 
-    /// When the recorder wants the next turn.
-    fn settle_capture(&mut self, now: Moment) -> Option<Moment> {
-        match self.recorder.as_mut()?.settle(now, self.scheduler.log()) {
-            Ok(again) => Some(again),
-            Err(end) => {
-                self.end_capture(end);
-                None
+    /// When a recorder wants the next turn.
+    fn settle_recorders(&mut self, now: Moment) -> Option<Moment> {
+        let mut next: Option<Moment> = None;
+        let mut at = 0;
+        while let Some(recorder) = self.recorders.get_mut(at) {
+            match recorder.settle(now, self.scheduler.log()) {
+                Ok(again) => {
+                    next = Some(next.map_or(again, |next| next.min(again)));
+                    at += 1;
+                }
+                Err(end) => self.end_recorder(at, end),
             }
         }
+        next
     }
 
-    fn end_capture(&mut self, end: CaptureEnd) {
-        if let Some(recorder) = self.recorder.take() {
-            let end = recorder.end(end, self.scheduler.log());
+    fn end_recorders(&mut self, end: CaptureEnd) {
+        while !self.recorders.is_empty() {
+            self.end_recorder(0, end);
+        }
+    }
+
+    fn end_recorder(&mut self, at: usize, end: CaptureEnd) {
+        let recorder = self.recorders.swap_remove(at);
+        let by = recorder.by;
+        let end = recorder.end(end, self.scheduler.log());
+        // Of stretches for the shadow schedulers, their thread says what became of them.
+        if by == Tap::Capture {
             self.telemetry.capture_ended(end as usize);
         }
     }
@@ -222,13 +251,16 @@ impl<O: Outlet> Batcher<O> {
         }
         for key in burst.cancelled {
             let waits = self.ticket_of(key);
-            if let Some(recorder) = &mut self.recorder {
+            for recorder in &mut self.recorders {
                 recorder.cancel(now, key, waits, self.scheduler.log());
             }
             if let Some(id) = waits
                 && self.scheduler.handle_cancel(id)
             {
                 self.held[id.index()] = None;
+                if let Some(running) = &mut self.live.trial {
+                    running.trial.meter.cancelled(id);
+                }
             }
             self.cancel_parts(now, key, None);
         }
@@ -238,7 +270,10 @@ impl<O: Outlet> Batcher<O> {
     fn cancel_part(&mut self, now: Moment, id: TicketId, with: Option<TicketId>) {
         if self.scheduler.handle_cancel(id) {
             self.held[id.index()] = None;
-            if let Some(recorder) = &mut self.recorder {
+            if let Some(running) = &mut self.live.trial {
+                running.trial.meter.cancelled(id);
+            }
+            for recorder in &mut self.recorders {
                 recorder.cancel_part(now, id, with, self.scheduler.log());
             }
         }
@@ -303,11 +338,15 @@ impl<O: Outlet> Batcher<O> {
             class: request.class,
             tenant: request.tenant,
         };
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             recorder.arrival(now, &arrival, request.key, self.scheduler.log());
         }
-        let id = self.scheduler.handle_arrival(now, arrival)?;
-        if let Some(recorder) = &mut self.recorder {
+        let outcome = self.scheduler.handle_arrival(now, arrival);
+        if let Some(running) = &mut self.live.trial {
+            running.arrived(now, arrival.model, arrival.deadline, outcome.as_ref().ok().copied());
+        }
+        let id = outcome?;
+        for recorder in &mut self.recorders {
             recorder.admitted(id);
         }
         if self.held.len() <= id.index() {
@@ -327,7 +366,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in &mut self.recorders {
             let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
@@ -337,12 +376,18 @@ impl<O: Outlet> Batcher<O> {
         self.note_ran(now, &finished);
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
+        if let Some(running) = &mut self.live.trial {
+            running.trial.meter.finished(now, finished.batch.id);
+        }
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
     }
 
     fn expire(&mut self, now: Moment) {
         while let Some(expired) = self.scheduler.poll_expired(now) {
             let id = expired.id();
+            if let Some(running) = &mut self.live.trial {
+                running.trial.meter.expired(id);
+            }
             let Held { request, .. } = self.held[id.index()].take().expect("the scheduler's tickets are held here");
             let message = match expired {
                 Expired::Due(_) => "the deadline came while waiting",
@@ -365,6 +410,9 @@ impl<O: Outlet> Batcher<O> {
     fn fill(&mut self, mut now: Moment) -> Moment {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(now, &mut members) {
+            if let Some(running) = &mut self.live.trial {
+                running.sealed(&batch, &members);
+            }
             let filled = self.pack(batch, &members);
             if self.scheduler.policy(batch.model).group == Group::Inline {
                 // It takes its time here and now.
@@ -501,7 +549,7 @@ pub fn run_thread<O: Outlet>(mut batcher: Batcher<O>, mailbox: Receiver<ToBatche
         let mut next = match mailbox.recv_until(wake_at, spin) {
             Received::Message(message) => Some(message),
             Received::TimedOut => None,
-            Received::Closed => return batcher.end_capture(CaptureEnd::Stopped),
+            Received::Closed => return batcher.end_recorders(CaptureEnd::Stopped),
         };
         let now = clock::now();
         let mut taken = 0;

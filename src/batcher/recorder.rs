@@ -1,4 +1,4 @@
-//! Writes down what the scheduler is told while a capture is on.
+//! Writes down what the scheduler is told, while a capture is on or the shadow schedulers take a stretch.
 //!
 //! Always true
 //! - The batcher never waits for it: a chunk that finds no room ends the capture.
@@ -19,7 +19,15 @@ use crate::vocab::{ModelHandle, Moment, TicketKey};
 /// Longest time that a chunk waits for more: whoever reads sees that the server lives.
 pub const FLUSH: Duration = Duration::from_secs(1);
 
+/// Who records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tap {
+    Capture,
+    Shadow,
+}
+
 pub struct Recorder {
+    pub by: Tap,
     writer: Writer,
     sink: Sink,
     /// The capture's end.
@@ -44,7 +52,7 @@ impl Recorder {
         shards: usize,
         now: Moment,
         time: Duration,
-        sink: Sink,
+        (by, sink): (Tap, Sink),
     ) -> Result<Recorder, CaptureEnd> {
         let header = Header::of(scheduler, names, now);
         let Some(state) = scheduler.save() else {
@@ -55,6 +63,7 @@ impl Recorder {
         };
         let (writer, start) = Writer::start(&header, &state);
         let mut recorder = Recorder {
+            by,
             writer,
             sink,
             until: now + time,
@@ -200,7 +209,7 @@ mod tests {
     use super::*;
 
     use crate::batcher::{Batcher, Outlet};
-    use crate::capture::{CHUNKS_MAX, Source, TraceReader, channel, end_chunk};
+    use crate::capture::{CHUNKS_MAX, Source, TraceReader, channel, end_chunk, next_number};
     use crate::executor::slot::FilledSlot;
     use crate::mail::{Finished, ToBatcher};
     use crate::scheduler::{Group, QueueLimits, SeatSpec};
@@ -298,6 +307,35 @@ mod tests {
         batcher.turn(START + FLUSH * 3);
         assert_eq!(read(&second).end(), Some(CaptureEnd::Complete));
         assert!(counted(&telemetry, CaptureEnd::ReaderGone) && counted(&telemetry, CaptureEnd::Complete));
+    }
+
+    #[test]
+    fn the_shadow_records_beside_a_capture_and_is_not_counted_as_one() {
+        let (mut batcher, capture, telemetry) = capturing(Duration::from_secs(5));
+        let (sink, first) = channel();
+        batcher.take(START, ToBatcher::Shadow { time: Duration::from_secs(2), sink });
+        let (sink, second) = channel();
+        batcher.take(START + FLUSH, ToBatcher::Shadow { time: Duration::from_secs(2), sink });
+        assert_eq!(first.ended().map(|ended| ended.end), Some(CaptureEnd::ReaderGone));
+        assert_eq!(live(&mut batcher), START + Duration::from_secs(5));
+        for source in [capture, second] {
+            assert_eq!(read(&source).end(), Some(CaptureEnd::Complete));
+        }
+        assert!(counted(&telemetry, CaptureEnd::Complete));
+        assert!(!counted(&telemetry, CaptureEnd::ReaderGone), "that was no capture");
+    }
+
+    #[test]
+    fn a_trace_that_is_cut_behind_a_chunk_is_whole_with_an_end_of_its_number() {
+        let (mut batcher, source, _) = capturing(Duration::from_millis(3500));
+        live(&mut batcher);
+        let chunks: Vec<_> = source.chunks.try_iter().take(3).collect();
+        let next = next_number(&chunks[2]).expect("a chunk");
+        let mut bytes = chunks.concat();
+        bytes.extend(end_chunk(Ended { end: CaptureEnd::Complete, chunks: next }));
+        let mut reader = TraceReader::open(std::io::Cursor::new(bytes)).expect("a whole trace");
+        while reader.next_event().expect("a whole trace").is_some() {}
+        assert_eq!((reader.end(), next_number(b"abc")), (Some(CaptureEnd::Complete), None));
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub use events::{Cancelled, Done, Event, PolicyChange};
 pub use header::{Header, ModelHeader, SeatHeader, knobs_of};
 pub use reader::TraceReader;
 pub use sink::{Ended, Sink, Source, channel};
-pub use writer::{Writer, end_chunk};
+pub use writer::{Writer, end_chunk, next_number};
 
 /// First bytes of a trace.
 pub const MAGIC: [u8; 8] = *b"ferrytrc";

@@ -71,6 +71,12 @@ impl Writer {
     }
 }
 
+/// The number of the chunk that follows this one. `None`: these bytes are no chunk.
+pub fn next_number(chunk: &[u8]) -> Option<u32> {
+    let number = chunk.get(1..5)?.try_into().expect("four bytes");
+    u32::from_le_bytes(number).checked_add(1)
+}
+
 /// The last chunk.
 pub fn end_chunk(ended: Ended) -> Vec<u8> {
     let mut out = Vec::new();

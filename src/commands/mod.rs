@@ -16,7 +16,9 @@ pub mod offline;
 pub mod replay;
 pub mod serve;
 pub mod set;
+pub mod shadow;
 pub mod timeline;
+pub mod trial;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -159,13 +159,13 @@ fn thread_plan(config: &Config) -> String {
     // Each executor of a device has a second thread, which waits for it.
     let waiting = if config.executor.device == Place::Cpu { 0 } else { threads.executors };
     let recorder = usize::from(config.recorder_directory().is_some());
-    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 3 + keeper + recorder;
+    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 4 + keeper + recorder;
     let waiting =
         if waiting > 0 { format!(" and as many that wait for {}", config.executor.device) } else { String::new() };
     let keeper = if keeper > 0 { ", 1 for --state" } else { "" };
     let recorder = if recorder > 0 { ", 1 for the flight recorder's files" } else { "" };
     format!(
-        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 signals, 1 main\
+        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 shadow, 1 signals, 1 main\
          {keeper}{recorder}; {total} at most, on {} core(s)\n",
         threads.shards,
         threads.executors,

@@ -12,6 +12,8 @@
 //! | `GET /v1/batches`, `/v1/requests`, `/v1/timeline` | what became of the last batches (recorder.rs) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
+//! | `/v1/models/{model}/trial` | trial.rs |
+//! | `/v1/models/{model}/shadow` | shadow.rs |
 //! | `/v1/models/{model}/lengths`, `/cost`, `/findings`, `/v1/decisions` | insight.rs |
 //!
 //! Always true
@@ -44,10 +46,11 @@ use tokio::time::Sleep;
 
 use super::capture::capture;
 use super::lifecycle::{self, Lifecycle};
-use super::{insight, policy, recorder};
+use super::{insight, policy, recorder, shadow, trial};
 use crate::clock;
 use crate::mail::{Question, ToBatcher};
 use crate::mailbox::{Awaited, Reply, SendError, Sender, reply};
+use crate::shadow::Board;
 use crate::telemetry::Telemetry;
 use crate::vocab::{ModelHandle, Moment};
 
@@ -78,6 +81,8 @@ pub struct ControlOptions {
     pub on_drain: Arc<dyn Fn() + Send + Sync>,
     /// Asked about policies and decisions, once the server serves.
     pub batcher: Sender<ToBatcher>,
+    /// What is asked of the shadow schedulers, and what they have found.
+    pub shadow: Arc<Board>,
 }
 
 /// The running control port. Dropping it ends the thread.
@@ -184,6 +189,10 @@ impl Shared {
         self.options.models.iter().map(name).collect()
     }
 
+    pub(super) fn shadow(&self) -> &Board {
+        &self.options.shadow
+    }
+
     pub(super) fn name(&self, model: ModelHandle) -> &str {
         self.options.models.get(model.index()).and_then(|contract| contract["name"].as_str()).unwrap_or_default()
     }
@@ -235,6 +244,8 @@ fn router(options: ControlOptions) -> Router {
         .route("/config", get(config))
         .route("/v1/capture", get(capture))
         .merge(policy::routes())
+        .merge(trial::routes())
+        .merge(shadow::routes())
         .merge(insight::routes())
         .merge(recorder::routes())
         .fallback(unknown)
@@ -303,6 +314,7 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
 
 async fn unknown() -> Response {
     let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
+                 /v1/models/{model}/trial, /v1/models/{model}/shadow, \
                  /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/models/{model}/findings, /v1/decisions, \
                  /v1/capture, /v1/batches, /v1/requests, /v1/timeline, /metrics /stats /config, and POST /drain\n";
     (StatusCode::NOT_FOUND, known).into_response()

@@ -11,3 +11,5 @@ mod insight;
 pub mod lifecycle;
 mod policy;
 mod recorder;
+mod shadow;
+mod trial;

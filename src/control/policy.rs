@@ -75,8 +75,16 @@ async fn change(
             body["model"] = name.into();
             Ok(Json(body).into_response())
         }
-        Err(SetPolicyError::Invalid(message)) => Err(Unanswered::new(StatusCode::BAD_REQUEST, message)),
-        Err(SetPolicyError::Stranded(refusal)) => {
+        Err(error) => refused(error),
+    }
+}
+
+/// Why a policy stays as it was.
+pub(super) fn refused(error: SetPolicyError) -> Result<Response, Unanswered> {
+    match error {
+        SetPolicyError::Invalid(message) => Err(Unanswered::new(StatusCode::BAD_REQUEST, message)),
+        SetPolicyError::Busy(message) => Err(Unanswered::new(StatusCode::CONFLICT, message)),
+        SetPolicyError::Stranded(refusal) => {
             let body = json!({ "error": refusal.message, "retry_after_ms": refusal.retry_after_ms });
             Ok((StatusCode::CONFLICT, Json(body)).into_response())
         }
@@ -95,13 +103,26 @@ fn json_of(change: &PolicyChange) -> Value {
     let by = match change.by {
         ChangedBy::Operator => "operator",
         ChangedBy::Auto => "auto",
+        ChangedBy::Trial => "trial",
     };
-    json!({
+    let mut value = json!({
         "at_unix_ms": u64::try_from(clock::unix_time(change.at).as_millis()).unwrap_or(u64::MAX),
         "by": by,
         "generation": change.generation,
         "changes": change.knobs.iter().map(knob).collect::<Vec<_>>(),
-    })
+    });
+    if let Some(note) = &change.note {
+        value["note"] = note.as_str().into();
+    }
+    if let Some(prediction) = &change.prediction {
+        let one = |error: &crate::mail::PredictionError| {
+            let figure = json!({ "predicted": error.predicted, "happened": error.happened, "error": error.error });
+            (error.what.to_owned(), figure)
+        };
+        let figures: serde_json::Map<String, Value> = prediction.errors.iter().map(one).collect();
+        value["prediction"] = json!({ "covered_seconds": prediction.span.as_secs_f64(), "figures": figures });
+    }
+    value
 }
 
 /// The knobs of a request's body. Numbers and lists may be written as such; a knob's own grammar is text.
@@ -113,8 +134,16 @@ fn read_set(body: &[u8]) -> Result<Vec<(String, String)>, String> {
         return Err(expected(&format!("the key {other:?}")));
     }
     let Some(set) = object.get("set").and_then(Value::as_object) else { return Err(expected(&cut(&value))) };
+    read_knobs(set).map_err(|error| match set.is_empty() || set.len() > SET_MAX {
+        true => expected(&error),
+        false => error,
+    })
+}
+
+/// Knobs and their values.
+pub(super) fn read_knobs(set: &serde_json::Map<String, Value>) -> Result<Vec<(String, String)>, String> {
     if set.is_empty() || set.len() > SET_MAX {
-        return Err(expected(&format!("{} knobs; 1 to {SET_MAX} can be set at once", set.len())));
+        return Err(format!("{} knobs; 1 to {SET_MAX} can be set at once", set.len()));
     }
     set.iter()
         .map(|(knob, value)| {
@@ -139,7 +168,7 @@ fn text_of(value: &Value) -> Option<String> {
 }
 
 /// A value as it stands in an error.
-fn cut(value: &Value) -> String {
+pub(super) fn cut(value: &Value) -> String {
     let text = value.to_string();
     text.chars().take(200).collect()
 }

@@ -90,6 +90,11 @@ pub trait Watch {
 
     /// A batch came back `late` after its seal and service, from an executor that had been idle.
     fn handed_over(&mut self, group: Group, late: Duration);
+
+    /// Whether the report should say how far the batches were from the cheapest ones.
+    fn wants_regret(&self) -> bool {
+        true
+    }
 }
 
 /// Nobody.
@@ -131,6 +136,7 @@ pub fn replay<R: Read>(reader: &mut TraceReader<R>, watch: &mut impl Watch) -> R
     let header = reader.header();
     let (at, before) = (header.at, header.decisions);
     let ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+    let ledger = if watch.wants_regret() { ledger } else { ledger.without_regret() };
     let mut replay = Replay {
         ids: Vec::new(),
         members: Vec::new(),

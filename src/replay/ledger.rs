@@ -47,7 +47,7 @@ pub struct ModelReport {
 }
 
 impl ModelReport {
-    fn new(name: String) -> ModelReport {
+    pub(crate) fn new(name: String) -> ModelReport {
         ModelReport {
             name,
             offered: 0,
@@ -76,6 +76,36 @@ impl ModelReport {
         let (judged, in_time) = self.tenants.entry(tenant).or_default();
         *judged += 1;
         *in_time += u64::from(on_time);
+    }
+
+    /// Adds what came of another time.
+    pub fn merge(&mut self, other: &ModelReport) {
+        for (code, refused) in &other.refused {
+            *self.refused.entry(*code).or_default() += refused;
+        }
+        for (tenant, (judged, on_time)) in &other.tenants {
+            let sums = self.tenants.entry(*tenant).or_default();
+            *sums = (sums.0 + judged, sums.1 + on_time);
+        }
+        for (sum, part) in [
+            (&mut self.offered, other.offered),
+            (&mut self.answered, other.answered),
+            (&mut self.expired, other.expired),
+            (&mut self.cancelled, other.cancelled),
+            (&mut self.unfinished, other.unfinished),
+            (&mut self.on_time, other.on_time),
+            (&mut self.judged, other.judged),
+            (&mut self.overtaken, other.overtaken),
+            (&mut self.batches, other.batches),
+            (&mut self.rows, other.rows),
+            (&mut self.rows_possible, other.rows_possible),
+            (&mut self.cells_real, other.cells_real),
+            (&mut self.cells_padded, other.cells_padded),
+        ] {
+            *sum += part;
+        }
+        self.reasons.iter_mut().zip(other.reasons).for_each(|(sum, part)| *sum += part);
+        self.latency.add(&other.latency).expect("it grows with what it holds");
     }
 
     pub fn refused_total(&self) -> u64 {
@@ -171,6 +201,12 @@ impl Ledger {
             sealed_last: BTreeMap::new(),
             guessed: 0,
         }
+    }
+
+    /// Keeps no account of the cheapest batches, which costs about as much as the rest.
+    pub fn without_regret(mut self) -> Ledger {
+        self.regret.stop();
+        self
     }
 
     /// Arrival number `number` came at `at` and was admitted, or refused with a code.

@@ -165,6 +165,7 @@ pub struct Account {
     /// The group of each executor.
     executors: Vec<Group>,
     regret: Regret,
+    is_off: bool,
 }
 
 impl Account {
@@ -180,11 +181,20 @@ impl Account {
             running: Vec::new(),
             spare: Vec::new(),
             regret: Regret::default(),
+            is_off: false,
         }
+    }
+
+    /// Keeps none from here on.
+    pub fn stop(&mut self) {
+        self.is_off = true;
     }
 
     /// A batch was sealed, of these members.
     pub fn sealed(&mut self, batch: u64, members: impl Iterator<Item = Member>) {
+        if self.is_off {
+            return;
+        }
         let mut list = self.spare.pop().unwrap_or_default();
         list.extend(members);
         self.running.push((batch, list));
@@ -199,6 +209,9 @@ impl Account {
         (generation, policy): (u32, &Policy),
         fit: Coefficients,
     ) {
+        if self.is_off {
+            return;
+        }
         self.reach(now);
         let Some(at) = self.running.iter().position(|(id, _)| *id == batch.id) else { return };
         let (_, mut members) = self.running.swap_remove(at);

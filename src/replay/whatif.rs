@@ -19,7 +19,7 @@ use super::exact::{self, ReplayError, Verified, Watch, ledger_of, policy_of, sea
 use super::ledger::{Ledger, Report};
 use super::regret;
 use super::services::{Observer, Services, shared_devices};
-use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader};
+use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader, knobs_of};
 use crate::load::Rng;
 use crate::scheduler::decision::{Decision, DecisionLog};
 use crate::scheduler::{Arrival, Class, Compose, Group, Policy, Scheduler, SealedBatch, TenantId, TicketId};
@@ -89,8 +89,13 @@ impl Setting {
     }
 }
 
+/// Called at every step: whoever may not work for long without a rest takes it there.
+type Step<'a> = &'a mut dyn FnMut();
+
 /// Collects what a what-if replay needs, on the way through a trace.
-struct Collector {
+struct Collector<'a> {
+    step: Step<'a>,
+    wants_regret: bool,
     calls: Vec<Call>,
     composed: BTreeMap<usize, Compose>,
     others: Vec<(Moment, usize, Other)>,
@@ -101,8 +106,9 @@ struct Collector {
     observer: Observer,
 }
 
-impl Watch for Collector {
+impl Watch for Collector<'_> {
     fn event(&mut self, event: &Event) {
+        (self.step)();
         let place = self.calls.len();
         match event {
             Event::Turn { at } => self.now = *at,
@@ -153,15 +159,35 @@ impl Watch for Collector {
     fn handed_over(&mut self, group: Group, late: Duration) {
         self.observer.handed_over(group as usize, late);
     }
+
+    fn wants_regret(&self) -> bool {
+        self.wants_regret
+    }
 }
 
 impl Recording {
     /// Reads a trace whole, and replays it on the way as it was recorded.
-    pub fn read<R: Read>(mut reader: TraceReader<R>, seed: u64) -> Result<Recording, ReplayError> {
+    pub fn read<R: Read>(reader: TraceReader<R>, seed: u64) -> Result<Recording, ReplayError> {
+        Recording::read_by(reader, seed, true, &mut || {})
+    }
+
+    /// The same with a call at every event, and without the regret of the recorded run.
+    pub fn read_paced<R: Read>(reader: TraceReader<R>, seed: u64, step: Step<'_>) -> Result<Recording, ReplayError> {
+        Recording::read_by(reader, seed, false, step)
+    }
+
+    fn read_by<R: Read>(
+        mut reader: TraceReader<R>,
+        seed: u64,
+        wants_regret: bool,
+        step: Step<'_>,
+    ) -> Result<Recording, ReplayError> {
         let header = reader.header().clone();
         // Batches that ran when it began have numbers up to this.
         let batches = exact::restore(&reader).map_or(0, |scheduler| scheduler.batches());
         let mut collector = Collector {
+            step,
+            wants_regret,
             calls: Vec::new(),
             composed: BTreeMap::new(),
             others: Vec::new(),
@@ -198,6 +224,16 @@ impl Recording {
 
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// The model's policy was changed on the way.
+    pub fn has_change_of(&self, model: ModelHandle) -> bool {
+        self.others.iter().any(|(_, _, other)| matches!(other, Other::Policy(change) if change.model == model))
+    }
+
+    /// All knobs of the policy that the model would have with these settings.
+    pub fn knobs_with(&self, model: ModelHandle, settings: &[Setting]) -> Result<Vec<(String, String)>, ReplayError> {
+        Ok(knobs_of(&self.changed(settings, model, self.scheduler()?.policy(model))?))
     }
 
     /// Length of the trace.
@@ -253,6 +289,21 @@ impl Recording {
 
     /// Replays the requests with these settings.
     pub fn what_if(&self, settings: &[Setting], seed: u64) -> Result<Report, ReplayError> {
+        self.what_if_by(settings, seed, true, &mut || {})
+    }
+
+    /// The same with a call at every step of the virtual time, and without its regret.
+    pub fn what_if_paced(&self, settings: &[Setting], seed: u64, step: Step<'_>) -> Result<Report, ReplayError> {
+        self.what_if_by(settings, seed, false, step)
+    }
+
+    fn what_if_by(
+        &self,
+        settings: &[Setting],
+        seed: u64,
+        wants_regret: bool,
+        step: Step<'_>,
+    ) -> Result<Report, ReplayError> {
         if let Some(setting) = settings.iter().find(|s| s.model != "*" && self.header.model(&s.model).is_none()) {
             let known: Vec<&str> = self.header.models.iter().map(|model| model.name.as_str()).collect();
             return Err(ReplayError::Setting(format!(
@@ -264,6 +315,7 @@ impl Recording {
         let mut scheduler = self.scheduler()?;
         // By the recorded objective, whatever is set: both runs are measured alike.
         let ledger = ledger_of(&self.header, |model| scheduler.policy(model).slo);
+        let ledger = if wants_regret { ledger } else { ledger.without_regret() };
         for at in 0..scheduler.models() {
             let model = ModelHandle(at as u16);
             let policy = self.changed(settings, model, scheduler.policy(model))?;
@@ -279,7 +331,7 @@ impl Recording {
         let before = scheduler.log().count();
         let mut world = World::new(self, settings, scheduler, ledger, seed);
         world.resume();
-        world.run(|_| {})?;
+        world.run(step, |_| {})?;
         let World { scheduler, ledger, .. } = world;
         Ok(ledger.close(self.end, scheduler.log().count() - before))
     }
@@ -293,7 +345,7 @@ impl Recording {
         let mut world = World::new(self, &[], scheduler, ledger, seed);
         world.at_once = true;
         let mut told = 0;
-        world.run(|log| {
+        world.run(&mut || {}, |log| {
             let fresh = (log.count() - told) as usize;
             log.last(fresh).for_each(&mut decided);
             told = log.count();
@@ -388,8 +440,9 @@ impl<'a> World<'a> {
     }
 
     /// `turned` is told the log after each turn.
-    fn run(&mut self, mut turned: impl FnMut(&DecisionLog)) -> Result<(), ReplayError> {
+    fn run(&mut self, step: Step<'_>, mut turned: impl FnMut(&DecisionLog)) -> Result<(), ReplayError> {
         loop {
+            step();
             let call = self.recording.calls.get(self.ids.len()).map(|call| call.at);
             let other = self.recording.others.get(self.next_other).map(|(at, ..)| *at);
             let notice = self.notices.peek().map(|Reverse((at, _))| *at);

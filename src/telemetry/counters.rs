@@ -198,6 +198,8 @@ pub struct ModelMetrics {
     pub(super) policy_generation: Count,
     /// Bits of an f64.
     pub(super) cost_error: Count,
+    /// By [`SHADOW_FIGURES`]: bits of an f64; 0: nothing was predicted yet.
+    pub(super) shadow_errors: [Count; SHADOW_FIGURES.len()],
 }
 
 impl ModelMetrics {
@@ -224,6 +226,7 @@ impl ModelMetrics {
             looks_apart: Count::default(),
             policy_generation: Count::default(),
             cost_error: Count::default(),
+            shadow_errors: Default::default(),
         }
     }
 
@@ -302,6 +305,12 @@ impl ModelMetrics {
         self.cost_error.set(ratio.to_bits());
     }
 
+    /// How far the last prediction of a figure was off.
+    pub(super) fn shadow_error(&self, figure: usize, error: f64) {
+        // No error at all is told from nothing predicted.
+        self.shadow_errors[figure].set(error.max(f64::MIN_POSITIVE).to_bits());
+    }
+
     pub(super) fn batches_total(&self) -> u64 {
         self.batches.iter().map(Count::get).sum()
     }
@@ -309,6 +318,46 @@ impl ModelMetrics {
 
 /// Why cells are padding: a row is shorter than the longest of its batch, or the batch than its bucket.
 pub const PADDINGS: [&str; 2] = ["longest_row", "bucket"];
+
+/// Figures that shadow schedulers predict.
+pub const SHADOW_FIGURES: [&str; 4] = ["p50", "p99", "fill", "waste"];
+
+/// What became of a stretch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShadowOutcome {
+    Used = 0,
+    Lost = 1,
+    Mixed = 2,
+    Differs = 3,
+}
+
+/// In the order of [`ShadowOutcome`].
+pub const SHADOW_OUTCOMES: [&str; 4] = ["used", "lost", "mixed", "differs"];
+
+/// What the shadow thread counts.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct ShadowMetrics {
+    pub(super) stretches: [Count; SHADOW_OUTCOMES.len()],
+    pub(super) covered_nanos: Count,
+    pub(super) cpu_nanos: Count,
+}
+
+impl ShadowMetrics {
+    pub fn stretch(&self, outcome: ShadowOutcome) {
+        self.stretches[outcome as usize].add(1);
+    }
+
+    /// A stretch of this length was used.
+    pub fn covered(&self, time: Duration) {
+        self.covered_nanos.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+
+    /// The thread used so much CPU time.
+    pub fn worked(&self, time: Duration) {
+        self.cpu_nanos.add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    }
+}
 
 /// What an executor of a device waits for, beside batches.
 pub const DEVICE_WAITS: [&str; 2] = ["slot", "readback"];

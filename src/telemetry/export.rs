@@ -14,7 +14,10 @@ use prometheus_client::metrics::MetricType;
 
 use super::counters::Count;
 use super::histogram::Histogram;
-use super::{CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics, Telemetry};
+use super::{
+    CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShardMetrics,
+    Telemetry,
+};
 use crate::clock;
 use crate::vocab::{Code, SealReason};
 
@@ -156,6 +159,7 @@ impl Collector for Telemetry {
         self.encode_requests(&mut page)?;
         self.encode_batches(&mut page)?;
         self.encode_decisions(&mut page)?;
+        self.encode_shadow(&mut page)?;
         page.open("ferry_captures", "Captures that ended, by how", MetricType::Counter, &mut |mut metric| {
             for (end, count) in CAPTURE_ENDS.iter().zip(&self.captures) {
                 metric.encode_family(&[("end", *end)])?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
@@ -322,6 +326,36 @@ impl Telemetry {
         page.by_model(self, name, help, MetricType::Gauge, |place, m| match place < self.labels.len() {
             true => m.policy_generation.get(),
             false => 0,
+        })
+    }
+
+    fn encode_shadow(&self, page: &mut Page<'_>) -> fmt::Result {
+        let help = "Stretches of time given to shadow schedulers";
+        page.open("ferry_shadow_stretches", help, MetricType::Counter, &mut |mut metric| {
+            for (outcome, count) in SHADOW_OUTCOMES.iter().zip(&self.shadow.stretches) {
+                let labels = [("outcome", *outcome)];
+                metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+            }
+            Ok(())
+        })?;
+        for (name, help, count) in [
+            ("ferry_shadow_covered_seconds", "Time that used stretches cover", &self.shadow.covered_nanos),
+            ("ferry_shadow_cpu_seconds", "CPU time of the shadow thread", &self.shadow.cpu_nanos),
+        ] {
+            page.open(name, help, MetricType::Counter, &mut |mut metric| {
+                metric.encode_counter::<NoLabels, _, u64>(&(count.get() as f64 / 1e9), None)
+            })?;
+        }
+        let help = "How far the last prediction of a policy that was then put in force was off";
+        page.open("ferry_shadow_error_ratio", help, MetricType::Gauge, &mut |mut metric| {
+            for (place, model) in self.models.iter().enumerate().take(self.labels.len()) {
+                for (what, error) in SHADOW_FIGURES.iter().zip(&model.shadow_errors).filter(|(_, bits)| bits.get() > 0)
+                {
+                    let labels = [("model", self.model_name(place)), ("what", *what)];
+                    metric.encode_family(&labels)?.encode_gauge(&f64::from_bits(error.get()))?;
+                }
+            }
+            Ok(())
         })
     }
 

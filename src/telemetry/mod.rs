@@ -36,6 +36,10 @@
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
 //! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
+//! | `ferry_shadow_stretches_total` | counter | outcome | stretches of time given to shadow schedulers: used; lost, for its trace found no room; mixed, for a model whose policy changed meanwhile; differs, for it could not be replayed |
+//! | `ferry_shadow_covered_seconds_total` | counter | | time that used stretches cover |
+//! | `ferry_shadow_cpu_seconds_total` | counter | | CPU time of the shadow thread |
+//! | `ferry_shadow_error_ratio` | gauge | model, what | how far the last prediction of a policy that was then put in force was off: of p50, p99 and fill as a share, of waste the difference |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
@@ -63,7 +67,10 @@ mod histogram;
 pub mod log;
 mod stamps;
 
-pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics};
+pub use counters::{
+    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShadowMetrics,
+    ShadowOutcome, ShardMetrics,
+};
 
 use std::sync::{Arc, OnceLock};
 
@@ -103,6 +110,7 @@ pub struct Telemetry {
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
     answered: OnceLock<stamps::Stamps>,
+    shadow: ShadowMetrics,
 }
 
 /// How a capture can end, in the order of their numbers.
@@ -121,6 +129,7 @@ impl Telemetry {
             audits: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
+            shadow: ShadowMetrics::default(),
             labels,
         })
     }
@@ -140,6 +149,18 @@ impl Telemetry {
     /// The scheduler's books were recomputed, and added up or not.
     pub fn audited(&self, adds_up: bool) {
         self.audits[usize::from(!adds_up)].add(1);
+    }
+
+    pub fn shadow(&self) -> &ShadowMetrics {
+        &self.shadow
+    }
+
+    /// A prediction of a figure in [`SHADOW_FIGURES`] was so far off. Models without a label of their own have none.
+    pub fn shadow_error(&self, model: ModelHandle, what: &str, error: f64) {
+        let place = SHADOW_FIGURES.iter().position(|known| *known == what);
+        if let (Some(metrics), Some(place)) = (self.models[..self.labels.len()].get(model.index()), place) {
+            metrics.shadow_error(place, error);
+        }
     }
 
     /// A capture ended: `end` is its place in [`CAPTURE_ENDS`].

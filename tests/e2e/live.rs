@@ -7,18 +7,18 @@ use serde_json::{Value, json};
 
 use crate::common::{Ask, Event, Numbers, Server, control, floats_of, wait_until};
 
-fn get(server: &Server, path: &str) -> Value {
+pub fn get(server: &Server, path: &str) -> Value {
     let (status, value) = patiently(|| control(server.control, "GET", path, "", ""));
     assert_eq!(status, 200, "{path}: {value}");
     value
 }
 
-fn set(server: &Server, model: &str, knobs: Value) -> (u16, Value) {
+pub fn set(server: &Server, model: &str, knobs: Value) -> (u16, Value) {
     let body = json!({ "set": knobs }).to_string();
     control(server.control, "PATCH", &format!("/v1/models/{model}/policy"), "", &body)
 }
 
-fn knob(policy: &Value, name: &str) -> String {
+pub fn knob(policy: &Value, name: &str) -> String {
     let knobs = policy["knobs"].as_array().expect("a list");
     let knob = knobs.iter().find(|knob| knob["name"] == name).unwrap_or_else(|| panic!("no knob {name}"));
     knob["value"].as_str().expect("a text").to_owned()
@@ -122,7 +122,7 @@ fn the_last_sixty_four_changes_are_remembered() {
 }
 
 /// Asks again while the control port says that it is asked too often.
-fn patiently(ask: impl Fn() -> (u16, Value)) -> (u16, Value) {
+pub fn patiently(ask: impl Fn() -> (u16, Value)) -> (u16, Value) {
     let mut answer = ask();
     wait_until("the control port answers", || {
         if answer.0 == 429 {
@@ -195,7 +195,7 @@ fn two_hundred_changes_under_load_lose_no_request() {
 
 /// Keeps 24 requests in flight, each with values of its own, until told; returns how many were answered, each exactly once
 /// with its values, or refused for fitting no batch of the policy in force.
-fn converse(server: &Server, seed: u64, stop: &AtomicBool) -> u64 {
+pub fn converse(server: &Server, seed: u64, stop: &AtomicBool) -> u64 {
     let mut raw = server.connect();
     let models = [raw.handle("queued"), raw.handle("echo")];
     let mut numbers = Numbers(seed);
@@ -328,7 +328,7 @@ fn questions_beyond_the_rate_are_refused_and_changes_are_not() {
 }
 
 /// What `ferry` says, and its exit status.
-fn ferry(arguments: &[&str]) -> (Option<i32>, String, String) {
+pub fn ferry(arguments: &[&str]) -> (Option<i32>, String, String) {
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_ferry")).args(arguments).output().expect("it runs");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
     (output.status.code(), text(output.stdout), text(output.stderr))

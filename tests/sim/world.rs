@@ -18,7 +18,8 @@ use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::worker::{Answers, Worker};
 use ferry::frontend::inflight::{InFlight, Owned, Waiting};
 use ferry::mail::{
-    Burst, FinishedBatch, Member, Part, PolicyChange, Request, SetPolicy, SetPolicyError, ToBatcher, ToShard,
+    Burst, FinishedBatch, Member, Part, PlanOf, PolicyChange, Question, Request, SetPolicy, SetPolicyError, StartTrial,
+    ToBatcher, ToShard,
 };
 use ferry::mailbox::{Awaited, Receiver, mailbox, reply};
 use ferry::scatter::{Assemblies, Details, append_error, append_result, failure_of};
@@ -98,6 +99,7 @@ struct World {
     to_batcher: VecDeque<ToBatcher>,
     /// Changes of policies that were asked for.
     changes: Vec<Awaited<Result<PolicyChange, SetPolicyError>>>,
+    trials: Vec<Awaited<Result<ferry::trial::Report, SetPolicyError>>>,
     /// The batcher's next turn. Events that say otherwise are old: a wake-up that it forgot must not be hidden by them.
     turn_at: Option<Moment>,
     shards: Vec<Shard>,
@@ -300,6 +302,7 @@ impl World {
             batcher,
             to_batcher: VecDeque::new(),
             changes: Vec::new(),
+            trials: Vec::new(),
             turn_at: None,
             shards,
             history,
@@ -397,12 +400,25 @@ impl World {
             (knob.to_owned(), value)
         };
         let set = vec![knob(), knob()];
-        let (reply, awaited) = reply();
-        self.changes.push(awaited);
-        self.mail(ToBatcher::SetPolicy(SetPolicy { model, set, reply }));
+        if self.rng.random_bool(0.3) {
+            self.start_trial(model, set);
+        } else {
+            let (reply, awaited) = reply();
+            self.changes.push(awaited);
+            self.mail(ToBatcher::SetPolicy(SetPolicy { model, set, reply }));
+        }
         if self.rng.random_bool(0.8) {
             self.after(self.gap * 10, Event::SetPolicy);
         }
+    }
+
+    /// A life is shorter than a trial: it ends by its guard, by somebody's change, or by the drain.
+    fn start_trial(&mut self, model: ModelHandle, set: Vec<(String, String)>) {
+        let (reply, awaited) = reply();
+        self.trials.push(awaited);
+        let slo = self.gap * self.rng.random_range(1..200);
+        let plan = PlanOf { share: Some(1.0), slo: Some(slo), on_time_min: Some(0.5), ..PlanOf::default() };
+        self.mail(ToBatcher::Trial(StartTrial { model, set, time: Duration::from_secs(1), plan, reply }));
     }
 
     fn mail(&mut self, message: ToBatcher) {
@@ -761,10 +777,24 @@ impl World {
                 Some(Ok(_)) => "policies changed",
                 Some(Err(SetPolicyError::Invalid(_))) => "policies refused",
                 Some(Err(SetPolicyError::Stranded(_))) => "policies that would strand somebody",
+                Some(Err(SetPolicyError::Busy(_))) => unreachable!("a change by hand ends a trial"),
                 None => "policies unanswered",
             });
         }
+        for awaited in std::mem::take(&mut self.trials) {
+            let began = awaited.wait(Duration::ZERO).is_some_and(|answer| answer.is_ok());
+            self.history.borrow_mut().note(if began { "trials begun" } else { "trials refused" });
+        }
+        let reverted = self.policies.iter().enumerate().filter(|(at, _)| {
+            let (reply, awaited) = reply();
+            let model = ModelHandle(*at as u16);
+            self.batcher.take(self.now, ToBatcher::Ask(Question::Trial { model, reply }));
+            let report = awaited.wait(Duration::ZERO).expect("answered at once");
+            report.is_some_and(|report| report.slices.len() > 1 && report.ended.is_some())
+        });
+        let reverted = reverted.count();
         let mut history = self.history.borrow_mut();
+        (0..reverted).for_each(|_| history.note("trials reverted"));
         history.check_complete();
         let waiting = (0..self.policies.len())
             .map(|model| self.batcher.scheduler().waiting(ModelHandle(model as u16)))
