@@ -43,5 +43,6 @@ pub mod server;
 pub mod telemetry;
 pub mod tokenize;
 pub mod tokenizers;
+pub mod tune;
 pub mod vocab;
 pub mod wire;

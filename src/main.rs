@@ -34,6 +34,8 @@ enum Command {
     Capture(commands::capture::Args),
     /// Run the scheduler in virtual time: a trace again, or with other settings.
     Replay(commands::replay::Args),
+    /// Search for better settings of a model in virtual time, and measure the best of them.
+    Tune(commands::tune::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
     /// Show what models could run on: the processor and the GPUs.
@@ -50,6 +52,7 @@ fn main() -> ExitCode {
         Command::Offline(args) => commands::offline::run(&args),
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
+        Command::Tune(args) => commands::tune::run(&args),
         Command::Check(args) => commands::check::run(args),
         Command::Devices(args) => commands::devices::run(&args),
     }

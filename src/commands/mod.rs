@@ -15,6 +15,7 @@ pub mod offline;
 pub mod replay;
 pub mod serve;
 pub mod set;
+pub mod tune;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -18,7 +18,7 @@ use std::time::Duration;
 use super::exact::{self, ReplayError, Verified, Watch, ledger_of, policy_of, sealed_before};
 use super::ledger::{Ledger, Report};
 use super::services::{Observer, Services, shared_devices};
-use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader};
+use crate::capture::{Cancelled, Done, Event, Header, ModelHeader, PolicyChange, SeatHeader, TraceReader};
 use crate::load::Rng;
 use crate::scheduler::{Arrival, Class, Compose, Group, Policy, Scheduler, SealedBatch, TenantId, TicketId};
 use crate::vocab::{ModelHandle, Moment};
@@ -62,8 +62,19 @@ pub struct Recording {
     before: Vec<(Moment, Done)>,
     end: Moment,
     services: Services,
+    /// Of a load that was described and not recorded: its policies, for there is no state to begin with.
+    described: Option<Vec<Policy>>,
     /// The recorded run, where this version decides as the one that recorded it; otherwise why not.
     pub recorded: Result<Verified, ReplayError>,
+}
+
+/// Under which other conditions a what-if runs. The default: those of the trace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Conditions {
+    /// So many executors instead of the recorded ones, each as fast as those were. The scheduler then begins empty.
+    pub executors: Option<usize>,
+    /// Requests of this model are on time only if they are answered within this, whatever their deadline.
+    pub objective: Option<(ModelHandle, Duration)>,
 }
 
 /// One setting: the model's name, or `*` for all; the knob; its value.
@@ -191,7 +202,88 @@ impl Recording {
         let Collector { calls, composed, others, before, now, observer, .. } = collector;
         let services = observer.fit(&header);
         let state = reader.state().to_vec();
-        Ok(Recording { header, state, calls, composed, others, before, end: now, services, recorded })
+        Ok(Recording { header, state, calls, composed, others, before, end: now, services, described: None, recorded })
+    }
+
+    /// A load that nobody recorded: one-row requests of one model, the only one of `header`, whose executors hold nothing.
+    pub(super) fn described(
+        header: Header,
+        policy: Policy,
+        calls: impl Iterator<Item = (Moment, Option<Moment>, u32)>,
+        span: Duration,
+        services: Services,
+    ) -> Recording {
+        let calls = calls.take(CALLS_MAX).map(|(at, deadline, len)| Call {
+            at,
+            deadline: deadline.unwrap_or(Moment::FAR),
+            bytes: len.saturating_mul(4),
+            rows: 1,
+            len,
+            model: 0,
+            tenant: 0,
+            class: 0,
+            composed: false,
+        });
+        Recording {
+            calls: calls.collect(),
+            end: header.at + span,
+            state: Vec::new(),
+            composed: BTreeMap::new(),
+            others: Vec::new(),
+            before: Vec::new(),
+            services,
+            described: Some(vec![policy]),
+            recorded: Err(ReplayError::Setting("the load was described, not recorded".into())),
+            header,
+        }
+    }
+
+    /// Requests of a model, in their order: ns since the trace began, rows, and their length.
+    pub fn calls_of(&self, model: ModelHandle) -> impl Iterator<Item = (u64, u32, u32)> + '_ {
+        let mine = self.calls.iter().filter(move |call| call.model == model.0);
+        mine.map(|call| (call.at.nanos().saturating_sub(self.header.at.nanos()), call.rows, call.len))
+    }
+
+    /// Requests of all models.
+    pub fn calls(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// Whether a policy was changed while it was recorded, so that no one setting is the present one.
+    pub fn has_policy_changes(&self) -> bool {
+        self.others.iter().any(|(_, _, other)| matches!(other, Other::Policy(_)))
+    }
+
+    /// Executors of the trace that are not the batcher's own thread.
+    pub fn executors(&self) -> usize {
+        self.header.seats.iter().filter(|seat| seat.group == Group::Executors).count()
+    }
+
+    /// Forgets what came behind the first `calls` requests. The recorded run stays that of the whole trace.
+    pub fn shorten(&mut self, calls: usize) {
+        let Some(last) = self.calls.get(calls.saturating_sub(1)).filter(|_| calls < self.calls.len()) else { return };
+        self.end = last.at;
+        self.calls.truncate(calls);
+        self.others.retain(|(at, behind, _)| *at <= self.end && *behind <= calls);
+    }
+
+    /// The policy of a model when the trace begins.
+    pub fn policy(&self, model: ModelHandle) -> Result<Policy, ReplayError> {
+        Ok(self.scheduler(&self.header)?.policy(model).clone())
+    }
+
+    /// The header, with so many executors like the first of the trace.
+    fn header_with(&self, executors: usize) -> Result<Header, ReplayError> {
+        let is_thread = |seat: &&SeatHeader| seat.group == Group::Executors;
+        let Some(like) = self.header.seats.iter().find(is_thread).copied() else {
+            return Err(ReplayError::Setting("the trace has no executor that there could be more of".into()));
+        };
+        let shared = self.executors() > 1 && shared_devices(&self.header).iter().flatten().count() == self.executors();
+        let mut header = self.header.clone();
+        header.seats.retain(|seat| !is_thread(&seat));
+        let device = |at: usize| if shared { like.device } else { like.device + at as u16 };
+        header.seats.extend((0..executors.max(1)).map(|at| SeatHeader { device: device(at), ..like }));
+        Ok(header)
     }
 
     pub fn header(&self) -> &Header {
@@ -211,21 +303,28 @@ impl Recording {
 
     /// The scheduler that a what-if begins with: the recorded one, or where that cannot be read an empty one with its
     /// policies and costs.
-    fn scheduler(&self) -> Result<Scheduler, ReplayError> {
-        if let Ok(scheduler) = Scheduler::restore(self.header.layout, &self.state)
-            && scheduler.models() == self.header.models.len()
-            && scheduler.seats().len() == self.header.seats.len()
-        {
-            return Ok(scheduler);
-        }
-        let mut policies = Vec::new();
-        for model in &self.header.models {
-            let policy =
-                model.policy().map_err(|error| ReplayError::Setting(format!("model {}: {error}", model.name)))?;
-            policies.push(policy.0);
-        }
+    fn scheduler(&self, header: &Header) -> Result<Scheduler, ReplayError> {
+        let recorded = match &self.described {
+            Some(_) => None,
+            None => Scheduler::restore(header.layout, &self.state).ok(),
+        };
+        let recorded = recorded.filter(|scheduler| scheduler.models() == header.models.len());
+        let policies = match (recorded, &self.described) {
+            (Some(scheduler), _) if scheduler.seats().len() == header.seats.len() => return Ok(scheduler),
+            (Some(scheduler), _) => {
+                (0..scheduler.models()).map(|model| scheduler.policy(ModelHandle(model as u16)).clone()).collect()
+            }
+            (None, Some(policies)) => policies.clone(),
+            (None, None) => {
+                let policy = |model: &ModelHeader| match model.policy() {
+                    Ok((policy, _)) => Ok(policy),
+                    Err(error) => Err(ReplayError::Setting(format!("model {}: {error}", model.name))),
+                };
+                header.models.iter().map(policy).collect::<Result<Vec<Policy>, ReplayError>>()?
+            }
+        };
         let shapes = policies.iter().map(|policy| (policy.rows_max, policy.buckets.longest())).collect::<Vec<_>>();
-        let mut scheduler = Scheduler::new(self.header.limits, policies, &self.header.seat_specs());
+        let mut scheduler = Scheduler::new(header.limits, policies, &header.seat_specs());
         for (at, (rows, len)) in shapes.into_iter().enumerate() {
             let fit = self.services.fit(at);
             for (rows, len) in [(1, 1), (rows, 1), (1, len), (rows, len), (rows.div_ceil(2), len.div_ceil(2))] {
@@ -246,6 +345,16 @@ impl Recording {
 
     /// Replays the requests with these settings.
     pub fn what_if(&self, settings: &[Setting], seed: u64) -> Result<Report, ReplayError> {
+        self.what_if_under(&Conditions::default(), settings, seed)
+    }
+
+    /// The same under other conditions than the recorded ones.
+    pub fn what_if_under(
+        &self,
+        conditions: &Conditions,
+        settings: &[Setting],
+        seed: u64,
+    ) -> Result<Report, ReplayError> {
         if let Some(setting) = settings.iter().find(|s| s.model != "*" && self.header.model(&s.model).is_none()) {
             let known: Vec<&str> = self.header.models.iter().map(|model| model.name.as_str()).collect();
             return Err(ReplayError::Setting(format!(
@@ -254,9 +363,17 @@ impl Recording {
                 known.join(", ")
             )));
         }
-        let mut scheduler = self.scheduler()?;
+        let changed_header = match conditions.executors {
+            Some(executors) if executors != self.executors() => Some(self.header_with(executors)?),
+            _ => None,
+        };
+        let header = changed_header.as_ref().unwrap_or(&self.header);
+        let mut scheduler = self.scheduler(header)?;
         // By the recorded objective, whatever is set: both runs are measured alike.
-        let ledger = ledger_of(&self.header, |model| scheduler.policy(model).slo);
+        let mut ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+        if let Some((model, within)) = conditions.objective {
+            ledger.set_objective(model, within);
+        }
         for at in 0..scheduler.models() {
             let model = ModelHandle(at as u16);
             let policy = self.changed(settings, model, scheduler.policy(model))?;
@@ -270,7 +387,7 @@ impl Recording {
             }
         }
         let before = scheduler.log().count();
-        let mut world = World::new(self, settings, scheduler, ledger, seed);
+        let mut world = World::new(self, header, settings, scheduler, ledger, seed);
         world.run()?;
         let World { scheduler, ledger, .. } = world;
         Ok(ledger.close(self.end, scheduler.log().count() - before))
@@ -316,12 +433,12 @@ const NO_TICKET: TicketId = TicketId(u32::MAX);
 impl<'a> World<'a> {
     fn new(
         recording: &'a Recording,
+        header: &Header,
         settings: &'a [Setting],
         scheduler: Scheduler,
         ledger: Ledger,
         seed: u64,
     ) -> World<'a> {
-        let header = &recording.header;
         let devices = header.seats.iter().map(|seat| usize::from(seat.device) + 1).max().unwrap_or(0);
         let mut world = World {
             settings,
