@@ -16,7 +16,7 @@
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
 //! Beside the path: [`config`], [`telemetry`], [`control`], [`learned`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
-//! all of it. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
+//! all of it. [`capture`], [`replay`] and [`tune`] run the scheduler again in virtual time. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
 pub mod batcher;

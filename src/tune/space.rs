@@ -124,6 +124,9 @@ impl Space {
     /// The policy of a point, or why there is none.
     pub fn policy(&self, point: &Point) -> Result<Policy, String> {
         let settings = self.settings(point);
+        if settings.is_empty() {
+            return Ok(self.present.clone());
+        }
         self.present.with(settings.iter().map(|(key, value)| (*key, value.as_str())))
     }
 
@@ -159,7 +162,8 @@ impl Space {
         let in_order = matches!(point.kind, PolicyKind::Window | PolicyKind::GreedyTokens);
         let by_length = match point.kind {
             PolicyKind::Buckets => true,
-            _ => !packed && !(in_order && !point.pad_to_bucket),
+            // In order and padded to the longest row, they are in one queue and nothing is rounded up.
+            _ => !packed && (!in_order || point.pad_to_bucket),
         };
         if !by_length {
             point.buckets = 0;

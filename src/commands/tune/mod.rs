@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=1024))]
     executors: Vec<u16>,
     /// Settings to try, at most.
-    #[arg(long, value_name = "N", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=20_000))]
+    #[arg(long, value_name = "N", default_value_t = 600, value_parser = clap::value_parser!(u32).range(1..=5000))]
     points: u32,
     /// Time for the search, at most. A setting that is being tried then is finished.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]

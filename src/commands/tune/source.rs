@@ -118,7 +118,8 @@ fn described(args: &Args, rate: f64) -> Result<Source, Failure> {
     }
     let longest = policy.buckets.longest();
     let clipped = arrivals.iter().filter(|(_, len)| *len > longest).count();
-    if clipped > 0 {
+    // A model whose rows have no length counts each as one.
+    if clipped > 0 && longest > 1 {
         notes.push(format!("{clipped} requests were longer than the model takes, and were clipped to {longest}"));
     }
     let described = Described {

@@ -61,12 +61,17 @@ pub fn report(found: &Found<'_>, document: &Value) -> String {
             p.goodput_rps,
             100.0 * p.on_time_share,
             p.device_us,
-            100.0 * p.regret,
+            100.0 * found.regret(p),
             100.0 * p.utilization,
             words(found, point)
         );
     }
     let _ = writeln!(out, "> chosen, = present. {RULE}");
+    let _ = writeln!(
+        out,
+        "Regret is executor time beyond the hindsight bound of {:.0} µs a request: the cheapest batches of the same rows.",
+        found.device_least_us()
+    );
     let p = &found.tried[chosen.at].predicted;
     let point = &found.tried[chosen.at].point;
     if !chosen.holds {
