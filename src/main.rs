@@ -42,6 +42,8 @@ enum Command {
     Explain(commands::explain::Args),
     /// Write a server's last batches as a file for a trace viewer.
     Timeline(commands::timeline::Args),
+    /// Search for better settings of a model in virtual time, and measure the best of them.
+    Tune(commands::tune::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
     /// Show what models could run on: the processor and the GPUs.
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Command::Replay(args) => commands::replay::run(&args),
         Command::Explain(args) => commands::explain::run(&args),
         Command::Timeline(args) => commands::timeline::run(&args),
+        Command::Tune(args) => commands::tune::run(&args),
         Command::Check(args) => commands::check::run(args),
         Command::Devices(args) => commands::devices::run(&args),
     }

@@ -67,6 +67,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
     ("replay", &["capture", "load", "scheduler", "vocab"]),
+    // It chooses among what replays say of a policy; who runs them, and who measures, is the command.
+    ("tune", &["replay", "scheduler", "vocab"]),
     // The product that it measures a machine by.
     ("load", &["client", "clock", "contract", "executor", "gpu", "kernels", "vocab", "wire"]),
 ];

@@ -2,7 +2,7 @@
 
 use crate::scheduler::knobs::KNOBS;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec, state};
-use crate::vocab::{ModelHandle, Moment};
+use crate::vocab::{Layout, ModelHandle, Moment};
 
 /// The first chunk. Moments are the server's own clock.
 #[derive(Clone, Debug, PartialEq, bincode::Decode, bincode::Encode)]
@@ -97,7 +97,9 @@ impl ModelHeader {
     /// Its policy, from its knobs. Knobs that this version does not know are left out and named.
     pub fn policy(&self) -> Result<(Policy, Vec<String>), String> {
         let buckets = Buckets::new(&self.buckets).map_err(|error| error.to_string())?;
-        let start = Policy { group: self.group, ..Policy::new(1, u64::from(buckets.longest()), buckets) };
+        // What its knobs say that it does, it can.
+        let can_pack = self.knobs.iter().any(|(key, value)| key == "layout" && value == Layout::Packed.name());
+        let start = Policy { group: self.group, can_pack, ..Policy::new(1, u64::from(buckets.longest()), buckets) };
         let (known, unknown): (Vec<_>, Vec<_>) =
             self.knobs.iter().partition(|(key, _)| KNOBS.iter().any(|knob| knob.name == key));
         let policy = start.with(known.iter().map(|(key, value)| (key.as_str(), value.as_str())))?;

@@ -14,6 +14,22 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Status and body of an answer. The text of an error says what was tried.
 pub fn request(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
+    let (status, body) = exchange(addr, method, path, body)?;
+    // Refusals of the port itself are plain text.
+    let value = serde_json::from_slice(&body)
+        .unwrap_or_else(|_| serde_json::json!({ "error": String::from_utf8_lossy(&body).trim_end() }));
+    Ok((status, value))
+}
+
+/// The text that is at a path, which must be there.
+pub fn text(addr: SocketAddr, path: &str) -> Result<String, String> {
+    match exchange(addr, "GET", path, None)? {
+        (200, body) => Ok(String::from_utf8_lossy(&body).into_owned()),
+        (status, _) => Err(format!("control port {addr}: GET {path}: {status}")),
+    }
+}
+
+fn exchange(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Vec<u8>), String> {
     let exchange = || -> std::io::Result<Vec<u8>> {
         let mut stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -31,19 +47,14 @@ pub fn request(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>)
         Ok(answer)
     };
     let answer = exchange().map_err(|error| format!("control port {addr}: {method} {path}: {error}"))?;
-    read_answer(&answer)
-        .ok_or_else(|| format!("control port {addr}: {method} {path}: the answer is not HTTP with JSON"))
+    read_answer(&answer).ok_or_else(|| format!("control port {addr}: {method} {path}: the answer is not HTTP"))
 }
 
-fn read_answer(answer: &[u8]) -> Option<(u16, Value)> {
+fn read_answer(answer: &[u8]) -> Option<(u16, Vec<u8>)> {
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
     let head = std::str::from_utf8(&answer[..end]).ok()?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    let body = &answer[end + 4..];
-    // Refusals of the port itself are plain text.
-    let value = serde_json::from_slice(body)
-        .unwrap_or_else(|_| serde_json::json!({ "error": String::from_utf8_lossy(body).trim_end() }));
-    Some((status, value))
+    Some((status, answer[end + 4..].to_vec()))
 }
 
 /// A path segment: what is not plain is escaped.
@@ -56,15 +67,38 @@ pub fn segment(text: &str) -> String {
 mod tests {
     use super::*;
 
+    /// A port that answers each request with the next of these.
+    fn port(answers: Vec<&'static [u8]>) -> (SocketAddr, std::thread::JoinHandle<()>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let addr = listener.local_addr().expect("it is bound");
+        let thread = std::thread::spawn(move || {
+            for answer in answers {
+                let (mut stream, _) = listener.accept().expect("somebody asks");
+                let mut head = [0; 4096];
+                let read = stream.read(&mut head).expect("a request");
+                assert!(read > 0);
+                stream.write_all(answer).expect("it is awaited");
+            }
+        });
+        (addr, thread)
+    }
+
     #[test]
     fn answers_are_json_or_a_sentence() {
-        assert_eq!(
-            read_answer(b"HTTP/1.1 200 OK\r\na: b\r\n\r\n{\"x\":1}"),
-            Some((200, serde_json::json!({ "x": 1 })))
-        );
-        let (status, value) = read_answer(b"HTTP/1.1 429 Too Many\r\n\r\nslow down\n").expect("an answer");
+        let (addr, thread) = port(vec![
+            b"HTTP/1.1 200 OK\r\na: b\r\n\r\n{\"x\":1}",
+            b"HTTP/1.1 429 Too Many\r\n\r\nslow down\n",
+            b"HTTP/1.1 200",
+            b"HTTP/1.1 200 OK\r\n\r\nplain",
+            b"HTTP/1.1 404 Not Found\r\n\r\n",
+        ]);
+        assert_eq!(request(addr, "GET", "/", None), Ok((200, serde_json::json!({ "x": 1 }))));
+        let (status, value) = request(addr, "GET", "/", None).expect("an answer");
         assert_eq!((status, value["error"].as_str()), (429, Some("slow down")));
-        assert_eq!(read_answer(b"HTTP/1.1 200"), None);
+        assert!(request(addr, "GET", "/", None).expect_err("cut off").contains("not HTTP"));
+        assert_eq!(text(addr, "/config"), Ok("plain".into()));
+        assert!(text(addr, "/config").expect_err("it is not there").contains("404"));
+        thread.join().expect("all were asked");
     }
 
     #[test]

@@ -19,6 +19,7 @@ pub mod set;
 pub mod shadow;
 pub mod timeline;
 pub mod trial;
+pub mod tune;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};

@@ -16,7 +16,9 @@ pub fn bound(hardware: &Hardware, lengths: &Lengths) -> f64 {
 
 /// An on-time request of length L is in a batch of at most `min(rows_max, 1 + slack/w(L))` rows, so it costs at least its
 /// share of the fixed part and its own work.
-fn by_share(hardware: &Hardware, lengths: &Lengths) -> f64 {
+///
+/// Holds for rows that lie end to end too, of which the whole bound asks too much.
+pub fn by_share(hardware: &Hardware, lengths: &Lengths) -> f64 {
     let times = &hardware.times;
     let slack = hardware.slack.as_nanos() as f64;
     let (mut cost, mut work) = (0.0, 0.0);

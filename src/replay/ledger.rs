@@ -171,6 +171,8 @@ struct Call {
 pub struct Ledger {
     models: Vec<ModelReport>,
     slos: Vec<Duration>,
+    /// By model: whether its slo counts beside a deadline, and not only in place of one.
+    strict: Vec<bool>,
     busy: Vec<Duration>,
     begin: Moment,
     /// By ticket.
@@ -191,6 +193,7 @@ impl Ledger {
             models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
         Ledger {
             regret: Account::new(models.len(), executors, begin, regret::EVERY),
+            strict: vec![false; models.len()],
             models,
             slos,
             busy: vec![Duration::ZERO; executors.len()],
@@ -209,6 +212,12 @@ impl Ledger {
         self
     }
 
+    /// From now on a request of this model is on time only within this, even if its deadline is later.
+    pub fn set_objective(&mut self, model: ModelHandle, within: Duration) {
+        self.slos[model.index()] = within;
+        self.strict[model.index()] = true;
+    }
+
     /// Arrival number `number` came at `at` and was admitted, or refused with a code.
     pub fn arrived(&mut self, number: u64, at: Moment, arrival: &Arrival, outcome: Result<TicketId, Code>) {
         let Some(model) = self.models.get_mut(arrival.model.index()) else { return };
@@ -218,7 +227,12 @@ impl Ledger {
                 if self.waiting.len() <= id.index() {
                     self.waiting.resize(id.index() + 1, None);
                 }
-                let due = arrival.deadline.unwrap_or(at + self.slos[arrival.model.index()]);
+                let within = at + self.slos[arrival.model.index()];
+                let due = match arrival.deadline {
+                    Some(deadline) if self.strict[arrival.model.index()] => deadline.min(within),
+                    Some(deadline) => deadline,
+                    None => within,
+                };
                 self.waiting[id.index()] = Some(Call {
                     number,
                     model: arrival.model,
@@ -418,5 +432,24 @@ mod tests {
         assert!((largest - 1.0).abs() < 0.002, "{largest}");
         assert_eq!(model.percentile(0.5).as_millis(), 11);
         assert_eq!((report.busy[0], report.span), (Duration::from_millis(5), Duration::from_millis(14)));
+    }
+
+    #[test]
+    fn an_objective_counts_beside_a_deadline_and_not_only_in_place_of_one() {
+        let on_time = |objective: Option<u64>| {
+            let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], 1, Moment(0));
+            if let Some(ms) = objective {
+                ledger.set_objective(ModelHandle(0), Duration::from_millis(ms));
+            }
+            for (number, deadline) in [(0, None), (1, Some(Moment(20 * MS))), (2, Some(Moment(2 * MS)))] {
+                ledger.arrived(number, Moment(0), &arrival(deadline), Ok(TicketId(number as u32)));
+            }
+            ledger.sealed(&batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
+            ledger.finished(Moment(4 * MS), 1, 0, Duration::from_millis(4));
+            ledger.close(Moment(50 * MS), 1).models[0].on_time
+        };
+        assert_eq!(on_time(None), 2, "the slo of the model, and a deadline of 20 ms");
+        assert_eq!(on_time(Some(3)), 0, "the later deadline is no longer enough");
+        assert_eq!(on_time(Some(30)), 2, "a deadline is never put off");
     }
 }

@@ -10,6 +10,7 @@
 
 pub mod bound;
 pub mod compare;
+pub mod described;
 pub mod exact;
 pub mod gate;
 pub mod ledger;

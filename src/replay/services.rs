@@ -116,8 +116,7 @@ impl Observer {
                 *sum += sample.nanos as f64 / factor(sample) / fit.work_time(sample.work).max(1.0);
                 *count += 1;
             }
-            let corrected = |(sum, count): (f64, u64)| (count > 0).then(|| (sum + DOUBT) / (count as f64 + DOUBT));
-            let corrections = sums.into_iter().map(corrected).collect();
+            let corrections = corrections(sums);
             let mut services = ModelServices { fit, corrections, executors: executors.clone(), paces: Vec::new() };
             let paces = mine().filter(|sample| sample.alone).map(|sample| Pace {
                 at: sample.at,
@@ -130,6 +129,59 @@ impl Observer {
         });
         Services { models: models.collect(), handovers: self.handovers.map(|handovers| handovers.kept) }
     }
+}
+
+/// A batch that was measured by itself.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    pub work: Work,
+    pub took: Duration,
+}
+
+/// Paces of a described load, at most.
+const PACES_MAX: usize = 1 << 16;
+
+impl Services {
+    /// Times of one model, learned from batches that were measured one behind the other. From `begin` on for `span` batches go at
+    /// the paces that these had, again and again in their order, each off by `error` more: the mean relative error where the
+    /// measured times are themselves predictions.
+    pub fn measured(measured: &[Measured], error: f64, begin: Moment, span: Duration, seed: u64) -> Services {
+        let mut cost = CostModel::default();
+        measured.iter().for_each(|batch| cost.observe_on(0, batch.work, batch.took, true));
+        let fit = cost.coefficients();
+        let mut sums = vec![(0.0, 0u64); OCTAVES * OCTAVES];
+        for batch in measured {
+            let (sum, count) = &mut sums[octave(batch.work)];
+            *sum += batch.took.as_nanos() as f64 / fit.work_time(batch.work).max(1.0);
+            *count += 1;
+        }
+        // Executors are not told apart in a measurement.
+        let mut services =
+            ModelServices { fit, corrections: corrections(sums), executors: Vec::new(), paces: Vec::new() };
+        let batches = measured.iter().map(|batch| (batch.took.as_nanos() as f64, services.expected(batch.work).0));
+        let batches: Vec<(f64, f64)> = batches.collect();
+        let mut rng = Rng::new(seed, 33);
+        let (mut at, step_min) = (0.0, span.as_nanos() as f64 / PACES_MAX as f64);
+        let mut paces = Vec::new();
+        for (took, expected) in batches.iter().cycle() {
+            if at > span.as_nanos() as f64 || paces.len() == PACES_MAX {
+                break;
+            }
+            // Of a normal deviation the mean absolute value is √(2/π).
+            let off = 1.0 + error * (std::f64::consts::PI / 2.0).sqrt() * rng.normal();
+            let took = took * off.clamp(0.2, 5.0);
+            paces.push(Pace { at: begin + Duration::from_nanos(at as u64), took, expected: *expected });
+            at += took.max(step_min).max(1.0);
+        }
+        services.paces = paces;
+        Services { models: vec![services], handovers: [Vec::new(), Vec::new()] }
+    }
+}
+
+/// By octave: observed ÷ fitted, of the sums of that and how many there were.
+fn corrections(sums: Vec<(f64, u64)>) -> Vec<Option<f64>> {
+    let corrected = |(sum, count): (f64, u64)| (count > 0).then(|| (sum + DOUBT) / (count as f64 + DOUBT));
+    sums.into_iter().map(corrected).collect()
 }
 
 /// By executor: its device, where others of the trace share it.
@@ -324,5 +376,50 @@ mod tests {
     fn a_slow_executor_is_slow_in_the_replay() {
         let drawn = services(Vec::new()).draw(&mut Rng::new(1, 1), Moment(5), 0, 1, Work::padded(4, 8));
         assert_eq!(drawn, Drawn { fixed: 600.0, rows: 1920.0, guessed: false });
+    }
+
+    #[test]
+    fn measured_batches_are_expected_to_take_what_they_took_at_the_paces_they_had() {
+        let took = |rows: u32, len: u32| 1_000_000.0 + 10_000.0 * f64::from(rows * len);
+        let shapes = [(1, 8), (1, 64), (4, 16), (8, 64), (16, 32)];
+        let at_pace = |pace: f64| {
+            let of = |(rows, len): (u32, u32)| Measured {
+                work: Work::padded(rows, len),
+                took: Duration::from_nanos((pace * took(rows, len)) as u64),
+            };
+            shapes.map(of)
+        };
+        let measured: Vec<Measured> = (0..40).flat_map(|_| at_pace(1.0)).collect();
+        let (begin, span) = (Moment(5_000_000), Duration::from_secs(10));
+        let services = Services::measured(&measured, 0.0, begin, span, 1);
+        let mut rng = Rng::new(1, 1);
+        for (rows, len) in shapes {
+            let drawn = services.draw(&mut rng, Moment(6_000_000_000), 0, 0, Work::padded(rows, len));
+            let off = (drawn.fixed + drawn.rows) / took(rows, len) - 1.0;
+            assert!(off.abs() < 0.05 && !drawn.guessed, "{rows}×{len}: {off}");
+        }
+        // The machine was three times as slow for every second turn of the measurement: so it is again and again.
+        let measured: Vec<Measured> = (0..40).flat_map(|turn| at_pace(if turn % 2 == 0 { 1.0 } else { 3.0 })).collect();
+        let services = Services::measured(&measured, 0.0, begin, span, 1);
+        let drawn = |at: u64| services.draw(&mut Rng::new(1, at), Moment(at * 10_000_000), 0, 0, Work::padded(1, 8));
+        let times: Vec<f64> = (1..900).map(|at| drawn(at).fixed + drawn(at).rows).collect();
+        let (least, most) = times.iter().fold((f64::MAX, 0.0f64), |(least, most), t| (least.min(*t), most.max(*t)));
+        assert!(most > 2.0 * least, "{least} to {most}");
+        assert_eq!(times, (1..900).map(|at| drawn(at).fixed + drawn(at).rows).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn predictions_that_stand_for_measurements_get_their_error_back() {
+        let measured = [Measured { work: Work::padded(4, 8), took: Duration::from_millis(1) }];
+        let spread = |error: f64| {
+            let services = Services::measured(&measured, error, Moment(0), Duration::from_secs(3), 1);
+            let paces = &services.models[0].paces;
+            assert!(paces.len() <= PACES_MAX && paces.is_sorted_by_key(|pace| pace.at));
+            let ratios: Vec<f64> = paces.iter().map(|pace| pace.took / pace.expected).collect();
+            let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
+            ratios.iter().map(|ratio| (ratio / mean - 1.0).abs()).sum::<f64>() / ratios.len() as f64
+        };
+        assert!(spread(0.0) < 1e-9);
+        assert!((spread(0.2) / 0.2 - 1.0).abs() < 0.1, "{}", spread(0.2));
     }
 }

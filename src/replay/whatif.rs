@@ -19,7 +19,7 @@ use super::exact::{self, ReplayError, Verified, Watch, ledger_of, policy_of, sea
 use super::ledger::{Ledger, Report};
 use super::regret;
 use super::services::{Observer, Services, shared_devices};
-use crate::capture::{Cancelled, Done, Event, Header, PolicyChange, TraceReader, knobs_of};
+use crate::capture::{Cancelled, Done, Event, Header, ModelHeader, PolicyChange, SeatHeader, TraceReader, knobs_of};
 use crate::load::Rng;
 use crate::scheduler::decision::{Decision, DecisionLog};
 use crate::scheduler::{Arrival, Class, Compose, Group, Policy, Scheduler, SealedBatch, TenantId, TicketId};
@@ -64,8 +64,19 @@ pub struct Recording {
     before: Vec<(Moment, Done)>,
     end: Moment,
     services: Services,
+    /// Of a load that was described and not recorded: its policies, for there is no state to begin with.
+    described: Option<Vec<Policy>>,
     /// The recorded run, where this version decides as the one that recorded it; otherwise why not.
     pub recorded: Result<Verified, ReplayError>,
+}
+
+/// Under which other conditions a what-if runs. The default: those of the trace.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Conditions {
+    /// So many executors instead of the recorded ones, each as fast as those were. The scheduler then begins empty.
+    pub executors: Option<usize>,
+    /// Requests of this model are on time only if they are answered within this, whatever their deadline.
+    pub objective: Option<(ModelHandle, Duration)>,
 }
 
 /// One setting: the model's name, or `*` for all; the knob; its value.
@@ -219,7 +230,88 @@ impl Recording {
         let Collector { calls, composed, others, before, now, observer, .. } = collector;
         let services = observer.fit(&header);
         let state = reader.state().to_vec();
-        Ok(Recording { header, state, calls, composed, others, before, end: now, services, recorded })
+        Ok(Recording { header, state, calls, composed, others, before, end: now, services, described: None, recorded })
+    }
+
+    /// A load that nobody recorded: one-row requests of one model, the only one of `header`, whose executors hold nothing.
+    pub(super) fn described(
+        header: Header,
+        policy: Policy,
+        calls: impl Iterator<Item = (Moment, Option<Moment>, u32)>,
+        span: Duration,
+        services: Services,
+    ) -> Recording {
+        let calls = calls.take(CALLS_MAX).map(|(at, deadline, len)| Call {
+            at,
+            deadline: deadline.unwrap_or(Moment::FAR),
+            bytes: len.saturating_mul(4),
+            rows: 1,
+            len,
+            model: 0,
+            tenant: 0,
+            class: 0,
+            composed: false,
+        });
+        Recording {
+            calls: calls.collect(),
+            end: header.at + span,
+            state: Vec::new(),
+            composed: BTreeMap::new(),
+            others: Vec::new(),
+            before: Vec::new(),
+            services,
+            described: Some(vec![policy]),
+            recorded: Err(ReplayError::Setting("the load was described, not recorded".into())),
+            header,
+        }
+    }
+
+    /// Requests of a model, in their order: ns since the trace began, rows, and their length.
+    pub fn calls_of(&self, model: ModelHandle) -> impl Iterator<Item = (u64, u32, u32)> + '_ {
+        let mine = self.calls.iter().filter(move |call| call.model == model.0);
+        mine.map(|call| (call.at.nanos().saturating_sub(self.header.at.nanos()), call.rows, call.len))
+    }
+
+    /// Requests of all models.
+    pub fn calls(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// Whether a policy was changed while it was recorded, so that no one setting is the present one.
+    pub fn has_policy_changes(&self) -> bool {
+        self.others.iter().any(|(_, _, other)| matches!(other, Other::Policy(_)))
+    }
+
+    /// Executors of the trace that are not the batcher's own thread.
+    pub fn executors(&self) -> usize {
+        self.header.seats.iter().filter(|seat| seat.group == Group::Executors).count()
+    }
+
+    /// Forgets what came behind the first `calls` requests. The recorded run stays that of the whole trace.
+    pub fn shorten(&mut self, calls: usize) {
+        let Some(last) = self.calls.get(calls.saturating_sub(1)).filter(|_| calls < self.calls.len()) else { return };
+        self.end = last.at;
+        self.calls.truncate(calls);
+        self.others.retain(|(at, behind, _)| *at <= self.end && *behind <= calls);
+    }
+
+    /// The policy of a model when the trace begins.
+    pub fn policy(&self, model: ModelHandle) -> Result<Policy, ReplayError> {
+        Ok(self.scheduler(&self.header)?.policy(model).clone())
+    }
+
+    /// The header, with so many executors like the first of the trace.
+    fn header_with(&self, executors: usize) -> Result<Header, ReplayError> {
+        let is_thread = |seat: &&SeatHeader| seat.group == Group::Executors;
+        let Some(like) = self.header.seats.iter().find(is_thread).copied() else {
+            return Err(ReplayError::Setting("the trace has no executor that there could be more of".into()));
+        };
+        let shared = self.executors() > 1 && shared_devices(&self.header).iter().flatten().count() == self.executors();
+        let mut header = self.header.clone();
+        header.seats.retain(|seat| !is_thread(&seat));
+        let device = |at: usize| if shared { like.device } else { like.device + at as u16 };
+        header.seats.extend((0..executors.max(1)).map(|at| SeatHeader { device: device(at), ..like }));
+        Ok(header)
     }
 
     pub fn header(&self) -> &Header {
@@ -233,7 +325,7 @@ impl Recording {
 
     /// All knobs of the policy that the model would have with these settings.
     pub fn knobs_with(&self, model: ModelHandle, settings: &[Setting]) -> Result<Vec<(String, String)>, ReplayError> {
-        Ok(knobs_of(&self.changed(settings, model, self.scheduler()?.policy(model))?))
+        Ok(knobs_of(&self.changed(settings, model, self.scheduler(&self.header)?.policy(model))?))
     }
 
     /// Length of the trace.
@@ -249,26 +341,35 @@ impl Recording {
 
     /// The scheduler that a what-if begins with: the recorded one, or where that cannot be read an empty one with its
     /// policies and costs.
-    fn scheduler(&self) -> Result<Scheduler, ReplayError> {
-        if let Ok(scheduler) = Scheduler::restore(self.header.layout, &self.state)
-            && scheduler.models() == self.header.models.len()
-            && scheduler.seats().len() == self.header.seats.len()
-        {
-            return Ok(scheduler);
+    fn scheduler(&self, header: &Header) -> Result<Scheduler, ReplayError> {
+        let recorded = match &self.described {
+            Some(_) => None,
+            None => Scheduler::restore(header.layout, &self.state).ok(),
+        };
+        let recorded = recorded.filter(|scheduler| scheduler.models() == header.models.len());
+        match (recorded, &self.described) {
+            (Some(scheduler), _) if scheduler.seats().len() == header.seats.len() => Ok(scheduler),
+            (Some(scheduler), _) => {
+                let policy = |model: usize| scheduler.policy(ModelHandle(model as u16)).clone();
+                Ok(self.fresh_scheduler(header, (0..scheduler.models()).map(policy).collect()))
+            }
+            (None, Some(policies)) => Ok(self.fresh_scheduler(header, policies.clone())),
+            (None, None) => Ok(self.fresh_scheduler(header, Recording::recorded_policies(header)?)),
         }
-        self.fresh_scheduler()
     }
 
-    /// An empty one with the recorded policies, and batch times as the recorded batches took.
-    fn fresh_scheduler(&self) -> Result<Scheduler, ReplayError> {
-        let mut policies = Vec::new();
-        for model in &self.header.models {
-            let policy =
-                model.policy().map_err(|error| ReplayError::Setting(format!("model {}: {error}", model.name)))?;
-            policies.push(policy.0);
-        }
+    fn recorded_policies(header: &Header) -> Result<Vec<Policy>, ReplayError> {
+        let policy = |model: &ModelHeader| match model.policy() {
+            Ok((policy, _)) => Ok(policy),
+            Err(error) => Err(ReplayError::Setting(format!("model {}: {error}", model.name))),
+        };
+        header.models.iter().map(policy).collect()
+    }
+
+    /// An empty one with these policies, and batch times as the recorded batches took.
+    fn fresh_scheduler(&self, header: &Header, policies: Vec<Policy>) -> Scheduler {
         let shapes = policies.iter().map(|policy| (policy.rows_max, policy.buckets.longest())).collect::<Vec<_>>();
-        let mut scheduler = Scheduler::new(self.header.limits, policies, &self.header.seat_specs());
+        let mut scheduler = Scheduler::new(header.limits, policies, &header.seat_specs());
         for (at, (rows, len)) in shapes.into_iter().enumerate() {
             let fit = self.services.fit(at);
             for (rows, len) in [(1, 1), (rows, 1), (1, len), (rows, len), (rows.div_ceil(2), len.div_ceil(2))] {
@@ -276,7 +377,7 @@ impl Recording {
                 scheduler.prime(ModelHandle(at as u16), rows, len, took);
             }
         }
-        Ok(scheduler)
+        scheduler
     }
 
     /// Whether these settings can be.
@@ -289,16 +390,27 @@ impl Recording {
 
     /// Replays the requests with these settings.
     pub fn what_if(&self, settings: &[Setting], seed: u64) -> Result<Report, ReplayError> {
-        self.what_if_by(settings, seed, true, &mut || {})
+        self.what_if_by(&Conditions::default(), settings, seed, true, &mut || {})
     }
 
     /// The same with a call at every step of the virtual time, and without its regret.
     pub fn what_if_paced(&self, settings: &[Setting], seed: u64, step: Step<'_>) -> Result<Report, ReplayError> {
-        self.what_if_by(settings, seed, false, step)
+        self.what_if_by(&Conditions::default(), settings, seed, false, step)
+    }
+
+    /// The same under other conditions than the recorded ones.
+    pub fn what_if_under(
+        &self,
+        conditions: &Conditions,
+        settings: &[Setting],
+        seed: u64,
+    ) -> Result<Report, ReplayError> {
+        self.what_if_by(conditions, settings, seed, true, &mut || {})
     }
 
     fn what_if_by(
         &self,
+        conditions: &Conditions,
         settings: &[Setting],
         seed: u64,
         wants_regret: bool,
@@ -312,9 +424,17 @@ impl Recording {
                 known.join(", ")
             )));
         }
-        let mut scheduler = self.scheduler()?;
+        let changed_header = match conditions.executors {
+            Some(executors) if executors != self.executors() => Some(self.header_with(executors)?),
+            _ => None,
+        };
+        let header = changed_header.as_ref().unwrap_or(&self.header);
+        let mut scheduler = self.scheduler(header)?;
         // By the recorded objective, whatever is set: both runs are measured alike.
-        let ledger = ledger_of(&self.header, |model| scheduler.policy(model).slo);
+        let mut ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+        if let Some((model, within)) = conditions.objective {
+            ledger.set_objective(model, within);
+        }
         let ledger = if wants_regret { ledger } else { ledger.without_regret() };
         for at in 0..scheduler.models() {
             let model = ModelHandle(at as u16);
@@ -329,7 +449,7 @@ impl Recording {
             }
         }
         let before = scheduler.log().count();
-        let mut world = World::new(self, settings, scheduler, ledger, seed);
+        let mut world = World::new(self, header, settings, scheduler, ledger, seed);
         world.resume();
         world.run(step, |_| {})?;
         let World { scheduler, ledger, .. } = world;
@@ -340,9 +460,10 @@ impl Recording {
     /// at once: equal builds give equal outcomes, whatever layout the recorded state has. Each decision is told. Returns the
     /// hash of all of them too.
     pub fn fresh(&self, seed: u64, mut decided: impl FnMut(&Decision)) -> Result<(Report, u64), ReplayError> {
-        let scheduler = self.fresh_scheduler()?;
+        let header = &self.header;
+        let scheduler = self.fresh_scheduler(header, Recording::recorded_policies(header)?);
         let ledger = ledger_of(&self.header, |model| scheduler.policy(model).slo);
-        let mut world = World::new(self, &[], scheduler, ledger, seed);
+        let mut world = World::new(self, header, &[], scheduler, ledger, seed);
         world.at_once = true;
         let mut told = 0;
         world.run(&mut || {}, |log| {
@@ -396,12 +517,12 @@ const NO_TICKET: TicketId = TicketId(u32::MAX);
 impl<'a> World<'a> {
     fn new(
         recording: &'a Recording,
+        header: &Header,
         settings: &'a [Setting],
         scheduler: Scheduler,
         ledger: Ledger,
         seed: u64,
     ) -> World<'a> {
-        let header = &recording.header;
         let devices = header.seats.iter().map(|seat| usize::from(seat.device) + 1).max().unwrap_or(0);
         World {
             settings,
