@@ -18,6 +18,7 @@ use crate::scheduler::cost::CostModel;
 use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
+use crate::scheduler::waiting::WaitingLane;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
 
@@ -157,10 +158,15 @@ pub enum Question {
         last: usize,
         reply: Reply<Vec<Decision>>,
     },
+    /// What waits, by model and length; at most [`Question::LANES_MAX`] lanes.
+    Lanes {
+        reply: Reply<Vec<WaitingLane>>,
+    },
 }
 
 impl Question {
     pub const DECISIONS_MAX: usize = 1000;
+    pub const LANES_MAX: usize = 512;
 }
 
 /// An executor's word to the batcher: this slot is vacant again.

@@ -144,6 +144,7 @@ impl<O: Outlet> Batcher<O> {
             Question::Decisions { last, reply } => {
                 reply.give(scheduler.log().last(last.min(Question::DECISIONS_MAX)).copied().collect());
             }
+            Question::Lanes { reply } => reply.give(scheduler.waiting_lanes(now).take(Question::LANES_MAX).collect()),
         }
     }
 }

@@ -7,6 +7,8 @@
 
 pub mod admin;
 mod capture;
+pub mod dashboard;
 mod insight;
 pub mod lifecycle;
+mod origin;
 mod policy;

@@ -60,7 +60,10 @@
 mod counters;
 mod export;
 mod histogram;
+mod live;
 pub mod log;
+
+pub use live::bounds_json;
 
 pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics};
 
