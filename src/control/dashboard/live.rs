@@ -97,7 +97,7 @@ pub async fn live(State(shared): State<Arc<Shared>>) -> Result<Response, Unanswe
         feed
     };
     feed.mark_changed(); // who comes later need not wait for the next second
-    let hello = event("hello", &hello(&shared.models()));
+    let hello = event("hello", &hello(shared.models()));
     Ok(Sse::new(stream::unfold((Some(hello), feed), next)).into_response())
 }
 

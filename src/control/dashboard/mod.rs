@@ -49,11 +49,13 @@ const STYLE: &str = "text/css; charset=utf-8";
 
 const ASSETS: &[Asset] = assets! {
     "app.js": SCRIPT,
+    "ask.js": SCRIPT,
     "charts.js": SCRIPT,
     "format.js": SCRIPT,
     "history.js": SCRIPT,
     "panels.js": SCRIPT,
     "policy.js": SCRIPT,
+    "shadow.js": SCRIPT,
     "theme.js": SCRIPT,
     "style.css": STYLE,
     "icon.svg": "image/svg+xml",

@@ -1,5 +1,6 @@
 // The page: takes a snapshot each second from /v1/live and shows it. All panels of a model follow the one that is chosen.
 
+import { ask } from "./ask.js";
 import { bars, heatmap, lines, timeline } from "./charts.js";
 import { count, el, say, span, time } from "./format.js";
 import { History, between, seconds } from "./history.js";
@@ -62,6 +63,19 @@ class Page {
     if (!paused) this.show();
   }
 
+  /** What was measured of the last batches, where the server keeps it: when each really ran. */
+  async measure() {
+    if (!this.hello.endpoints.includes("/v1/batches") || this.snapshot.batcher.error) return;
+    const at = this.snapshot.at_unix_ms / 1000;
+    const { batches } = await ask("/v1/batches?last=300").catch(() => ({ batches: [] }));
+    for (const { batch, sealed_at_us, started_at_us, finished_at_us } of batches) {
+      const drawn = this.drawn.get(batch);
+      if (!drawn || typeof started_at_us !== "number" || typeof finished_at_us !== "number") continue;
+      drawn.ran = (finished_at_us - started_at_us) / 1e6;
+      drawn.start = drawn.sealed + (started_at_us - sealed_at_us) / 1e6;
+    }
+  }
+
   /** Batches of some seconds, each once: a snapshot names the newest, also those that the one before named. */
   collect() {
     const { batcher, at_unix_ms } = this.snapshot;
@@ -70,10 +84,11 @@ class Page {
     const newest = Math.max(0, ...this.drawn.keys());
     this.missed = told.length && newest > 0 ? Math.max(0, told[0].batch - newest - 1) : 0;
     for (const batch of told) {
-      if (!this.drawn.has(batch.batch)) this.drawn.set(batch.batch, { ...batch, start: now - batch.age_us / 1e6 });
+      const sealed = now - batch.age_us / 1e6;
+      if (!this.drawn.has(batch.batch)) this.drawn.set(batch.batch, { ...batch, sealed, start: sealed, ran: null });
     }
     for (const [number, batch] of this.drawn) {
-      if (batch.start > now - 90 && this.drawn.size <= 4000) break; // in order of their numbers
+      if (batch.sealed > now - 90 && this.drawn.size <= 4000) break; // in order of their numbers
       this.drawn.delete(number);
     }
   }
@@ -86,13 +101,15 @@ class Page {
     if (now - this.asked >= EVERY) {
       this.asked = now;
       const place = this.place;
-      side.findings(model).then((findings) => (this.findings[place] = findings ?? this.findings[place]));
-      side.shadow(model);
+      side.look(model).then((findings) => (this.findings[place] = findings ?? this.findings[place]));
       lengths(model).then(
         ([labels, values]) => model === this.model && charts().lengths(labels, values),
         () => {}, // the next time
       );
-    } else if (now % EVERY_OTHER === 0 && this.hello.models.length > 1) {
+    } else if (now % EVERY_OTHER === 0) {
+      this.measure();
+    }
+    if (now % EVERY_OTHER === 1 && this.hello.models.length > 1) {
       this.other = (this.other + 1) % this.hello.models.length;
       const place = this.other;
       if (place === this.place) return;
@@ -114,7 +131,7 @@ class Page {
     const then = window && between(window.from, window.to, place, bounds);
     const recent = [...this.drawn.values()].filter(({ model }) => model === place);
     const at = snapshot.at_unix_ms / 1000;
-    batches(recent.map((batch) => ({ ...batch, age_us: (at - batch.start) * 1e6 })), then);
+    batches(recent.map((batch) => ({ ...batch, age_us: (at - batch.sealed) * 1e6 })), then);
     tenants(window);
     const steps = seconds(history.entries, place, bounds).filter((step) => step.at > at - 125);
     const changes = steps.filter(({ generation }) => generation !== null);
@@ -171,7 +188,7 @@ class Page {
         detail: busy === null ? "–" : `${(Math.min(busy, 1) * 100).toFixed(0)} % busy`,
         batches: drawn
           .filter((batch) => batch.executor === at && batch.start > until - TIMELINE - 60)
-          .map(({ start, predicted_us, model, rows }) => ({ start, time: predicted_us / 1e6, model, rows })),
+          .map(({ start, ran, predicted_us, model, rows }) => ({ start, time: ran ?? predicted_us / 1e6, model, rows })),
       };
     });
     charts().executors(rows, { span: TIMELINE, until });
@@ -181,8 +198,10 @@ class Page {
       snapshot.batcher.error
         ? `Batches are not known now: ${snapshot.batcher.error}.`
         : this.missed
-          ? `The newest ${told} batches of each second (${count(this.missed)} more went in the last); as long as expected.`
-          : "Each batch from its seal on, as long as the cost model expected it to take.",
+          ? `The newest ${told} batches of each second; ${count(this.missed)} more went in the last.`
+          : this.hello.endpoints.includes("/v1/batches")
+            ? "Each batch while it ran; the newest as long as expected."
+            : "Each batch from its seal on, as long as the cost model expected it to take.",
     );
     const busy = rows.map(({ label, detail }) => `executor ${label}: ${detail}`).join(", ");
     one("#executors canvas").setAttribute("aria-label", `Batches by executor. ${busy}`);
@@ -195,7 +214,9 @@ function charts() {
   if (made) return made;
   const { bounds } = page ?? opening;
   const name = (place) => (page ?? opening).hello.models[place]?.name ?? "other";
-  const tick = (_, splits) => splits.map((value) => (value > 0 && Number.isInteger(Math.round(Math.log10(value) * 1e6) / 1e6) ? time(value) : ""));
+  /** Of a logarithmic axis, the decades. */
+  const decades = (_, splits) => splits.map((value) => (value > 0 && Number.isInteger(Math.round(Math.log10(value) * 1e6) / 1e6) ? value : null));
+  const tick = (_, splits) => splits.map((value) => (value === null ? "" : time(value)));
   const every = (_, splits) => splits.map((value) => count(value));
   const stage = (label, color, dash) => ({ label, color, dash, scale: "s", text: time });
   made = {
@@ -226,7 +247,7 @@ function charts() {
           range: (_, low, high) => [10 ** Math.floor(Math.log10(low || 1e-5)), 10 ** Math.ceil(Math.log10(high || 1e-3) + 1e-9)],
         },
       },
-      axes: [{ scale: "s", size: 52, values: tick }],
+      axes: [{ scale: "s", size: 52, values: tick, filter: decades, grid: { filter: decades }, ticks: { filter: decades } }],
     }),
     queue: heatmap(one("#queue-heat"), { what: "requests", bounds: bounds.seconds }),
     run: heatmap(one("#run-heat"), { what: "batches", bounds: bounds.seconds }),

@@ -18,6 +18,8 @@ function axis(options) {
     ticks: { stroke: () => css("--grid"), width: 1, size: 4 },
     gap: 3,
     ...options,
+    ...(options.grid && { grid: { stroke: () => css("--grid"), width: 1, ...options.grid } }),
+    ...(options.ticks && { ticks: { stroke: () => css("--grid"), width: 1, size: 4, ...options.ticks } }),
   };
 }
 
@@ -34,6 +36,7 @@ function marks(chart, changes) {
   ctx.textBaseline = "top";
   ctx.lineWidth = ratio();
   ctx.setLineDash([3 * ratio(), 3 * ratio()]);
+  let free = -Infinity; // a trial changes often: labels that would cover another are left out
   for (const { at, generation } of changes) {
     const x = Math.round(chart.valToPos(at, "x", true));
     if (x < bbox.left || x > bbox.left + bbox.width) continue;
@@ -42,7 +45,10 @@ function marks(chart, changes) {
     ctx.lineTo(x, bbox.top + bbox.height);
     ctx.stroke();
     const label = `gen ${generation}`;
-    const fits = x + 3 * ratio() + ctx.measureText(label).width < bbox.left + bbox.width;
+    if (x < free) continue;
+    const wide = ctx.measureText(label).width;
+    free = x + wide + 8 * ratio();
+    const fits = x + 3 * ratio() + wide < bbox.left + bbox.width;
     ctx.textAlign = fits ? "left" : "right";
     ctx.fillText(label, x + (fits ? 3 : -3) * ratio(), bbox.top + ratio());
   }
@@ -66,7 +72,7 @@ const base = (width) => ({
   width,
   height: HEIGHT,
   legend: { show: false },
-  padding: [6, 8, 0, 0],
+  padding: [6, null, 0, 0], // as wide as the last label on the right needs
 });
 
 const timed = () => ({

@@ -1,6 +1,6 @@
 // Numbers as text, each with its unit, and the few helpers for elements. Always three significant digits, so that columns align.
 
-const digits = (value) => (value >= 100 ? 0 : value >= 10 ? 1 : 2);
+const digits = (value) => (value >= 99.95 ? 0 : value >= 9.995 ? 1 : 2);
 
 /** A count or rate: 0, 3.25, 41.2, 812, 4.10 k, 1.25 M. */
 export function count(value) {
@@ -47,10 +47,10 @@ export function clock(seconds) {
 /** The value of a key such as `p99_us` or `padding_ratio`, by the unit that its name ends with. */
 export function byKey(key, value) {
   if (typeof value !== "number") return value === null || value === undefined ? "–" : String(value);
-  if (/_us$/.test(key)) return time(value / 1e6);
-  if (/_ms$/.test(key)) return time(value / 1e3);
+  if (/_us\b/.test(key)) return time(value / 1e6);
+  if (/_ms\b/.test(key)) return time(value / 1e3);
   if (/_(s|seconds)$/.test(key)) return time(value);
-  if (/(ratio|share|waste|fill)$/.test(key)) return percent(value);
+  if (/(ratio|share|waste|fill|on_time)$/.test(key)) return percent(value);
   return count(value);
 }
 

@@ -207,7 +207,7 @@ export function batches(recent, then) {
         },
         { text: count(batch.padded_len), kind: "n" },
         { text: percent(batch.padding_ratio), kind: "n" },
-        { text: time(batch.predicted_us / 1e6), kind: "n" },
+        { text: batch.ran === null ? `≈ ${time(batch.predicted_us / 1e6)}` : time(batch.ran), kind: "n" },
         { text: String(batch.executor), kind: "n", title: `policy generation ${batch.generation}; ${batch.waiting_rows} rows waited before` },
       ]),
   );
@@ -235,7 +235,7 @@ export function tenants(window) {
   if (!after.size) return clear("No tenant yet: requests name theirs (ferry load --tenant 7).");
   const numbers = [...after.values()].flatMap((entry) => Object.keys(entry).filter((key) => typeof entry[key] === "number"));
   const columns = [...new Set(numbers)].filter((key) => !["tenant", "id"].includes(key)).slice(0, 3);
-  const weigh = ["cells", "cells_padded", "executor_us", "rows"].find((key) => columns.includes(key)) ?? columns[0];
+  const weigh = ["executor_seconds", "executor_us", "cells", "cells_padded", "rows"].find((key) => columns.includes(key)) ?? columns[0];
   const rows = [...after].map(([name, entry]) => {
     const done = Object.fromEntries(columns.map((key) => [key, entry[key] - (before.get(name)?.[key] ?? 0)]));
     return { name, done };

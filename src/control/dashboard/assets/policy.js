@@ -1,29 +1,10 @@
 // The side panel: a model's knobs, who changed them, what the linter says of them, and what other settings would have done.
 
-import { byKey, clock, el, say, words } from "./format.js";
+import { ask, path } from "./ask.js";
+import { clock, el, percent, say, words } from "./format.js";
+import { Shadow, Trial } from "./shadow.js";
 
 const one = (selector) => document.querySelector(selector);
-
-/** Asks the server. An error is what the server says it is. */
-async function ask(path, options) {
-  let answer;
-  try {
-    answer = await fetch(path, { cache: "no-store", ...options });
-  } catch {
-    throw new Error("the server does not answer");
-  }
-  const text = await answer.text();
-  let value = {};
-  try {
-    value = JSON.parse(text);
-  } catch {
-    value = { error: text.trim() };
-  }
-  if (!answer.ok) throw new Error(value.error || `the server answered ${answer.status}`);
-  return value;
-}
-
-const path = (model, rest) => `/v1/models/${encodeURIComponent(model)}/${rest}`;
 
 /** Words of a range such as "window, greedy_tokens, buckets or cost"; null where it is more than words. */
 function choices(range) {
@@ -64,6 +45,11 @@ export class Side {
     this.generation = 0;
     this.form = one("#knobs");
     this.show = tabs();
+    this.beside = new Shadow();
+    this.trial = new Trial(
+      () => Object.fromEntries(this.pending().map((field) => [field.name, field.value.trim()])),
+      (kind, text) => this.tell(kind, text),
+    );
     this.form.addEventListener("input", () => this.mark());
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
@@ -75,6 +61,18 @@ export class Side {
       this.mark();
       this.tell("", "");
     });
+  }
+
+  /** The server has this of each model. */
+  has(endpoint) {
+    return this.endpoints.includes(`/v1/models/{model}/${endpoint}`);
+  }
+
+  /** What changes without a change of the policy. Returns the number of findings, where it is known. */
+  look(model) {
+    this.beside.refresh(model, this.has("shadow"));
+    if (this.has("trial")) this.trial.refresh(model);
+    return this.findings(model);
   }
 
   fields() {
@@ -89,7 +87,9 @@ export class Side {
     this.tell("", "");
     one("#knobs .fields").replaceChildren(el("p", { class: "note" }, "Asking for the policy…"));
     this.mark();
-    for (const panel of ["audit", "findings", "shadow"]) one(`#panel-${panel}`).replaceChildren();
+    for (const panel of ["audit", "findings"]) one(`#panel-${panel}`).replaceChildren();
+    this.beside.choose(model);
+    this.trial.choose(model);
     say(one("#generation"), "");
     this.refresh();
   }
@@ -167,6 +167,7 @@ export class Side {
     }
     const [apply, discard] = [one("#apply"), one("#discard")];
     apply.disabled = discard.disabled = pending.length === 0;
+    this.trial.mark(this.has("trial"), pending.length);
     say(apply, pending.length > 1 ? `Apply ${pending.length} changes` : "Apply");
   }
 
@@ -187,7 +188,6 @@ export class Side {
     try {
       const changed = await ask(path(model, "policy"), {
         method: "PATCH",
-        headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ set }),
       });
       if (model !== this.model) return;
@@ -208,7 +208,7 @@ export class Side {
 
   /** The changes so far, newest first; each can be put back into the form. */
   audit(changes) {
-    const list = changes.toReversed().map(({ at_unix_ms, by, generation, changes }) => {
+    const list = changes.toReversed().map(({ at_unix_ms, by, generation, changes, note, prediction }) => {
       const lines = changes.map(({ knob, from, to }) =>
         el("li", {}, el("b", {}, knob), ` ${from} `, el("span", { "aria-label": "to" }, "→"), ` ${to}`),
       );
@@ -234,6 +234,10 @@ export class Side {
         { class: "entry" },
         el("p", {}, el("b", {}, `Generation ${generation}`), ` at ${clock(at_unix_ms / 1000)} by ${by === "auto" ? "the scheduler" : by}`, back),
         el("ul", {}, ...lines),
+        note ? el("p", { class: "note" }, note) : "",
+        prediction
+          ? el("p", { class: "note" }, `Predicted beforehand, off by: ${Object.entries(prediction.figures).map(([what, { error }]) => `${words(what)} ${percent(error)}`).join(", ")}.`)
+          : "",
       );
     });
     one("#panel-audit").replaceChildren(
@@ -293,52 +297,6 @@ export class Side {
     };
     return el("button", { type: "button", click: go }, `Go to ${knob}`);
   }
-
-  /** What schedulers beside this one would have done, where the server has them. */
-  async shadow(model) {
-    const panel = one("#panel-shadow");
-    const clear = (text) => panel.replaceChildren(el("p", { class: "note" }, text));
-    if (!this.endpoints.includes("/v1/models/{model}/shadow")) {
-      return clear("This server has no shadow schedulers. ferry replay TRACE --set … says what other settings would have done with a capture.");
-    }
-    let told;
-    try {
-      told = await ask(path(model, "shadow"));
-    } catch (error) {
-      if (model === this.model) clear(`Not known now: ${error.message}.`);
-      return;
-    }
-    if (model !== this.model) return;
-    const list = Object.values(told).find((value) => Array.isArray(value)) ?? [];
-    if (!list.length) return clear(`No setting runs beside this one. Set some: PUT ${path(model, "shadow")}.`);
-    const flat = list.map((entry) => flatten(entry));
-    const keys = [...new Set(flat.flatMap((entry) => Object.keys(entry)))].slice(0, 24);
-    panel.replaceChildren(
-      el("p", { class: "note" }, "What other settings would have done with the requests that come."),
-      el(
-        "div",
-        { class: "scroll" },
-        el(
-          "table",
-          {},
-          el("tbody", {}, ...keys.map((key) =>
-            el("tr", {}, el("th", { scope: "row" }, words(key)), ...flat.map((entry) => el("td", { class: "n" }, byKey(key, entry[key])))),
-          )),
-        ),
-      ),
-    );
-  }
-}
-
-/** An object's plain values, by their path. */
-function flatten(value, before = "") {
-  const all = {};
-  for (const [key, inner] of Object.entries(value)) {
-    const name = before ? `${before} ${key}` : key;
-    if (inner !== null && typeof inner === "object" && !Array.isArray(inner)) Object.assign(all, flatten(inner, name));
-    else all[name] = Array.isArray(inner) ? inner.map((one) => (typeof one === "object" ? JSON.stringify(one) : one)).join(", ") : inner;
-  }
-  return all;
 }
 
 /** How long admitted rows were: labels and counts of at most 24 classes. */
