@@ -18,6 +18,7 @@ use crate::scheduler::cost::CostModel;
 use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
+use crate::scheduler::waiting::WaitingLane;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::timeline::{BatchRecord, Ran};
 pub use crate::timeline::{DeviceTimes, Waited};
@@ -237,10 +238,15 @@ pub enum Question {
         since: Moment,
         reply: Reply<Vec<BatchRecord>>,
     },
+    /// What waits, by model and length; at most [`Question::LANES_MAX`] lanes.
+    Lanes {
+        reply: Reply<Vec<WaitingLane>>,
+    },
 }
 
 impl Question {
     pub const DECISIONS_MAX: usize = 1000;
+    pub const LANES_MAX: usize = 512;
 }
 
 /// An executor's word to the batcher: this slot is vacant again.

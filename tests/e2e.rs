@@ -6,6 +6,8 @@
 
 mod common;
 
+#[path = "e2e/dashboard.rs"]
+mod dashboard;
 #[path = "e2e/device.rs"]
 mod device;
 #[path = "e2e/faults.rs"]

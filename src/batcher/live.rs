@@ -197,6 +197,7 @@ impl<O: Outlet> Batcher<O> {
                 reply.give(scheduler.log().last(last.min(Question::DECISIONS_MAX)).copied().collect());
             }
             Question::Batches { last, since, reply } => reply.give(self.batches(last, since)),
+            Question::Lanes { reply } => reply.give(scheduler.waiting_lanes(now).take(Question::LANES_MAX).collect()),
         }
     }
 }

@@ -10,6 +10,7 @@
 //! | `GET /config` | the effective configuration as TOML |
 //! | `GET /v1/capture?seconds=N` | a trace of the scheduler's inputs, as it is made (capture.rs) |
 //! | `GET /v1/batches`, `/v1/requests`, `/v1/timeline` | what became of the last batches (recorder.rs) |
+//! | `GET /`, `/assets/{name}`, `/v1/live` | the dashboard (dashboard/) |
 //! | `POST /drain` | 202; the server begins to drain |
 //! | `/v1/models/{model}/policy` … | policy.rs |
 //! | `/v1/models/{model}/trial` | trial.rs |
@@ -21,7 +22,7 @@
 //!   dawdles or floods costs this thread a bounded share of a core, and the data path nothing.
 //! - Health and readiness are answered beyond the request rate, so that a busy scraper cannot make a supervisor
 //!   think that the server is dead.
-//! - A page in a browser cannot drain the server: requests that carry an `Origin` are refused for `POST`.
+//! - A page in a browser can use this port only if this port served it (origin.rs), and cannot drain the server at all.
 
 use std::future::Future;
 use std::io;
@@ -45,8 +46,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Sleep;
 
 use super::capture::capture;
+use super::dashboard::{self, Live};
 use super::lifecycle::{self, Lifecycle};
-use super::{insight, policy, recorder, shadow, trial};
+use super::{insight, origin, policy, recorder, shadow, trial};
 use crate::clock;
 use crate::mail::{Question, ToBatcher};
 use crate::mailbox::{Awaited, Reply, SendError, Sender, reply};
@@ -147,6 +149,7 @@ pub(super) struct Shared {
     asks: Mutex<Rate>,
     /// A capture is on.
     pub(super) capturing: Arc<AtomicBool>,
+    pub(super) live: Live,
 }
 
 /// A request that is answered with an error: `{"error": "…"}`.
@@ -159,6 +162,10 @@ pub(super) struct Unanswered {
 impl Unanswered {
     pub(super) fn new(status: StatusCode, message: impl Into<String>) -> Unanswered {
         Unanswered { status, message: message.into() }
+    }
+
+    pub(super) fn message(&self) -> &str {
+        &self.message
     }
 }
 
@@ -193,6 +200,16 @@ impl Shared {
         &self.options.shadow
     }
 
+    /// Contracts, in the order of their handles.
+    pub(super) fn models(&self) -> &[serde_json::Value] {
+        &self.options.models
+    }
+
+    /// What state the server is in, and why it is not ready.
+    pub(super) fn state(&self) -> (&'static str, Option<String>) {
+        (self.options.lifecycle.state().name(), self.options.lifecycle.ready().err())
+    }
+
     pub(super) fn name(&self, model: ModelHandle) -> &str {
         self.options.models.get(model.index()).and_then(|contract| contract["name"].as_str()).unwrap_or_default()
     }
@@ -203,9 +220,18 @@ impl Shared {
             let message = format!("the batcher is asked at most {ASK_RATE} questions per second");
             return Err(Unanswered::new(StatusCode::TOO_MANY_REQUESTS, message));
         }
+        self.ask_within(ANSWER_TIMEOUT, question).await
+    }
+
+    /// Asks the batcher beyond the rate of questions: for who paces itself.
+    pub(super) async fn ask_within<T>(
+        &self,
+        patience: Duration,
+        question: impl FnOnce(Reply<T>) -> Question,
+    ) -> Result<T, Unanswered> {
         let (reply, awaited) = reply();
         self.mail(ToBatcher::Ask(question(reply)))?;
-        self.patiently(awaited).await
+        self.within(patience, awaited).await
     }
 
     /// Puts a message into the batcher's mailbox, if somebody will read it.
@@ -221,8 +247,12 @@ impl Shared {
     }
 
     pub(super) async fn patiently<T>(&self, awaited: Awaited<T>) -> Result<T, Unanswered> {
+        self.within(ANSWER_TIMEOUT, awaited).await
+    }
+
+    async fn within<T>(&self, patience: Duration, awaited: Awaited<T>) -> Result<T, Unanswered> {
         let unavailable = |why: &str| Unanswered::new(StatusCode::SERVICE_UNAVAILABLE, why);
-        match tokio::time::timeout(ANSWER_TIMEOUT, awaited.answer()).await {
+        match tokio::time::timeout(patience, awaited.answer()).await {
             Ok(Some(answer)) => Ok(answer),
             Ok(None) => Err(unavailable("stopped: there is nobody to ask any more")),
             Err(_) => Err(unavailable("the batcher did not answer in time; a change may still be made")),
@@ -236,10 +266,10 @@ fn router(options: ControlOptions) -> Router {
         rate: Mutex::new(Rate::new(RATE, clock::now())),
         asks: Mutex::new(Rate::new(ASK_RATE, clock::now())),
         capturing: Arc::default(),
+        live: Live::new(),
     });
     let paced = Router::new()
         .route("/v1/models", get(models))
-        .route("/metrics", get(metrics))
         .route("/stats", get(stats))
         .route("/config", get(config))
         .route("/v1/capture", get(capture))
@@ -248,12 +278,17 @@ fn router(options: ControlOptions) -> Router {
         .merge(shadow::routes())
         .merge(insight::routes())
         .merge(recorder::routes())
+        .merge(dashboard::routes())
+        .layer(middleware::from_fn(origin::guard))
+        .route("/metrics", get(metrics))
         .fallback(unknown)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
     Router::new()
+        .route("/drain", post(drain)) // never refused for rate: it is what ends an overload
+        .layer(middleware::from_fn(origin::guard))
+        // Of a supervisor or a scraper, who may know this machine by any name.
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
-        .route("/drain", post(drain)) // never refused for rate: it is what ends an overload
         .merge(paced)
         .with_state(shared)
 }
@@ -312,11 +347,32 @@ async fn drain(State(shared): State<Arc<Shared>>, request: Request) -> Response 
     (StatusCode::ACCEPTED, Json(serde_json::json!({ "state": "draining" }))).into_response()
 }
 
+/// What is served here, beside `POST /drain`.
+pub(super) const ENDPOINTS: &[&str] = &[
+    "/",
+    "/healthz",
+    "/readyz",
+    "/v1/models",
+    "/v1/models/{model}/policy",
+    "/v1/models/{model}/policy/history",
+    "/v1/models/{model}/trial",
+    "/v1/models/{model}/shadow",
+    "/v1/models/{model}/lengths",
+    "/v1/models/{model}/cost",
+    "/v1/models/{model}/findings",
+    "/v1/decisions",
+    "/v1/live",
+    "/v1/capture",
+    "/v1/batches",
+    "/v1/requests",
+    "/v1/timeline",
+    "/metrics",
+    "/stats",
+    "/config",
+];
+
 async fn unknown() -> Response {
-    let known = "known are /healthz /readyz /v1/models /v1/models/{model}/policy (also /history), \
-                 /v1/models/{model}/trial, /v1/models/{model}/shadow, \
-                 /v1/models/{model}/lengths, /v1/models/{model}/cost, /v1/models/{model}/findings, /v1/decisions, \
-                 /v1/capture, /v1/batches, /v1/requests, /v1/timeline, /metrics /stats /config, and POST /drain\n";
+    let known = format!("known are {} and POST /drain\n", ENDPOINTS.join(" "));
     (StatusCode::NOT_FOUND, known).into_response()
 }
 

@@ -7,8 +7,10 @@
 
 pub mod admin;
 mod capture;
+pub mod dashboard;
 mod insight;
 pub mod lifecycle;
+mod origin;
 mod policy;
 mod recorder;
 mod shadow;

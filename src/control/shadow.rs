@@ -8,7 +8,7 @@
 //! Times are queue and run, in µs. `last_switch`: a setting that was put in force, its prediction beside what then came.
 //!
 //! Always true
-//! - Refused: 400 for a setting that cannot be, or too many; 403 for a page in a browser; 404 for a model.
+//! - Refused: 400 for a setting that cannot be, or too many; 403 for a page of elsewhere (origin.rs); 404 for a model.
 //!
 //! Elsewhere: how it is found out (shadow).
 
@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use axum::body::Bytes;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -41,12 +41,8 @@ async fn show(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Re
 async fn change(
     State(shared): State<Arc<Shared>>,
     Path(name): Path<String>,
-    headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Unanswered> {
-    if headers.contains_key(header::ORIGIN) {
-        return Err(Unanswered::new(StatusCode::FORBIDDEN, "a page in a browser may not set shadow schedulers"));
-    }
     let model = shared.model(&name)?;
     let wrong = |message: String| Unanswered::new(StatusCode::BAD_REQUEST, message);
     let settings = read_settings(&body).map_err(wrong)?;

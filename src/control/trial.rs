@@ -10,7 +10,7 @@
 //! also `p50`, `on_time`, `fill`, `waste`, `unbroken`, `never`), `margin` (0.02), `share` (0.5; 1: no baseline, only the guard).
 //!
 //! Always true
-//! - Refused: 400 for what is wrong, 403 for a page in a browser, 404 for a model, 409 while another trial is on.
+//! - Refused: 400 for what is wrong, 403 for a page of elsewhere (origin.rs), 404 for a model, 409 while another trial is on.
 //!
 //! Elsewhere: what a trial does (trial), who makes the changes (batcher/trial.rs).
 
@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
@@ -36,13 +36,6 @@ pub fn routes() -> Router<Arc<Shared>> {
     Router::new().route("/v1/models/{model}/trial", get(show).put(start).post(start).delete(end))
 }
 
-fn no_pages(headers: &HeaderMap) -> Result<(), Unanswered> {
-    match headers.contains_key(header::ORIGIN) {
-        true => Err(Unanswered::new(StatusCode::FORBIDDEN, "a page in a browser may not begin or end a trial")),
-        false => Ok(()),
-    }
-}
-
 async fn show(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Result<Response, Unanswered> {
     let model = shared.model(&name)?;
     let report = shared.ask(|reply| Question::Trial { model, reply }).await?;
@@ -52,10 +45,8 @@ async fn show(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Re
 async fn start(
     State(shared): State<Arc<Shared>>,
     Path(name): Path<String>,
-    headers: HeaderMap,
     body: Bytes,
 ) -> Result<Response, Unanswered> {
-    no_pages(&headers)?;
     let model = shared.model(&name)?;
     let (set, time, plan) = read_body(&body).map_err(|message| Unanswered::new(StatusCode::BAD_REQUEST, message))?;
     let (reply, awaited) = reply();
@@ -69,12 +60,7 @@ async fn start(
     }
 }
 
-async fn end(
-    State(shared): State<Arc<Shared>>,
-    Path(name): Path<String>,
-    headers: HeaderMap,
-) -> Result<Response, Unanswered> {
-    no_pages(&headers)?;
+async fn end(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Result<Response, Unanswered> {
     let model = shared.model(&name)?;
     let (reply, awaited) = reply();
     shared.mail(ToBatcher::EndTrial { model, reply })?;

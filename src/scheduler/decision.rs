@@ -69,6 +69,10 @@ pub struct Decision {
     pub batch: u64,
     pub rows: u32,
     pub padded_len: u32,
+    /// Rows that would have fitted a batch like it.
+    pub rows_possible: u32,
+    /// Share of its cells that are padding.
+    pub padding: f32,
     /// Shortest bucket length whose rows may be in the batch.
     pub shortest: u32,
     /// Rows of the model that waited, before.

@@ -671,6 +671,8 @@ mod tests {
             batch: 0,
             rows,
             padded_len: 8,
+            rows_possible: 8,
+            padding: 0.0,
             shortest: 8,
             waiting: rows + 1,
             predicted: 0,

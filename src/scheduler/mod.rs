@@ -33,6 +33,7 @@ mod seats;
 pub mod state;
 mod tenants;
 mod ticket;
+pub mod waiting;
 
 use std::time::Duration;
 
@@ -974,6 +975,8 @@ impl Scheduler {
             batch,
             rows,
             padded_len: 0,
+            rows_possible: 0,
+            padding: 0.0,
             shortest: 0,
             waiting: queue.totals.rows as u32,
             predicted: 0,
@@ -1030,6 +1033,8 @@ impl Scheduler {
             verdict: Verdict::Sealed(reason),
             executor: batch.executor,
             padded_len,
+            rows_possible: batch.rows_possible,
+            padding: (1.0 - batch.cells_real as f64 / batch.cells_padded().max(1) as f64) as f32,
             shortest: plan.as_ref().map_or(0, |plan| queue.policy.buckets.len_at(plan.shortest)),
             predicted: batch.predicted,
             efficiency: plan_of(|plan| plan.efficiency),

@@ -64,6 +64,7 @@
 mod counters;
 mod export;
 mod histogram;
+mod live;
 pub mod log;
 mod stamps;
 
@@ -71,6 +72,7 @@ pub use counters::{
     DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShadowMetrics,
     ShadowOutcome, ShardMetrics,
 };
+pub use live::bounds_json;
 
 use std::sync::{Arc, OnceLock};
 

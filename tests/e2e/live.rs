@@ -79,7 +79,7 @@ fn a_change_that_is_wrong_changes_nothing_and_says_what_was_expected() {
     assert!(answer["error"].as_str().expect("a sentence").contains("queued"), "{answer}");
     let path = "/v1/models/queued/policy";
     let body = json!({ "set": { "rows_max": "8" } }).to_string();
-    let (status, _) = control(server.control, "PUT", path, "Origin: http://localhost\r\n", &body);
+    let (status, _) = control(server.control, "PUT", path, "Origin: http://elsewhere.example\r\n", &body);
     assert_eq!(status, 403);
     let policy = get(&server, path);
     assert_eq!((&policy["generation"], knob(&policy, "rows_max").as_str()), (&json!(1), "64"));

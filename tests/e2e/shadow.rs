@@ -114,7 +114,7 @@ fn settings_that_cannot_be_are_refused_with_what_was_expected() {
         assert!(answer["error"].as_str().expect("a sentence").contains(said), "{settings}: {answer}");
     }
     let body = json!({ "settings": [{ "hold": 0 }] }).to_string();
-    assert_eq!(control(server.control, "PUT", PATH, "Origin: http://localhost\r\n", &body).0, 403);
+    assert_eq!(control(server.control, "PUT", PATH, "Origin: http://elsewhere\r\n", &body).0, 403);
     assert_eq!(control(server.control, "PUT", "/v1/models/nobody/shadow", "", &body).0, 404);
     assert_eq!(get(&server, PATH)["settings"], json!([]));
     // All models together.
