@@ -19,7 +19,7 @@ use crate::scheduler::decision::Decision;
 use crate::scheduler::edges::LengthHistogram;
 use crate::scheduler::lint::Facts;
 use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
-use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
+use crate::vocab::{ModelHandle, Moment, Refusal, Run, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
 #[derive(Clone, Debug)]
@@ -170,6 +170,8 @@ pub struct Finished {
     pub slot: VacantSlot,
     pub batch: SealedBatch,
     pub service: Duration,
+    /// When it did what.
+    pub run: Run,
 }
 
 #[derive(Debug)]

@@ -22,3 +22,5 @@ mod meaning;
 mod order;
 #[path = "e2e/process.rs"]
 mod process;
+#[path = "e2e/waterfall.rs"]
+mod waterfall;

@@ -6,9 +6,11 @@
 //!
 //! Elsewhere: what to do (scheduler), who answers (scatter.rs, frontend).
 
+mod accounts;
 mod flights;
 mod live;
 mod recorder;
+mod times;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,10 +27,12 @@ use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::Telemetry;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Stage, TicketKey};
+use accounts::Accounts;
 use flights::Flights;
 pub use live::HISTORY;
 use live::Live;
 use recorder::Recorder;
+use times::Times;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
 pub trait Outlet {
@@ -74,6 +78,8 @@ pub struct Batcher<O> {
     live: Live,
     /// While a capture is on.
     recorder: Option<Box<Recorder>>,
+    times: Times,
+    accounts: Accounts,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -98,6 +104,8 @@ impl<O: Outlet> Batcher<O> {
         let vacant = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
         let batcher = Batcher {
             live: Live::new(&scheduler, forms.len()),
+            times: Times::new(&scheduler, Arc::clone(&telemetry)),
+            accounts: Accounts::new(Arc::clone(&telemetry)),
             scheduler,
             outlet,
             forms,
@@ -140,8 +148,14 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
+    /// The executors' time is accounted for from now on. At the first turn at the latest.
+    pub fn begin(&mut self, now: Moment) {
+        self.times.begin(now);
+    }
+
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
+        self.begin(now);
         if let Some(recorder) = &mut self.recorder {
             recorder.turn(now, self.scheduler.log());
         }
@@ -153,7 +167,9 @@ impl<O: Outlet> Batcher<O> {
         self.mail_ends();
         self.publish();
         self.audit(now);
-        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
+        let asked_again = self.scheduler.poll_timeout(now);
+        self.times.turned(now, self.scheduler.waits(), asked_again);
+        let wakes = [asked_again, self.flights.next(), self.settle_capture(now)];
         wakes.into_iter().flatten().min()
     }
 
@@ -199,6 +215,11 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_burst(&mut self, now: Moment, burst: Burst) {
+        if let Some(first) = burst.arrivals.first()
+            && first.model.index() < self.forms.len()
+        {
+            self.times.came(self.scheduler.policy(first.model).group as usize, first.received_at);
+        }
         for request in burst.arrivals {
             self.admit(now, request);
         }
@@ -315,6 +336,8 @@ impl<O: Outlet> Batcher<O> {
             let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
             recorder.finished(now, done, self.scheduler.log());
         }
+        let took = self.times.finished(&finished);
+        self.accounts.finished(finished.batch.id, took);
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
         self.scheduler.handle_finished(now, &finished.batch, finished.service);
@@ -362,7 +385,9 @@ impl<O: Outlet> Batcher<O> {
         let metrics = self.telemetry.model(batch.model);
         let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|request| request.len);
         let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
-        metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, batch.cells_real, batch.cells_padded());
+        let (real, padded) = (batch.cells_real, batch.cells_padded());
+        let cells = metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, real, padded);
+        self.times.sealed(&batch, cells, self.scheduler.cost(batch.model).fixed_share(batch.work()));
         let form = &self.forms[batch.model.index()];
         {
             let (held, scheduler) = (&self.held, &self.scheduler);
@@ -371,6 +396,8 @@ impl<O: Outlet> Batcher<O> {
                 admitted_at: scheduler.admitted_at(*id),
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
+            let charged = rows.clone().map(|row| (row.request.tenant, row.request.rows, row.request.len));
+            self.accounts.sealed(&batch, charged);
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
@@ -462,6 +489,7 @@ const MESSAGES_PER_TURN: usize = 64;
 /// Runs turns until [`ToBatcher::Stop`], or until all senders are gone.
 pub fn run_thread<O: Outlet>(mut batcher: Batcher<O>, mailbox: Receiver<ToBatcher>, spin: Duration) {
     let mut wake_at = None;
+    batcher.begin(clock::now());
     loop {
         let mut next = match mailbox.recv_until(wake_at, spin) {
             Received::Message(message) => Some(message),

@@ -14,7 +14,7 @@ use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
 use crate::telemetry::Telemetry;
-use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
@@ -73,7 +73,18 @@ impl Worker {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service }
+        let run = Run {
+            packed_at: slot.packed_at,
+            taken_at: started_at,
+            asked_at: started_at,
+            began_at: started_at,
+            ended_at: finished_at,
+            copied_at: finished_at,
+            answered_at: clock::now(),
+            computed_in: service,
+            ..Run::default()
+        };
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, run }
     }
 
     /// After the answers are on their way.

@@ -111,7 +111,7 @@ pub fn restore<R: Read>(reader: &TraceReader<R>) -> Result<Scheduler, ReplayErro
 /// An empty ledger for what a trace was recorded of.
 pub fn ledger_of(header: &Header, slo: impl Fn(ModelHandle) -> Duration) -> Ledger {
     let models = header.models.iter().enumerate().map(|(at, model)| (model.name.clone(), slo(ModelHandle(at as u16))));
-    Ledger::new(models, header.seats.len(), header.at)
+    Ledger::new(models, header.seats.iter().map(|seat| seat.group as usize), header.at)
 }
 
 /// The policy that a change in a trace says.
@@ -128,7 +128,8 @@ pub fn replay<R: Read>(reader: &mut TraceReader<R>, watch: &mut impl Watch) -> R
     let scheduler = restore(reader)?;
     let header = reader.header();
     let (at, before) = (header.at, header.decisions);
-    let ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+    let mut ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+    ledger.begin(&scheduler);
     let mut replay = Replay {
         ids: Vec::new(),
         members: Vec::new(),
@@ -290,7 +291,7 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.batches += 1;
-            self.ledger.sealed(&batch, &members);
+            self.ledger.sealed(&self.scheduler, &batch, &members);
             let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
             self.ledger.regret.sealed(batch.id, members.iter().map(shape));
             let seat = &self.scheduler.seats()[usize::from(batch.executor)];
@@ -301,7 +302,9 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
             }
         }
         self.members = members;
-        self.expire()
+        self.expire()?;
+        self.ledger.turned(self.now, &self.scheduler);
+        Ok(())
     }
 
     /// A batch that ran at once is the next in the trace, but for checkpoints.

@@ -318,11 +318,12 @@ impl<'a> World<'a> {
         recording: &'a Recording,
         settings: &'a [Setting],
         scheduler: Scheduler,
-        ledger: Ledger,
+        mut ledger: Ledger,
         seed: u64,
     ) -> World<'a> {
         let header = &recording.header;
         let devices = header.seats.iter().map(|seat| usize::from(seat.device) + 1).max().unwrap_or(0);
+        ledger.begin(&scheduler);
         let mut world = World {
             settings,
             ledger,
@@ -410,6 +411,7 @@ impl<'a> World<'a> {
             class: Class::from_priority(call.class),
             tenant: TenantId(call.tenant),
         };
+        self.ledger.came(call.at, self.scheduler.policy(arrival.model).group as usize);
         let outcome = self.scheduler.handle_arrival(self.now, arrival).map_err(|refusal| refusal.code);
         self.ledger.arrived(number as u64, call.at, &arrival, outcome);
         self.ids.push(outcome.unwrap_or(NO_TICKET));
@@ -464,13 +466,14 @@ impl<'a> World<'a> {
         self.expire();
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
-            self.ledger.sealed(&batch, &members);
+            self.ledger.sealed(&self.scheduler, &batch, &members);
             let shape = |id: &TicketId| self.scheduler.rows_and_len(*id);
             self.ledger.regret.sealed(batch.id, members.iter().map(shape));
             self.submit(batch);
         }
         self.members = members;
         self.expire();
+        self.ledger.turned(self.now, &self.scheduler);
     }
 
     fn submit(&mut self, batch: SealedBatch) {

@@ -236,6 +236,13 @@ impl CostModel {
         self.fit.work_time(work) * f64::from(self.corrections[octave(work.rows, work.mean_len())].0)
     }
 
+    /// Share of a batch's time that every batch takes, whatever is in it. 0 while nothing is known, and where predictions are
+    /// not to be trusted.
+    pub fn fixed_share(&self, work: Work) -> f64 {
+        let whole = self.fit.work_time(work);
+        if self.is_trusted() && whole > 0.0 { self.fit.batch / whole } else { 0.0 }
+    }
+
     pub fn predicted(&self, rows: u32, len: u32) -> Duration {
         Duration::from_nanos(self.predict(rows, len) as u64)
     }
