@@ -68,6 +68,7 @@ impl Worker {
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
+        let cells = finished.output.cells_computed;
         self.answers.send(&mut shared, &mut slot, result, [started_at, finished_at], service);
         if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
@@ -82,7 +83,8 @@ impl Worker {
             copied_at: finished_at,
             answered_at: clock::now(),
             computed_in: service,
-            ..Run::default()
+            uploaded_in: Duration::ZERO,
+            cells,
         };
         Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, run }
     }

@@ -419,6 +419,16 @@ mod tests {
     }
 
     #[test]
+    fn the_fixed_share_of_a_batch_is_what_is_left_of_an_empty_one() {
+        assert_eq!(CostModel::default().fixed_share(Work::padded(4, 32)), 0.0, "nothing is known");
+        let model = learned(5, 300, 0.05, Coefficients::PRIOR, TRUTH);
+        for work in [Work::padded(1, 8), Work::padded(32, 128)] {
+            let (share, truth) = (model.fixed_share(work), TRUTH.batch / TRUTH.work_time(work));
+            assert!((share / truth - 1.0).abs() < 0.25, "{work:?}: {share} for {truth}");
+        }
+    }
+
+    #[test]
     fn what_was_learned_goes_on_where_it_was() {
         let mut model = learned(5, 300, 0.05, Coefficients::PRIOR, TRUTH);
         let mut again = CostModel::resume(&model.learned()).expect("it was learned");

@@ -7,7 +7,7 @@
 //! | `useful` | computed cells that callers sent |
 //! | `padding_longest_row` | computed cells between a row's end and the longest row of its batch |
 //! | `padding_bucket` | computed cells between the longest row and the bucket |
-//! | `padding_rounding` | computed cells that the device adds: it computes in tiles |
+//! | `padding_rounding` | computed cells that the device adds: it computes in whole tiles, a processor in whole vectors |
 //! | `overhead_launch` | had a batch's fixed cost: asking a device, and what the cost model says every batch takes |
 //! | `overhead_copy` | waited for this batch's own copies, with nothing to compute meanwhile |
 //! | `idle_hold` | was idle: rows waited, and the scheduler held them back, for others to join or for another model's share |
