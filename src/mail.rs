@@ -23,7 +23,7 @@ use crate::scheduler::{Class, Compose, Policy, SealedBatch, TenantId};
 use crate::timeline::{BatchRecord, Ran};
 pub use crate::timeline::{DeviceTimes, Waited};
 use crate::trial;
-use crate::vocab::{ModelHandle, Moment, Refusal, TicketKey};
+use crate::vocab::{ModelHandle, Moment, Refusal, Run, TicketKey};
 
 /// An accepted request: read whole, checksum right, checked against its contract, in its shard's in-flight table.
 #[derive(Clone, Debug)]
@@ -258,6 +258,8 @@ pub struct Finished {
     pub service: Duration,
     /// When it ran, and how it ended.
     pub ran: Ran,
+    /// When it did what.
+    pub run: Run,
 }
 
 #[derive(Debug)]

@@ -432,6 +432,30 @@ impl SealReason {
     }
 }
 
+/// When an executor did what with a batch, on the server's clock. Each moment is at or after the one before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Run {
+    /// The batch was packed and sent.
+    pub packed_at: Moment,
+    /// The executor had it.
+    pub taken_at: Moment,
+    /// The executor had all the memory that it needed for it, and began to ask its device.
+    pub asked_at: Moment,
+    /// Computing began, and ended.
+    pub began_at: Moment,
+    pub ended_at: Moment,
+    /// The answers were in the host's memory.
+    pub copied_at: Moment,
+    /// The answers were mailed, and the executor had nothing more to do for it.
+    pub answered_at: Moment,
+    /// Time that its upload took.
+    pub uploaded_in: Duration,
+    /// Time that was computed between `began_at` and `ended_at`.
+    pub computed_in: Duration,
+    /// Cells that were computed, with those that a device adds; 0: it adds none.
+    pub cells: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -24,6 +24,7 @@ use ferry::mailbox::mailbox;
 use ferry::replay::exact::{self, Verified};
 use ferry::replay::whatif::{Recording, Setting};
 use ferry::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
+use ferry::telemetry::waterfall;
 use ferry::telemetry::{ModelLabels, Telemetry};
 use ferry::vocab::{DType, ModelHandle, Moment, TicketKey};
 use ferry::wire::Kind;
@@ -180,6 +181,19 @@ fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
         assert!(regret["worst_interval"]["device_ms_used"].as_f64().expect("a number") <= used, "{regret}");
     };
     is_regret(&value["regret"]);
+    // The executors' time is accounted for, but for batches that still ran when the trace ended.
+    let is_waterfall = |run: &serde_json::Value| {
+        let sum = |parts: &serde_json::Value| -> f64 {
+            parts.as_object().expect("parts").values().map(|seconds| seconds.as_f64().expect("a number")).sum()
+        };
+        let executors = run["waterfall"]["executors"].as_array().expect("a list");
+        let (span, busy) = (run["seconds"].as_f64().expect("a number"), run["executors_busy_seconds"].as_array());
+        assert_eq!(Some(executors.len()), busy.map(Vec::len));
+        for executor in executors {
+            let (all, useful) = (sum(&executor["seconds"]), executor["seconds"]["useful"].as_f64().expect("a number"));
+            assert!(0.0 < useful && useful < all && all <= span + 1e-6, "{all} s in {span} s: {executor:#}");
+        }
+    };
     // Up to the last bit, which reading a number from JSON may change.
     let used: Duration = verified.report.regret.total.used;
     let said = value["regret"]["device_ms_used"].as_f64().expect("a number");
@@ -192,6 +206,7 @@ fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("one JSON document");
     for run in ["recorded", "simulated", "changed"] {
         is_regret(&value["runs"][run]["regret"]);
+        is_waterfall(&value["runs"][run]);
         let models = value["runs"][run]["models"].as_object().expect("models");
         let requests: u64 = models.values().map(|model| model["requests"].as_u64().expect("a count")).sum();
         assert_eq!(requests, arrivals, "{run}: {value:#}");
@@ -206,7 +221,9 @@ fn a_captured_server_is_replayed_decision_for_decision_and_what_if_answers() {
     assert!(rows > 0.0 && rows <= 2.0, "{rows}");
     let shown = ferry(&["replay", text_of(&trace), "--what-if"]);
     let shown = String::from_utf8_lossy(&shown.stdout).into_owned();
-    assert!(shown.contains("tiny_bert") && shown.contains("recorded") && shown.contains("p99.9"), "{shown}");
+    for word in ["tiny_bert", "recorded", "p99.9", "time of executors", "time of inline batches", "idle_empty"] {
+        assert!(shown.contains(word), "{word}: {shown}");
+    }
     println!("{shown}");
 
     // A cut off file, a damaged one, another one, a setting that cannot be.
@@ -246,10 +263,12 @@ fn longer_windows_make_larger_batches() {
         };
         let (first, second) = (model(&report), model(&again));
         assert_eq!((first.batches, first.latency), (second.batches, second.latency), "equal seeds, equal runs");
-        first.rows as f64 / first.batches as f64
+        assert_eq!(report.waterfall, again.waterfall);
+        (first.rows as f64 / first.batches as f64, report.waterfall[0].1.get(waterfall::Part::IdleHold))
     };
-    let means = ["0", "2000", "50000"].map(rows);
+    let (means, holds): (Vec<f64>, Vec<u64>) = ["0", "2000", "50000"].map(rows).into_iter().unzip();
     assert!(means.is_sorted() && means[2] > 1.2 * means[0], "{means:?}");
+    assert!(holds.is_sorted() && holds[2] > holds[0], "executors are kept idle for it: {holds:?}");
 }
 
 #[test]

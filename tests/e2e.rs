@@ -32,3 +32,5 @@ mod recorder;
 mod shadow;
 #[path = "e2e/trial.rs"]
 mod trial;
+#[path = "e2e/waterfall.rs"]
+mod waterfall;

@@ -66,11 +66,12 @@ const ALLOWED: &[(&str, &[&str])] = &[
     // A capture that nobody keeps, given to the scheduler in virtual time beside the one that serves.
     ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),
     ("client", &["clock", "contract", "vocab", "wire"]),
-    ("replay", &["capture", "load", "scheduler", "vocab"]),
+    // Where executors' time goes is told by one module, whoever asks.
+    ("replay", &["capture", "load", "scheduler", "telemetry", "vocab"]),
     // It chooses among what replays say of a policy; who runs them, and who measures, is the command.
     ("tune", &["replay", "scheduler", "vocab"]),
-    // The product that it measures a machine by.
-    ("load", &["client", "clock", "contract", "executor", "gpu", "kernels", "vocab", "wire"]),
+    // The product that it measures a machine by; the names of the parts of executors' time.
+    ("load", &["client", "clock", "contract", "executor", "gpu", "kernels", "telemetry", "vocab", "wire"]),
 ];
 
 fn files_of(room: &str) -> Vec<PathBuf> {

@@ -6,10 +6,12 @@
 //!
 //! Elsewhere: what to do (scheduler), who answers (scatter.rs, frontend).
 
+mod accounts;
 mod flights;
 mod keeping;
 mod live;
 mod recorder;
+mod times;
 mod trial;
 mod waits;
 
@@ -29,11 +31,13 @@ use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId
 use crate::telemetry::Telemetry;
 use crate::trial::Outcome;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
+use accounts::Accounts;
 use flights::Flights;
 use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
 use recorder::{Recorder, Tap};
+use times::Times;
 use waits::Waits;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
@@ -91,6 +95,8 @@ pub struct Batcher<O> {
     kept: Kept,
     /// Who records: a capture, the shadow schedulers, both or, mostly, nobody.
     recorders: Vec<Recorder>,
+    times: Times,
+    accounts: Accounts,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -115,6 +121,8 @@ impl<O: Outlet> Batcher<O> {
         let vacant = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
         let batcher = Batcher {
             live: Live::new(&scheduler, forms.len()),
+            times: Times::new(&scheduler, Arc::clone(&telemetry)),
+            accounts: Accounts::new(Arc::clone(&telemetry)),
             scheduler,
             outlet,
             forms,
@@ -167,8 +175,14 @@ impl<O: Outlet> Batcher<O> {
         }
     }
 
+    /// The executors' time is accounted for from now on. At the first turn at the latest.
+    pub fn begin(&mut self, now: Moment) {
+        self.times.begin(now);
+    }
+
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
+        self.begin(now);
         self.conduct_trial(now);
         for recorder in &mut self.recorders {
             recorder.turn(now, self.scheduler.log());
@@ -182,8 +196,10 @@ impl<O: Outlet> Batcher<O> {
         self.publish();
         self.dump(now);
         self.audit(now);
+        let asked_again = self.scheduler.poll_timeout(now);
+        self.times.turned(now, self.scheduler.waits(), asked_again);
         let trial = self.live.trial.as_ref().map(|running| running.trial.next(now));
-        let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_recorders(now), trial];
+        let wakes = [asked_again, self.flights.next(), self.settle_recorders(now), trial];
         wakes.into_iter().flatten().min()
     }
 
@@ -246,6 +262,11 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_burst(&mut self, now: Moment, burst: Burst) {
+        if let Some(first) = burst.arrivals.first()
+            && first.model.index() < self.forms.len()
+        {
+            self.times.came(self.scheduler.policy(first.model).group as usize, first.received_at);
+        }
         for request in burst.arrivals {
             self.admit(now, request);
         }
@@ -374,6 +395,8 @@ impl<O: Outlet> Batcher<O> {
             recorder.finished(now, done, self.scheduler.log());
         }
         self.note_ran(now, &finished);
+        let took = self.times.finished(&finished);
+        self.accounts.finished(finished.batch.id, took);
         self.vacant[finished.executor].push(finished.slot);
         self.flights.finish(finished.batch.id);
         if let Some(running) = &mut self.live.trial {
@@ -436,7 +459,9 @@ impl<O: Outlet> Batcher<O> {
         let metrics = self.telemetry.model(batch.model);
         let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|held| held.request.len);
         let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
-        metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, batch.cells_real, batch.cells_padded());
+        let (real, padded) = (batch.cells_real, batch.cells_padded());
+        let cells = metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, real, padded);
+        self.times.sealed(&batch, cells, self.scheduler.cost(batch.model).fixed_share(batch.work()));
         let form = &self.forms[batch.model.index()];
         {
             let (held, scheduler, waits) = (&self.held, &self.scheduler, &self.waits);
@@ -451,6 +476,8 @@ impl<O: Outlet> Batcher<O> {
                 Row { request: &held.request, admitted_at, waited }
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
+            let charged = rows.clone().map(|row| (row.request.tenant, row.request.rows, row.request.len));
+            self.accounts.sealed(&batch, charged);
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
             self.kept.sealed(&batch, rows.clone());
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
@@ -545,6 +572,7 @@ const MESSAGES_PER_TURN: usize = 64;
 /// Runs turns until [`ToBatcher::Stop`], or until all senders are gone.
 pub fn run_thread<O: Outlet>(mut batcher: Batcher<O>, mailbox: Receiver<ToBatcher>, spin: Duration) {
     let mut wake_at = None;
+    batcher.begin(clock::now());
     loop {
         let mut next = match mailbox.recv_until(wake_at, spin) {
             Received::Message(message) => Some(message),

@@ -67,7 +67,7 @@ struct ModelList {
 }
 
 /// The server's counters since its start. What happened in a while is the difference of two of these.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ServerStats {
     pub uptime_us: u64,
@@ -77,6 +77,23 @@ pub struct ServerStats {
     pub outcomes: std::collections::BTreeMap<String, u64>,
     pub models: std::collections::BTreeMap<String, ModelStats>,
     pub executors: Vec<ExecutorStats>,
+    pub waterfall: WaterfallStats,
+}
+
+/// Where the executors' time went.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WaterfallStats {
+    pub executors: Vec<ExecutorTime>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ExecutorTime {
+    /// It is the batcher's own thread.
+    pub inline: bool,
+    /// By part. They add up to the executor's time.
+    pub seconds: std::collections::BTreeMap<String, f64>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

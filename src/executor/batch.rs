@@ -144,6 +144,8 @@ pub struct BatchOutput {
     pub outputs: Vec<AlignedBytes>,
     /// Rows that failed alone. Their mates are answered all the same.
     pub row_errors: Vec<RowError>,
+    /// Cells that were computed, where the model computes more than the batch has; 0: no more than that.
+    pub cells_computed: u64,
     pub layout: Layout,
     pub rows: u32,
     pub padded_len: u32,
@@ -172,6 +174,7 @@ impl BatchOutput {
             }
         }
         self.row_errors.clear();
+        self.cells_computed = 0;
         if self.outputs.len() < contract.outputs.len() {
             self.outputs.resize_with(contract.outputs.len(), AlignedBytes::default);
         }

@@ -34,7 +34,7 @@ use crate::mail::{DeviceTimes, Finished, FinishedBatch, ToBatcher};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::SealedBatch;
 use crate::timeline::Ran;
-use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run, SealReason};
 
 /// What a model computes on a device, and how large its batches may be.
 #[derive(Debug)]
@@ -134,7 +134,10 @@ pub struct Completion<D: Driver> {
 
 struct Flight<D: Driver> {
     batch: InFlight<D, Whole>,
+    taken_at: Moment,
     asked_at: Moment,
+    /// Cells that the device computes.
+    cells: u64,
     watched: Option<Watched>,
 }
 
@@ -308,6 +311,7 @@ impl<D: Driver> DeviceWorker<D> {
 
     /// Takes a batch on. `Some` when it ended here: it ran on the processor, in pieces, or not at all.
     pub fn take(&mut self, slot: FilledSlot) -> Option<Finished> {
+        let taken_at = clock::now();
         while let Ok(landed) = self.landed.try_recv() {
             self.land(landed);
         }
@@ -318,7 +322,7 @@ impl<D: Driver> DeviceWorker<D> {
         let finished = Arc::get_mut(&mut readback).expect("taken because nobody else holds it");
         self.answers.prepare(finished, &slot);
         if let Some(fault) = self.lost.clone() {
-            return Some(self.end(slot, readback, Err(refuse(&fault)), clock::now(), Duration::ZERO));
+            return Some(self.end(slot, readback, Err(refuse(&fault)), [taken_at, clock::now()], Duration::ZERO));
         }
         let staging = slot.staging();
         let batch = Bounds::of(&staging.lens);
@@ -328,11 +332,14 @@ impl<D: Driver> DeviceWorker<D> {
             && staging.inputs[..inputs].iter().all(|input| input.device().is_some())
             && finished.output.outputs.first().is_some_and(|output| output.device().is_some());
         if !(fits && in_place) {
-            return Some(self.run_in_pieces(slot, readback));
+            return Some(self.run_in_pieces(slot, readback, taken_at));
         }
         let vacant = match self.take_vacant() {
             Ok(vacant) => vacant,
-            Err(fault) => return Some(self.end(slot, readback, Err(refuse(&fault)), clock::now(), Duration::ZERO)),
+            Err(fault) => {
+                let times = [taken_at, clock::now()];
+                return Some(self.end(slot, readback, Err(refuse(&fault)), times, Duration::ZERO));
+            }
         };
         let asked_at = clock::now();
         let watched = self.watch_row(&slot, &readback);
@@ -340,7 +347,8 @@ impl<D: Driver> DeviceWorker<D> {
         let encoder = self.encoders[model.index()].as_ref().expect("looked at above");
         match vacant.fill(held).submit(&mut self.driver, |driver, buffers| encoder.compute(driver, buffers, batch)) {
             Ok(in_flight) => {
-                let sent = self.flights.send(Flight { batch: in_flight, asked_at, watched });
+                let cells = encoder::bucket(batch.tokens) as u64;
+                let sent = self.flights.send(Flight { batch: in_flight, taken_at, asked_at, cells, watched });
                 assert!(sent.is_ok(), "the waiting half outlives the asking one");
                 None
             }
@@ -349,10 +357,10 @@ impl<D: Driver> DeviceWorker<D> {
                 self.watching &= watched.is_none();
                 match fault {
                     // The device is as it was; less at a time may do.
-                    Fault::OutOfMemory { .. } => Some(self.run_in_pieces(slot, finished)),
+                    Fault::OutOfMemory { .. } => Some(self.run_in_pieces(slot, finished, taken_at)),
                     fault => {
                         self.note(&fault);
-                        Some(self.end(slot, finished, Err(refuse(&fault)), asked_at, Duration::ZERO))
+                        Some(self.end(slot, finished, Err(refuse(&fault)), [taken_at, asked_at], Duration::ZERO))
                     }
                 }
             }
@@ -459,18 +467,30 @@ impl<D: Driver> DeviceWorker<D> {
         mut slot: FilledSlot,
         mut readback: Arc<FinishedBatch>,
         result: Result<(), Failure>,
-        started_at: Moment,
+        [taken_at, started_at]: [Moment; 2],
         service: Duration,
     ) -> Finished {
         let batch = slot.batch;
-        let mut ran = Ran::new(started_at, clock::now(), None, service);
+        let ended_at = clock::now();
+        let mut ran = Ran::new(started_at, ended_at, None, service);
         self.answers.send(&mut readback, &mut slot, result, &mut ran);
         self.readbacks.push(readback);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran }
+        let run = Run {
+            packed_at: slot.packed_at,
+            taken_at,
+            asked_at: started_at,
+            began_at: started_at,
+            ended_at,
+            copied_at: ended_at,
+            answered_at: clock::now(),
+            computed_in: service,
+            ..Run::default()
+        };
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
     }
 
     /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
-    fn run_in_pieces(&mut self, slot: FilledSlot, mut readback: Arc<FinishedBatch>) -> Finished {
+    fn run_in_pieces(&mut self, slot: FilledSlot, mut readback: Arc<FinishedBatch>, taken_at: Moment) -> Finished {
         let started_at = clock::now();
         let finished = Arc::get_mut(&mut readback).expect("taken because nobody else holds it");
         let view = view_of(slot.staging(), &finished.contract, &slot.batch);
@@ -479,7 +499,7 @@ impl<D: Driver> DeviceWorker<D> {
             Ok(service) => (Ok(()), service),
             Err(fault) => (Err(refuse(&fault)), Duration::ZERO),
         };
-        self.end(slot, readback, result, started_at, service)
+        self.end(slot, readback, result, [taken_at, started_at], service)
     }
 
     /// Says how long the device computed.
@@ -653,14 +673,17 @@ impl<D: Driver> Completion<D> {
     fn complete(&mut self, flight: Flight<D>) {
         let waited = flight.batch.wait();
         let finished_at = clock::now();
-        let (result, service, before_done, vacant, held) = match waited {
+        let (result, service, before_done, [uploaded_in, read_in], vacant, held) = match waited {
             Ok(complete) => {
                 let (service, before_done) = (complete.computed_in(), complete.before_done());
+                let copied_in = complete.copied_in();
                 let (vacant, held) = Complete::vacate(complete);
                 let result = service.as_ref().map(drop).map_err(Fault::clone);
-                (result, service.unwrap_or_default(), before_done.ok(), Some(vacant), held)
+                (result, service.unwrap_or_default(), before_done.ok(), copied_in, Some(vacant), held)
             }
-            Err(Failed { fault, held, vacant }) => (Err(fault), Duration::ZERO, None, vacant, held),
+            Err(Failed { fault, held, vacant }) => {
+                (Err(fault), Duration::ZERO, None, [Duration::ZERO; 2], vacant, held)
+            }
         };
         let lost = result.as_ref().err().filter(|fault| fault.is_lost()).cloned();
         if let Some(fault) = &lost
@@ -683,9 +706,23 @@ impl<D: Driver> Completion<D> {
         let result = result.map_err(|fault| refuse(&fault));
         let mut ran = Ran::new(started_at, finished_at, device, service);
         self.answers.send(&mut finished, &mut slot, result, &mut ran);
+        // The device's clock has no moments in common with the host's, but for this one: all was done when it was heard of.
+        let ended_at = (finished_at - read_in).max(flight.asked_at);
+        let run = Run {
+            packed_at: slot.packed_at,
+            taken_at: flight.taken_at,
+            asked_at: flight.asked_at,
+            began_at: (ended_at - service).max(flight.asked_at),
+            ended_at,
+            copied_at: finished_at,
+            answered_at: clock::now(),
+            uploaded_in,
+            computed_in: service,
+            cells: flight.cells,
+        };
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
-        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran };
+        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }
 }

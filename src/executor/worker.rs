@@ -15,7 +15,7 @@ use crate::scatter;
 use crate::scheduler::SealedBatch;
 use crate::telemetry::Telemetry;
 use crate::timeline::{self, Ran};
-use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
@@ -69,13 +69,26 @@ impl Worker {
         let result = self.executor.run(batch.model, view, &mut finished.output);
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
+        let cells = finished.output.cells_computed;
         let mut ran = Ran::new(started_at, finished_at, None, service);
         self.answers.send(&mut shared, &mut slot, result, &mut ran);
         if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran }
+        let run = Run {
+            packed_at: slot.packed_at,
+            taken_at: started_at,
+            asked_at: started_at,
+            began_at: started_at,
+            ended_at: finished_at,
+            copied_at: finished_at,
+            answered_at: clock::now(),
+            computed_in: service,
+            uploaded_in: Duration::ZERO,
+            cells,
+        };
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
     }
 
     /// After the answers are on their way.

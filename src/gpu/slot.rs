@@ -109,6 +109,7 @@ pub struct Buffers<D: Driver> {
     pub inputs: Vec<D::Memory>,
     pub outputs: Vec<D::Memory>,
     table_host: Box<dyn HostMemory>,
+    begun: D::Event,
     uploaded: D::Event,
     started: D::Event,
     computed: D::Event,
@@ -157,6 +158,7 @@ impl<D: Driver> Vacant<D> {
             inputs: all(&capacity.inputs)?,
             outputs: all(&capacity.outputs)?,
             table_host: driver.host_memory(table_bytes, HostUse::Upload)?,
+            begun: driver.event()?,
             uploaded: driver.event()?,
             started: driver.event()?,
             computed: driver.event()?,
@@ -207,6 +209,7 @@ impl<D: Driver, T: Held> Filled<D, T> {
     ) -> Result<(), Fault> {
         let Filled { buffers, held } = self;
         let table_bytes = Table::len(held.lens().len()) * size_of::<i32>();
+        driver.record(Queue::Upload, &buffers.begun)?;
         driver.upload(&*buffers.table_host, 0, Span::of(&buffers.table).part(0, table_bytes))?;
         for (index, memory) in buffers.inputs.iter().enumerate() {
             if let Some((from, bytes)) = held.input(index) {
@@ -275,6 +278,12 @@ impl<D: Driver, T> Complete<D, T> {
     pub fn before_done(&self) -> Result<(Duration, Duration), Fault> {
         let Buffers { uploaded, computed, done, .. } = &*self.buffers;
         Ok((done.since(uploaded)?, done.since(computed)?))
+    }
+
+    /// How long its copies took, up and back. Known where the device's clock can say it.
+    pub fn copied_in(&self) -> [Duration; 2] {
+        let buffers = &self.buffers;
+        [buffers.uploaded.since(&buffers.begun), buffers.done.since(&buffers.computed)].map(Result::unwrap_or_default)
     }
 
     pub fn vacate(self) -> (Vacant<D>, T) {

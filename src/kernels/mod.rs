@@ -20,7 +20,7 @@ pub mod math;
 pub mod product;
 pub mod rows;
 
-use pulp::Arch;
+use pulp::{Arch, Simd, WithSimd};
 
 /// The best instruction set of this processor. Cheap: it is looked up once.
 pub fn arch() -> Arch {
@@ -38,6 +38,21 @@ pub fn archs() -> Vec<Arch> {
         archs.push(Arch::Scalar);
     }
     archs
+}
+
+/// Places that are computed for so many tokens: they come in whole vectors.
+pub fn places(arch: Arch, tokens: usize) -> usize {
+    struct Lanes;
+
+    impl WithSimd for Lanes {
+        type Output = usize;
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) -> usize {
+            S::F32_LANES
+        }
+    }
+    tokens.next_multiple_of(arch.dispatch(Lanes))
 }
 
 #[cfg(test)]

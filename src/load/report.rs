@@ -10,9 +10,11 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::client::ServerStats;
+use crate::telemetry::waterfall::{PARTS, Part, bars};
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -96,6 +98,41 @@ pub struct ServerReport {
     pub executor_busy: f64,
     pub batches: u64,
     pub batch_rows_mean: f64,
+    /// Of the executors that are threads of their own: the share of each part of their time. `null` where the server did not
+    /// say.
+    pub waterfall: Option<Shares>,
+    /// Of the batches that ran on the batcher's own thread. `null` where no model runs there.
+    pub waterfall_inline: Option<Shares>,
+}
+
+/// Shares of a time, in the order of [`PARTS`]. They add up to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shares(pub [f64; PARTS.len()]);
+
+impl Serialize for Shares {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(PARTS.len()))?;
+        PARTS.iter().zip(self.0).try_for_each(|(name, share)| map.serialize_entry(name, &share))?;
+        map.end()
+    }
+}
+
+impl Shares {
+    /// Of the time between two snapshots, summed over the executors that run on the batcher's thread, or over the others.
+    fn between(before: &ServerStats, after: &ServerStats, inline: bool) -> Option<Shares> {
+        let sum = |stats: &ServerStats, part: &str| -> f64 {
+            let mine = stats.waterfall.executors.iter().filter(|executor| executor.inline == inline);
+            mine.filter_map(|executor| executor.seconds.get(part)).sum()
+        };
+        let seconds = PARTS.map(|part| (sum(after, part) - sum(before, part)).max(0.0));
+        let all: f64 = seconds.iter().sum();
+        (all > 0.0).then(|| Shares(seconds.map(|part| part / all)))
+    }
+
+    /// Share that batches took.
+    fn of_batches(&self) -> f64 {
+        Part::ALL.into_iter().filter(|part| part.is_of_a_batch()).map(|part| self.0[part as usize]).sum()
+    }
 }
 
 impl ServerReport {
@@ -121,6 +158,8 @@ impl ServerReport {
             executor_busy: ratio(busy(after).saturating_sub(busy(before)), elapsed * executors),
             batches,
             batch_rows_mean: ratio(rows, batches),
+            waterfall: Shares::between(before, after, false),
+            waterfall_inline: Shares::between(before, after, true),
         }
     }
 }
@@ -187,6 +226,18 @@ impl Report {
                     server.executor_busy * 100.0
                 ),
             );
+            let (threads, inline) = (server.waterfall, server.waterfall_inline);
+            let ran = |shares: &Option<Shares>| shares.is_some_and(|shares| shares.of_batches() > 0.0);
+            // Where something ran; where nothing did, at least why.
+            let shown = [
+                ("executors", threads.filter(|_| ran(&threads) || !ran(&inline))),
+                ("inline", inline.filter(|_| ran(&inline))),
+            ];
+            for (name, shares) in shown.into_iter().filter_map(|(name, shares)| Some((name, shares?))) {
+                for (at, bar) in bars(&shares.0).into_iter().enumerate() {
+                    line(if at == 0 { name } else { "" }, bar);
+                }
+            }
         }
         if self.verified > 0 {
             line("verified", format!("{} answers, {} wrong", self.verified, self.mismatches));
@@ -252,7 +303,7 @@ pub fn duration_text(micros: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::client::session::{ExecutorStats, ModelStats};
+    use crate::client::session::{ExecutorStats, ExecutorTime, ModelStats};
 
     #[test]
     fn the_servers_side_is_the_difference_of_two_snapshots() {
@@ -280,10 +331,31 @@ mod tests {
                 padding_waste: 0.25,
                 executor_busy: 0.25,
                 batches: 10,
-                batch_rows_mean: 8.0
+                batch_rows_mean: 8.0,
+                waterfall: None,
+                waterfall_inline: None
             }
         );
         assert_eq!(ServerReport::between(&after, &after, "m"), ServerReport::default(), "an idle server divides by 0");
+    }
+
+    #[test]
+    fn the_waterfall_is_of_the_measured_time_and_of_executors_that_are_threads() {
+        let stats = |useful: f64, empty: f64| {
+            let executor = |inline: bool, times: f64| ExecutorTime {
+                inline,
+                seconds: [("useful".to_owned(), times * useful), ("idle_empty".to_owned(), empty)].into(),
+            };
+            let executors = vec![executor(false, 1.0), executor(false, 0.0), executor(true, 2.0)];
+            ServerStats { waterfall: crate::client::session::WaterfallStats { executors }, ..ServerStats::default() }
+        };
+        let report = ServerReport::between(&stats(10.0, 10.0), &stats(12.0, 13.0), "m");
+        let shares = report.waterfall.expect("time passed");
+        assert_eq!((shares.0[0], shares.0[11]), (0.25, 0.75), "2 of 5 s, and 0 of 3");
+        assert_eq!(report.waterfall_inline.map(|shares| shares.0[0]), Some(4.0 / 7.0));
+        let json = serde_json::to_value(report).expect("plain data");
+        assert_eq!(json["waterfall"]["idle_empty"], 0.75);
+        assert_eq!(json["waterfall"].as_object().expect("an object").len(), PARTS.len());
     }
 
     #[test]

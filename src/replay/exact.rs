@@ -135,7 +135,8 @@ pub fn replay<R: Read>(reader: &mut TraceReader<R>, watch: &mut impl Watch) -> R
     let scheduler = restore(reader)?;
     let header = reader.header();
     let (at, before) = (header.at, header.decisions);
-    let ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+    let mut ledger = ledger_of(header, |model| scheduler.policy(model).slo);
+    ledger.begin(&scheduler);
     let ledger = if watch.wants_regret() { ledger } else { ledger.without_regret() };
     let mut replay = Replay {
         ids: Vec::new(),
@@ -298,7 +299,7 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
             self.batches += 1;
-            self.ledger.sealed(&batch, &members);
+            self.ledger.sealed(&self.scheduler, &batch, &members);
             let member = |id: &TicketId| {
                 let (rows, len) = self.scheduler.rows_and_len(*id);
                 regret::Member { rows, len, at: self.scheduler.admitted_at(*id) }
@@ -312,7 +313,9 @@ impl<R: Read, W: Watch> Replay<'_, R, W> {
             }
         }
         self.members = members;
-        self.expire()
+        self.expire()?;
+        self.ledger.turned(self.now, &self.scheduler);
+        Ok(())
     }
 
     /// A batch that ran at once is the next in the trace, but for checkpoints.

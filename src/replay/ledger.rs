@@ -5,8 +5,15 @@
 //!
 //! Always true
 //! - Every arrival ends in one of: answered, refused, expired, cancelled, unfinished.
+//! - Where the executors' time went adds up to the run's, but for a batch that still runs at its end.
 //! - On time is: answered by its deadline; without one, within the model's `slo_ms` as it was recorded. Judged are all but
 //!   the cancelled and those whose time was not over when the trace ended.
+
+//!
+//! What a replay knows of the executors' time is when batches were sealed, how long they took, and when the batcher heard of
+//! them: a batch begins when it is sealed or when the one before it ends, and whatever else lies between its seal and its being
+//! heard of (packing, copies, scatter, messages) is `idle_mailbox`. It cannot know a device's rounding, nor what waited before it
+//! reached the batcher.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,8 +21,9 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 
 use super::regret::{self, Account, Regret};
-use crate::scheduler::{Arrival, Group, SealedBatch, TicketId};
-use crate::vocab::{Code, ModelHandle, Moment, SealReason};
+use crate::scheduler::{Arrival, Group, Scheduler, SealedBatch, TicketId};
+use crate::telemetry::waterfall::{Cells, Parts, Waterfall};
+use crate::vocab::{Code, ModelHandle, Moment, Run, SealReason};
 
 /// One model's part.
 #[derive(Clone, Debug)]
@@ -152,6 +160,8 @@ pub struct Report {
     /// Of the replayed: batches whose shape was so unlike all recorded ones that their time is a guess.
     pub guessed: u64,
     pub regret: Regret,
+    /// By executor: whether it is the batcher's own thread, and where its time went.
+    pub waterfall: Vec<(bool, Parts)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -177,26 +187,35 @@ pub struct Ledger {
     begin: Moment,
     /// By ticket.
     waiting: Vec<Option<Call>>,
-    /// By batch; as many as executors hold.
-    running: Vec<(u64, Vec<Call>)>,
+    /// By batch; as many as executors hold. When it was sealed, and its calls.
+    running: Vec<(u64, Moment, Vec<Call>)>,
     spare: Vec<Vec<Call>>,
     /// By model, tenant, class and length: number and deadline of the last that came of those that were sealed.
     sealed_last: BTreeMap<(u16, u16, u8, u32), (u64, Moment)>,
+    /// By executor: its group.
+    groups: Vec<usize>,
+    times: Waterfall,
     pub guessed: u64,
     pub regret: Account,
 }
+
+/// The group of executors that are the batcher's own thread.
+const INLINE: usize = crate::scheduler::Group::Inline as usize;
 
 impl Ledger {
     /// `executors`: the group of each.
     pub fn new(models: impl IntoIterator<Item = (String, Duration)>, executors: &[Group], begin: Moment) -> Ledger {
         let (models, slos): (Vec<_>, Vec<_>) =
             models.into_iter().map(|(name, slo)| (ModelReport::new(name), slo)).unzip();
+        let groups: Vec<usize> = executors.iter().map(|group| *group as usize).collect();
         Ledger {
+            times: Waterfall::new(begin, groups.iter().copied()),
             regret: Account::new(models.len(), executors, begin, regret::EVERY),
             strict: vec![false; models.len()],
             models,
             slos,
-            busy: vec![Duration::ZERO; executors.len()],
+            busy: vec![Duration::ZERO; groups.len()],
+            groups,
             begin,
             waiting: Vec::new(),
             running: Vec::new(),
@@ -272,7 +291,7 @@ impl Ledger {
 
     /// A request was cancelled whose batch may be running: its answer goes nowhere.
     pub fn cancelled_late(&mut self, number: u64) {
-        for (_, calls) in &mut self.running {
+        for (.., calls) in &mut self.running {
             if let Some(at) = calls.iter().position(|call| call.number == number) {
                 let call = calls.swap_remove(at);
                 self.models[call.model.index()].cancelled += 1;
@@ -289,7 +308,31 @@ impl Ledger {
         }
     }
 
-    pub fn sealed(&mut self, batch: &SealedBatch, members: &[TicketId]) {
+    /// The scheduler stands where a run begins: its executors may hold batches, of which nothing is known but that.
+    pub fn begin(&mut self, scheduler: &Scheduler) {
+        for (executor, seat) in scheduler.seats().iter().enumerate() {
+            for running in &seat.running {
+                self.times.sealed(self.begin, executor, running.batch, Cells::default(), 0.0);
+            }
+        }
+    }
+
+    /// Something came at `at` for a model of this group, and was given to the scheduler later.
+    pub fn came(&mut self, at: Moment, group: usize) {
+        self.times.came(group, at);
+    }
+
+    /// The scheduler was asked for all that it had, at `now`.
+    pub fn turned(&mut self, now: Moment, scheduler: &Scheduler) {
+        self.times.turn(now, scheduler.waits(), scheduler.poll_timeout(now));
+    }
+
+    /// The scheduler has just sealed a batch.
+    pub fn sealed(&mut self, scheduler: &Scheduler, batch: &SealedBatch, members: &[TicketId]) {
+        let longest = members.iter().map(|id| scheduler.rows_and_len(*id).1).max().unwrap_or(0);
+        let cells = Cells::of(batch.rows, longest, batch.cells_real, batch.cells_padded());
+        let fixed = scheduler.cost(batch.model).fixed_share(batch.work());
+        self.times.sealed(batch.sealed_at, usize::from(batch.executor), batch.id, cells, fixed);
         let model = &mut self.models[batch.model.index()];
         model.batches += 1;
         model.rows += u64::from(batch.rows);
@@ -312,14 +355,27 @@ impl Ledger {
             let last = self.sealed_last.entry(key(call)).or_insert((call.number, call.due));
             *last = (*last).max((call.number, call.due));
         }
-        self.running.push((batch.id, calls));
+        self.running.push((batch.id, batch.sealed_at, calls));
     }
 
     /// A batch came back at `now`, after `service` of its executor.
     pub fn finished(&mut self, now: Moment, batch: u64, executor: usize, service: Duration) {
         self.busy[executor] += service;
-        let Some(at) = self.running.iter().position(|(id, _)| *id == batch) else { return };
-        let (_, mut calls) = self.running.swap_remove(at);
+        let at = self.running.iter().position(|(id, ..)| *id == batch);
+        let sealed_at = at.map_or(self.begin, |at| self.running[at].1);
+        let began_at = sealed_at.max(self.times.view(executor).until).min(now);
+        let ended_at = (began_at + service).min(now);
+        let run = Run {
+            taken_at: began_at,
+            asked_at: began_at,
+            began_at,
+            ended_at,
+            computed_in: ended_at.since(began_at),
+            ..Run::default()
+        };
+        self.times.finished(executor, batch, &run);
+        let Some(at) = at else { return };
+        let (.., mut calls) = self.running.swap_remove(at);
         for call in calls.drain(..) {
             let model = &mut self.models[call.model.index()];
             model.answered += 1;
@@ -332,7 +388,7 @@ impl Ledger {
 
     /// Closes the books when the trace ends.
     pub fn close(mut self, end: Moment, decisions: u64) -> Report {
-        let running = self.running.drain(..).flat_map(|(_, calls)| calls);
+        let running = self.running.drain(..).flat_map(|(.., calls)| calls);
         for call in self.waiting.drain(..).flatten().chain(running) {
             let model = &mut self.models[call.model.index()];
             model.unfinished += 1;
@@ -342,14 +398,17 @@ impl Ledger {
         }
         let span = end.since(self.begin);
         let regret = self.regret.close();
-        Report { models: self.models, busy: self.busy, span, decisions, guessed: self.guessed, regret }
+        let parts = |(at, group): (usize, &usize)| (*group == INLINE, self.times.view(at).extended(end).parts);
+        let waterfall = self.groups.iter().enumerate().map(parts).collect();
+        Report { models: self.models, busy: self.busy, span, decisions, guessed: self.guessed, regret, waterfall }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::scheduler::{Class, TenantId};
+    use crate::scheduler::{Buckets, Class, Group, Policy, QueueLimits, SeatSpec, TenantId};
+    use crate::telemetry::waterfall::Part;
     use crate::vocab::Layout;
 
     fn arrival(deadline: Option<Moment>) -> Arrival {
@@ -378,9 +437,22 @@ mod tests {
 
     const MS: u64 = 1_000_000;
 
+    /// With tickets of length 8, as the ledger's are.
+    fn scheduler() -> Scheduler {
+        let policy = Policy::new(8, 80, Buckets::new(&[10]).expect("ascending"));
+        let seats = SeatSpec::separate(Group::Executors, 1, 2);
+        let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy], &seats);
+        for ticket in 0..7 {
+            let id = scheduler.handle_arrival(Moment(0), arrival(None)).expect("there is room");
+            assert_eq!(id, TicketId(ticket));
+        }
+        scheduler
+    }
+
     #[test]
     fn who_runs_behind_a_later_one_of_its_kind_was_overtaken_unless_that_was_more_urgent() {
         let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
+        let scheduler = scheduler();
         let ids: Vec<TicketId> = (0..5).map(TicketId).collect();
         for (number, id) in ids.iter().enumerate() {
             let arrival = match number {
@@ -391,21 +463,22 @@ mod tests {
             ledger.arrived(number as u64, Moment(number as u64), &arrival, Ok(*id));
         }
         // 3 is of another length, 4 more urgent, 1 comes behind 2; 0 and 2 share a batch.
-        ledger.sealed(&batch(1, 1), &[ids[3]]);
-        ledger.sealed(&batch(2, 2), &[ids[2], ids[0]]);
-        ledger.sealed(&batch(3, 1), &[ids[1]]);
+        ledger.sealed(&scheduler, &batch(1, 1), &[ids[3]]);
+        ledger.sealed(&scheduler, &batch(2, 2), &[ids[2], ids[0]]);
+        ledger.sealed(&scheduler, &batch(3, 1), &[ids[1]]);
         assert_eq!(ledger.models[0].overtaken, 1);
         let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
         ledger.arrived(0, Moment(0), &arrival(None), Ok(ids[0]));
         ledger.arrived(1, Moment(1), &arrival(Some(Moment(2))), Ok(ids[1]));
-        ledger.sealed(&batch(1, 1), &[ids[1]]);
-        ledger.sealed(&batch(2, 1), &[ids[0]]);
+        ledger.sealed(&scheduler, &batch(1, 1), &[ids[1]]);
+        ledger.sealed(&scheduler, &batch(2, 1), &[ids[0]]);
         assert_eq!(ledger.models[0].overtaken, 0, "the later one had less time");
     }
 
     #[test]
     fn everybody_ends_in_one_way_and_times_are_from_arrival_to_the_end_of_the_batch() {
         let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
+        let scheduler = scheduler();
         for number in 0..7 {
             let deadline = (number == 1).then_some(Moment(20 * MS));
             ledger.arrived(number, Moment(number * MS), &arrival(deadline), Ok(TicketId(number as u32)));
@@ -413,8 +486,8 @@ mod tests {
         ledger.arrived(7, Moment(7 * MS), &arrival(None), Err(Code::Overloaded));
         ledger.cancelled(TicketId(6));
         ledger.expired(TicketId(5));
-        ledger.sealed(&batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
-        ledger.sealed(&batch(2, 1), &[TicketId(3)]);
+        ledger.sealed(&scheduler, &batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
+        ledger.sealed(&scheduler, &batch(2, 1), &[TicketId(3)]);
         ledger.cancelled_late(2);
         ledger.finished(Moment(12 * MS), 1, 0, Duration::from_millis(4));
         // A batch that these books do not know.
@@ -432,19 +505,25 @@ mod tests {
         assert!((largest - 1.0).abs() < 0.002, "{largest}");
         assert_eq!(model.percentile(0.5).as_millis(), 11);
         assert_eq!((report.busy[0], report.span), (Duration::from_millis(5), Duration::from_millis(14)));
+        // 4 ms of 24 cells in 30, then one of which nothing is known; batch 2 still runs, since the end of that.
+        let (inline, parts) = report.waterfall[0];
+        let ms = |part: Part| parts.get(part) as f64 / MS as f64;
+        assert_eq!((inline, ms(Part::Useful), ms(Part::PaddingBucket)), (false, 4.2, 0.8));
+        assert_eq!(parts.total(), 5 * MS);
     }
 
     #[test]
     fn an_objective_counts_beside_a_deadline_and_not_only_in_place_of_one() {
+        let scheduler = scheduler();
         let on_time = |objective: Option<u64>| {
-            let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], 1, Moment(0));
+            let mut ledger = Ledger::new([("m".to_owned(), Duration::from_millis(5))], &[Group::Executors], Moment(0));
             if let Some(ms) = objective {
                 ledger.set_objective(ModelHandle(0), Duration::from_millis(ms));
             }
             for (number, deadline) in [(0, None), (1, Some(Moment(20 * MS))), (2, Some(Moment(2 * MS)))] {
                 ledger.arrived(number, Moment(0), &arrival(deadline), Ok(TicketId(number as u32)));
             }
-            ledger.sealed(&batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
+            ledger.sealed(&scheduler, &batch(1, 3), &[TicketId(0), TicketId(1), TicketId(2)]);
             ledger.finished(Moment(4 * MS), 1, 0, Duration::from_millis(4));
             ledger.close(Moment(50 * MS), 1).models[0].on_time
         };

@@ -520,10 +520,11 @@ impl<'a> World<'a> {
         header: &Header,
         settings: &'a [Setting],
         scheduler: Scheduler,
-        ledger: Ledger,
+        mut ledger: Ledger,
         seed: u64,
     ) -> World<'a> {
         let devices = header.seats.iter().map(|seat| usize::from(seat.device) + 1).max().unwrap_or(0);
+        ledger.begin(&scheduler);
         World {
             settings,
             ledger,
@@ -617,6 +618,7 @@ impl<'a> World<'a> {
             class: Class::from_priority(call.class),
             tenant: TenantId(call.tenant),
         };
+        self.ledger.came(call.at, self.scheduler.policy(arrival.model).group as usize);
         let outcome = self.scheduler.handle_arrival(self.now, arrival).map_err(|refusal| refusal.code);
         self.ledger.arrived(number as u64, call.at, &arrival, outcome);
         self.ids.push(outcome.unwrap_or(NO_TICKET));
@@ -671,7 +673,7 @@ impl<'a> World<'a> {
         self.expire();
         let mut members = std::mem::take(&mut self.members);
         while let Some(batch) = self.scheduler.poll_batch(self.now, &mut members) {
-            self.ledger.sealed(&batch, &members);
+            self.ledger.sealed(&self.scheduler, &batch, &members);
             let member = |id: &TicketId| {
                 let (rows, len) = self.scheduler.rows_and_len(*id);
                 regret::Member { rows, len, at: self.scheduler.admitted_at(*id) }
@@ -681,6 +683,7 @@ impl<'a> World<'a> {
         }
         self.members = members;
         self.expire();
+        self.ledger.turned(self.now, &self.scheduler);
     }
 
     fn submit(&mut self, batch: SealedBatch) {

@@ -315,6 +315,13 @@ impl CostModel {
         self.fit.work_time(work) * f64::from(self.corrections[octave(work.rows, work.mean_len())].0)
     }
 
+    /// Share of a batch's time that every batch takes, whatever is in it. 0 while nothing is known, and where predictions are
+    /// not to be trusted.
+    pub fn fixed_share(&self, work: Work) -> f64 {
+        let whole = self.fit.work_time(work);
+        if self.is_trusted() && whole > 0.0 { self.fit.batch / whole } else { 0.0 }
+    }
+
     pub fn predicted(&self, rows: u32, len: u32) -> Duration {
         Duration::from_nanos(self.predict(rows, len) as u64)
     }
@@ -500,6 +507,16 @@ mod tests {
         let model = CostModel::default();
         assert!(!model.is_known());
         assert_eq!(model.predicted(8, 64), Duration::ZERO);
+    }
+
+    #[test]
+    fn the_fixed_share_of_a_batch_is_what_is_left_of_an_empty_one() {
+        assert_eq!(CostModel::default().fixed_share(Work::padded(4, 32)), 0.0, "nothing is known");
+        let model = learned(5, 300, 0.05, Coefficients::PRIOR, TRUTH);
+        for work in [Work::padded(1, 8), Work::padded(32, 128)] {
+            let (share, truth) = (model.fixed_share(work), TRUTH.batch / TRUTH.work_time(work));
+            assert!((share / truth - 1.0).abs() < 0.25, "{work:?}: {share} for {truth}");
+        }
     }
 
     #[test]

@@ -897,6 +897,13 @@ impl Scheduler {
         (totals.rows, totals.cells, totals.bytes)
     }
 
+    /// By group of executors: whether something waits that they could run.
+    pub fn waits(&self) -> [bool; 2] {
+        let mut waits = [false; 2];
+        self.models.iter().for_each(|queue| waits[queue.policy.group as usize] |= queue.totals.rows > 0);
+        waits
+    }
+
     /// When the ticket was admitted. Known until the next arrival, also for a ticket that was just sealed.
     pub fn admitted_at(&self, id: TicketId) -> Moment {
         self.tickets[id].admitted_at

@@ -1,16 +1,20 @@
 //! What each thread counts. Every handle is made at the start, so recording is an atomic addition and never a look-up.
 //!
 //! Always true
-//! - A shard, a model's batcher and an executor each write only their own block, on cache lines of its own.
+//! - A shard, a model's batcher and an executor each write only their own block, on cache lines of its own; the batcher writes an
+//!   executor's times besides.
 //! - An event that did not happen is not recorded: `accepted(_, 0)` and an empty batch leave no trace.
 //! - A handle that names no model counts for the last place, "other".
 //!
 //! Elsewhere: names, labels and text (export.rs).
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use super::histogram::Histogram;
+use super::times::TimeCell;
+use super::waterfall::Cells;
 use crate::vocab::{Code, ModelHandle, SealReason};
 
 /// A counter or, where it is set, a gauge.
@@ -171,6 +175,23 @@ impl ShardMetrics {
     }
 }
 
+/// Tenants with a label of their own, the first that said hello. The others and the nameless are counted together.
+pub const TENANTS_LABELLED_MAX: usize = 64;
+
+/// What one tenant's rows took, of one model.
+#[derive(Debug, Default)]
+pub(super) struct TenantCells {
+    pub(super) real: Count,
+    pub(super) padding: Count,
+}
+
+/// What one tenant's rows took, of all models.
+#[derive(Debug, Default)]
+pub(super) struct TenantMetrics {
+    pub(super) name: OnceLock<String>,
+    pub(super) executor_nanos: Count,
+}
+
 /// What is counted for one model, by the batcher and by the executors that run it.
 #[derive(Debug)]
 #[repr(align(128))]
@@ -182,6 +203,8 @@ pub struct ModelMetrics {
     /// By [`PADDINGS`].
     pub(super) padding: [Count; PADDINGS.len()],
     pub(super) cells_padded: Count,
+    /// By place of the tenant.
+    pub(super) tenants: Vec<TenantCells>,
     pub(super) batch_rows: Histogram,
     pub(super) batch_cells: Histogram,
     pub(super) batch_padding: Histogram,
@@ -211,6 +234,7 @@ impl ModelMetrics {
             cells_real: Count::default(),
             padding: Default::default(),
             cells_padded: Count::default(),
+            tenants: (0..=TENANTS_LABELLED_MAX).map(|_| TenantCells::default()).collect(),
             batch_rows: Histogram::counts(),
             batch_cells: Histogram::counts(),
             batch_padding: Histogram::shares(),
@@ -232,6 +256,7 @@ impl ModelMetrics {
 
     /// A batch was closed. `cells_padded` is everything that is launched (rows × padded length), `cells_real` the
     /// part of it that callers sent: padding waste is `1 - cells_real / cells_padded`. `longest`: of its longest row.
+    /// Returns the cells by cause.
     pub fn batch_sealed(
         &self,
         reason: SealReason,
@@ -240,9 +265,10 @@ impl ModelMetrics {
         longest: u32,
         cells_real: u64,
         cells_padded: u64,
-    ) {
+    ) -> Cells {
+        let cells = Cells::of(rows, longest, cells_real, cells_padded);
         if rows == 0 {
-            return; // an empty poll is no batch, and would drag every mean down
+            return cells; // an empty poll is no batch, and would drag every mean down
         }
         let place = SealReason::ALL.iter().position(|known| *known == reason).expect("ALL has every reason");
         self.batches[place].add(1);
@@ -250,16 +276,21 @@ impl ModelMetrics {
         self.rows_possible.add(rows_possible.into());
         self.cells_real.add(cells_real);
         self.cells_padded.add(cells_padded);
-        // Padded to the longest row, and from there to its bucket. Rows end to end are padded to neither.
-        let to_longest = (u64::from(rows) * u64::from(longest)).clamp(cells_real.min(cells_padded), cells_padded);
-        self.padding[0].add(to_longest - cells_real.min(cells_padded));
-        self.padding[1].add(cells_padded - to_longest);
+        self.padding[0].add(cells.longest_row);
+        self.padding[1].add(cells.bucket);
         self.batch_rows.observe(rows.into());
         self.batch_cells.observe(cells_padded);
         let padding = cells_padded.saturating_sub(cells_real).saturating_mul(1000);
         if let Some(share) = padding.checked_div(cells_padded) {
             self.batch_padding.observe(share);
         }
+        cells
+    }
+
+    /// Cells of a batch that are a tenant's, by its place: those it sent, and the padding of the places that its rows took.
+    pub fn tenant_cells(&self, place: usize, real: u64, padding: u64) {
+        self.tenants[place].real.add(real);
+        self.tenants[place].padding.add(padding);
     }
 
     /// One request waited this long between its admission and the sealing of its batch.
@@ -367,6 +398,7 @@ pub const DEVICE_WAITS: [&str; 2] = ["slot", "readback"];
 #[repr(align(128))]
 pub struct ExecutorMetrics {
     pub(super) busy_nanos: Count,
+    pub(super) times: TimeCell,
     pub(super) failures: Count,
     pub(super) panics: Count,
     /// By [`DEVICE_WAITS`].
@@ -383,6 +415,11 @@ impl ExecutorMetrics {
     /// Batches run on the batcher's own thread here: its time is not that of an executor.
     pub fn set_inline(&self) {
         self.inline.store(true, std::sync::atomic::Ordering::Relaxed);
+    }
+
+    /// Where its time goes. The batcher writes it.
+    pub fn times(&self) -> &TimeCell {
+        &self.times
     }
 
     /// The executor worked on a batch for this long.

@@ -14,6 +14,7 @@ use prometheus_client::metrics::MetricType;
 
 use super::counters::Count;
 use super::histogram::Histogram;
+use super::waterfall::{self, PARTS};
 use super::{
     CAPTURE_ENDS, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShardMetrics,
     Telemetry,
@@ -158,6 +159,7 @@ impl Collector for Telemetry {
         self.encode_shards(&mut page)?;
         self.encode_requests(&mut page)?;
         self.encode_batches(&mut page)?;
+        self.encode_tenants(&mut page)?;
         self.encode_decisions(&mut page)?;
         self.encode_shadow(&mut page)?;
         page.open("ferry_captures", "Captures that ended, by how", MetricType::Counter, &mut |mut metric| {
@@ -288,6 +290,35 @@ impl Telemetry {
         page.by_model(self, "ferry_queue_bytes", "Payload bytes waiting", gauge(), |_, m| m.queue_bytes.get())
     }
 
+    fn encode_tenants(&self, page: &mut Page<'_>) -> fmt::Result {
+        let help = "Cells of batches by who sent them, and the padding of their places";
+        page.open("ferry_tenant_cells", help, MetricType::Counter, &mut |mut metric| {
+            for (place, model) in self.models.iter().enumerate() {
+                for (tenant, cells) in model.tenants.iter().enumerate() {
+                    for (kind, count) in [("real", &cells.real), ("padding", &cells.padding)] {
+                        if count.get() > 0 {
+                            let name = self.tenant_name(tenant);
+                            let labels = [("model", self.model_name(place)), ("tenant", name), ("kind", kind)];
+                            metric.encode_family(&labels)?.encode_counter::<NoLabels, _, u64>(&count.get(), None)?;
+                        }
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        let help = "Time of executors by whose rows they ran it for";
+        page.open("ferry_tenant_executor_seconds", help, MetricType::Counter, &mut |mut metric| {
+            for (place, tenant) in self.tenants.iter().enumerate() {
+                let seconds = tenant.executor_nanos.get() as f64 / 1e9;
+                if seconds > 0.0 {
+                    let labels = [("tenant", self.tenant_name(place))];
+                    metric.encode_family(&labels)?.encode_counter::<NoLabels, _, f64>(&seconds, None)?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     fn encode_decisions(&self, page: &mut Page<'_>) -> fmt::Result {
         let help = "Rows held, requests given up or refused";
         page.open("ferry_decisions", help, MetricType::Counter, &mut |mut metric| {
@@ -362,6 +393,19 @@ impl Telemetry {
     fn encode_executors(&self, page: &mut Page<'_>) -> fmt::Result {
         let busy = "ferry_executor_busy_seconds";
         page.by_executor(self, busy, "Time spent on batches", |e| e.busy_nanos.get() as f64 / 1e9)?;
+        let help = "Time of an executor, by what it went into";
+        let now = clock::now();
+        page.open("ferry_executor_time_seconds", help, MetricType::Counter, &mut |mut metric| {
+            for (number, executor) in self.executors.iter().enumerate() {
+                let parts = executor.times.read(now).parts;
+                for (part, nanos) in PARTS.iter().zip(parts.0) {
+                    let labels = [("executor", number.to_string()), ("part", (*part).to_owned())];
+                    let seconds = nanos as f64 / 1e9;
+                    metric.encode_family(&labels)?.encode_counter::<NoLabels, _, f64>(&seconds, None)?;
+                }
+            }
+            Ok(())
+        })?;
         let failures = "ferry_executor_failures";
         page.by_executor(self, failures, "Batches that ended with an error", |e| e.failures.get() as f64)?;
         let panics = "ferry_executor_panics";
@@ -430,6 +474,7 @@ impl Telemetry {
                 serde_json::json!({ "busy_us": executor.busy_nanos.get() / 1000, "inline": inline })
             })
             .collect();
+        let waterfall = self.waterfall_json();
         serde_json::json!({
             "uptime_us": u64::try_from(clock::now().since(self.started_at).as_micros()).unwrap_or(u64::MAX),
             "accepted": accepted,
@@ -437,7 +482,15 @@ impl Telemetry {
             "outcomes": outcomes,
             "models": models,
             "executors": executors,
+            "waterfall": waterfall,
         })
+    }
+
+    /// Where the executors' time went since they began.
+    fn waterfall_json(&self) -> serde_json::Value {
+        let now = clock::now();
+        let inline = |executor: &ExecutorMetrics| executor.inline.load(std::sync::atomic::Ordering::Relaxed);
+        waterfall::json(self.executors.iter().map(|executor| (inline(executor), executor.times.read(now).parts)))
     }
 }
 

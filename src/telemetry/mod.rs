@@ -26,6 +26,8 @@
 //! | `ferry_batch_cells_real_total` | counter | model | cells that callers sent |
 //! | `ferry_batch_cells_padding_total` | counter | model, cause | cells that are padding, to the batch's longest row or from there to its bucket; with those that callers sent, all that was launched |
 //! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
+//! | `ferry_tenant_cells_total` | counter | model, tenant, kind | cells that a tenant sent (real), and the padding of the places that its rows took; over all tenants, those of the model |
+//! | `ferry_tenant_executor_seconds_total` | counter | tenant | executor time by whose rows it ran; over all tenants, the executors' time without its idle parts |
 //! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
 //! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
@@ -41,6 +43,7 @@
 //! | `ferry_shadow_cpu_seconds_total` | counter | | CPU time of the shadow thread |
 //! | `ferry_shadow_error_ratio` | gauge | model, what | how far the last prediction of a policy that was then put in force was off: of p50, p99 and fill as a share, of waste the difference |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
+//! | `ferry_executor_time_seconds_total` | counter | executor, part | where its time went: the parts (waterfall.rs) add up to all of it, up to now or to where its running batch began |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
 //! | `ferry_device_waits_total` | counter | executor, for | times that an executor of a device waited for a slot, or for readback memory |
@@ -56,10 +59,12 @@
 //! Always true
 //! - This table and what is exported are the same list; a test compares them.
 //! - `accepted = Σ finished + in flight`, shard by shard and model by model; [`Telemetry::audit`] checks it.
+//! - The parts of an executor's time add up to it; [`Telemetry::audit`] checks that too.
 //! - Labels come from sets that are closed at the start (models, codes, reasons, numbers of threads), so no caller
-//!   can make a new time series.
+//!   can make a new time series. The exception are tenants: the first [`TENANTS_LABELLED_MAX`] that say hello have theirs.
+//! - What tenants are charged adds up to what was run: cells model by model, time over all.
 //!
-//! Elsewhere: counting (counters.rs, histogram.rs), text and JSON (export.rs), the log (log.rs).
+//! Elsewhere: counting (counters.rs, histogram.rs), executors' time by part (waterfall.rs, times.rs), text and JSON (export.rs), the log (log.rs).
 
 mod counters;
 mod export;
@@ -67,12 +72,15 @@ mod histogram;
 mod live;
 pub mod log;
 mod stamps;
+mod times;
+pub mod waterfall;
 
 pub use counters::{
     DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShadowMetrics,
-    ShadowOutcome, ShardMetrics,
+    ShadowOutcome, ShardMetrics, TENANTS_LABELLED_MAX,
 };
 pub use live::bounds_json;
+pub use times::TimeCell;
 
 use std::sync::{Arc, OnceLock};
 
@@ -105,6 +113,8 @@ pub struct Telemetry {
     /// One for each label, and the last for [`OTHER`].
     models: Vec<ModelMetrics>,
     executors: Vec<ExecutorMetrics>,
+    /// By place; the last for [`OTHER`].
+    tenants: Vec<counters::TenantMetrics>,
     limits: OnceLock<Vec<(String, u64)>>,
     /// Without and with drift.
     audits: [counters::Count; 2],
@@ -127,6 +137,7 @@ impl Telemetry {
             shards: (0..shards).map(|_| ShardMetrics::new(labels.len())).collect(),
             models: (0..=labels.len()).map(|_| ModelMetrics::new()).collect(),
             executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
+            tenants: (0..=TENANTS_LABELLED_MAX).map(|_| Default::default()).collect(),
             limits: OnceLock::new(),
             audits: Default::default(),
             captures: Default::default(),
@@ -146,6 +157,28 @@ impl Telemetry {
 
     pub fn executor(&self, executor: usize) -> &ExecutorMetrics {
         &self.executors[executor]
+    }
+
+    /// The place of a tenant in the tables, by its number. Number 0 are the nameless, and all for whom there is no number.
+    pub fn tenant_place(tenant: u16) -> usize {
+        usize::from(tenant).checked_sub(1).map_or(TENANTS_LABELLED_MAX, |place| place.min(TENANTS_LABELLED_MAX))
+    }
+
+    /// A tenant with this number said hello.
+    pub fn tenant_named(&self, tenant: u16, name: &str) {
+        let place = Telemetry::tenant_place(tenant);
+        if place < TENANTS_LABELLED_MAX {
+            let _ = self.tenants[place].name.set(name.to_owned());
+        }
+    }
+
+    /// The rows of the tenant of this place took so much of an executor's time, in ns.
+    pub fn tenant_ran(&self, place: usize, nanos: u64) {
+        self.tenants[place].executor_nanos.add(nanos);
+    }
+
+    fn tenant_name(&self, place: usize) -> &str {
+        self.tenants[place].name.get().map_or(OTHER, String::as_str)
     }
 
     /// The scheduler's books were recomputed, and added up or not.
@@ -277,6 +310,31 @@ impl Telemetry {
                 ));
             }
         }
+        for (place, model) in self.models.iter().enumerate() {
+            let sum = |of: fn(&counters::TenantCells) -> u64| model.tenants.iter().map(of).sum::<u64>();
+            let (real, padding) = (sum(|tenant| tenant.real.get()), sum(|tenant| tenant.padding.get()));
+            if (real, real + padding) != (model.cells_real.get(), model.cells_padded.get()) {
+                return Err(format!(
+                    "model {}: {real} real and {padding} padding cells of tenants are not its {} of {}",
+                    self.model_name(place),
+                    model.cells_real.get(),
+                    model.cells_padded.get()
+                ));
+            }
+        }
+        let (now, mut ran) = (clock::now(), 0);
+        for (number, executor) in self.executors.iter().enumerate() {
+            let view = executor.times.read(now);
+            ran += view.parts.of_batches();
+            if view.parts.total() != view.elapsed() {
+                let (total, elapsed) = (view.parts.total(), view.elapsed());
+                return Err(format!("executor {number}: {total} ns in parts of {elapsed} ns do not add up"));
+            }
+        }
+        let charged: u64 = self.tenants.iter().map(|tenant| tenant.executor_nanos.get()).sum();
+        if charged != ran {
+            return Err(format!("{charged} ns were charged to tenants of {ran} ns that executors ran"));
+        }
         Ok(())
     }
 }
@@ -286,6 +344,7 @@ mod tests {
     use std::collections::BTreeSet;
     use std::time::Duration;
 
+    use super::waterfall::{Part, Parts, View};
     use super::*;
     use crate::vocab::{Code, SealReason};
 
@@ -402,7 +461,60 @@ mod tests {
         );
         assert_eq!(stats["executors"], serde_json::json!([{"busy_us": 1500, "inline": false}]));
         let keys: Vec<&String> = stats.as_object().expect("an object").keys().collect();
-        assert_eq!(keys.len(), 6, "{keys:?}");
+        assert_eq!(keys.len(), 7, "{keys:?}");
+    }
+
+    #[test]
+    fn the_time_of_executors_that_are_threads_is_summed_and_the_batchers_own_is_beside() {
+        let telemetry = Telemetry::new(&[], 1, 3);
+        telemetry.executor(2).set_inline();
+        let view = |nanos: u64| {
+            let mut parts = Parts::default();
+            parts.0[Part::Useful as usize] = nanos;
+            View { begin: Moment(5), until: Moment(5 + nanos), parts, state: None }
+        };
+        for (executor, nanos) in [2_000_000_000, 500_000_000, 7_000_000_000].into_iter().enumerate() {
+            telemetry.executor(executor).times().open();
+            telemetry.executor(executor).times().close(&view(nanos));
+        }
+        telemetry.tenant_ran(TENANTS_LABELLED_MAX, 9_500_000_000);
+        assert_eq!(telemetry.audit(), Ok(()));
+        let waterfall = &telemetry.stats_json()["waterfall"];
+        assert_eq!(waterfall["seconds"]["useful"], 2.5);
+        assert_eq!(waterfall["executors"][2]["seconds"]["useful"], 7.0);
+        assert_eq!(
+            (&waterfall["executors"][1]["inline"], &waterfall["executors"][2]["inline"]),
+            (&false.into(), &true.into())
+        );
+        let names: Vec<&str> =
+            waterfall["seconds"].as_object().expect("an object").keys().map(String::as_str).collect();
+        let expected: BTreeSet<&str> = waterfall::PARTS.into_iter().collect();
+        assert_eq!(names.into_iter().collect::<BTreeSet<_>>(), expected);
+        let text = telemetry.encode();
+        assert!(text.contains("ferry_executor_time_seconds_total{executor=\"1\",part=\"useful\"} 0.5"), "{text}");
+        // A part that was lost is found.
+        telemetry.executor(0).times().open();
+        telemetry.executor(0).times().close(&View { until: Moment(9_000_000_000), ..view(1) });
+        assert!(telemetry.audit().expect_err("planted").contains("executor 0"));
+    }
+
+    #[test]
+    fn the_first_tenants_have_labels_and_the_rest_is_other() {
+        let telemetry = telemetry();
+        for tenant in 0..200u16 {
+            telemetry.tenant_named(tenant, &format!("team {tenant}"));
+            telemetry.model(MODEL).tenant_cells(Telemetry::tenant_place(tenant), 3, 1);
+            telemetry.tenant_ran(Telemetry::tenant_place(tenant), 1_000_000_000);
+        }
+        let text = telemetry.encode();
+        let lines = |start: &str| text.lines().filter(|line| line.starts_with(start)).count();
+        assert_eq!(lines("ferry_tenant_cells_total{"), 2 * (TENANTS_LABELLED_MAX + 1));
+        assert_eq!(lines("ferry_tenant_executor_seconds_total{"), TENANTS_LABELLED_MAX + 1);
+        assert!(text.contains("ferry_tenant_cells_total{model=\"echo\",tenant=\"team 64\",kind=\"real\"} 3"), "{text}");
+        assert!(text.contains("ferry_tenant_cells_total{model=\"echo\",tenant=\"other\",kind=\"real\"} 408"), "{text}");
+        assert!(text.contains("ferry_tenant_executor_seconds_total{tenant=\"other\"} 136.0"), "{text}");
+        let error = telemetry.audit().expect_err("nothing of it was sealed");
+        assert!(error.contains("cells of tenants"), "{error}");
     }
 
     #[test]

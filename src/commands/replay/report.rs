@@ -3,6 +3,7 @@
 use ferry::replay::ledger::{ModelReport, Report};
 use ferry::replay::regret::Regret;
 use ferry::replay::tail::Tail;
+use ferry::telemetry::waterfall::{self, PARTS, Parts};
 use ferry::vocab::SealReason;
 use serde_json::json;
 
@@ -81,6 +82,7 @@ pub fn text(runs: &[(&str, &Report)]) -> String {
         let busy = |report: &Report| report.busy[executor].as_secs_f64() / report.span.as_secs_f64().max(1e-9);
         line(&format!("executor {executor} busy"), runs.iter().map(|(_, report)| percent(busy(report))).collect());
     }
+    waterfall_lines(runs, &mut line);
     let of_time =
         |time: &dyn Fn(&Regret) -> f64| runs.iter().map(|(_, report)| format!("{:.1}", time(&report.regret))).collect();
     line("executor time used, ms", of_time(&|regret| regret.total.used.as_secs_f64() * 1e3));
@@ -88,6 +90,29 @@ pub fn text(runs: &[(&str, &Report)]) -> String {
     line("  lost", runs.iter().map(|(_, report)| percent(report.regret.lost_share())).collect());
     line("batches of a guessed time", runs.iter().map(|(_, report)| report.guessed.to_string()).collect());
     out
+}
+
+/// Where the time of executors went, those on the batcher's own thread beside the others; of each run, what is 100 % of it.
+fn waterfall_lines(runs: &[(&str, &Report)], line: &mut impl FnMut(&str, Vec<String>)) {
+    for (name, inline) in [("time of executors", false), ("time of inline batches", true)] {
+        let sum = |report: &Report| {
+            let mut sum = Parts::default();
+            let mine = report.waterfall.iter().filter(|(is_inline, _)| *is_inline == inline);
+            mine.for_each(|(_, parts)| sum.add(parts));
+            sum
+        };
+        let sums: Vec<Parts> = runs.iter().map(|(_, report)| sum(report)).collect();
+        if sums.iter().all(|sum| sum.total() == 0) {
+            continue;
+        }
+        line(name, sums.iter().map(|sum| format!("{:.3} s", sum.total() as f64 / 1e9)).collect());
+        for (at, part) in PARTS.into_iter().enumerate() {
+            if sums.iter().any(|sum| sum.0[at] > 0) {
+                let share = |sum: &Parts| percent(sum.0[at] as f64 / (sum.total() as f64).max(1.0));
+                line(&format!("  {part}"), sums.iter().map(share).collect());
+            }
+        }
+    }
 }
 
 pub fn json(report: &Report) -> serde_json::Value {
@@ -101,6 +126,7 @@ pub fn json(report: &Report) -> serde_json::Value {
         "executors_busy_seconds": busy,
         "models": models,
         "regret": regret_json(&report.regret, &report.models),
+        "waterfall": waterfall::json(report.waterfall.iter().copied()),
     })
 }
 

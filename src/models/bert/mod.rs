@@ -355,11 +355,16 @@ struct Instance {
 }
 
 /// Computes one batch on as many threads as there are scratches: rows do not need each other, so each takes a share of about
-/// the same places.
-fn share_out(encoder: &Encoder, scratches: &mut [Scratch], batch: encoder::Batch<'_>, out: &mut [f32]) {
+/// the same places. Returns how many places were computed.
+fn share_out(encoder: &Encoder, scratches: &mut [Scratch], batch: encoder::Batch<'_>, out: &mut [f32]) -> usize {
+    let run = |scratch: &mut Scratch, batch: encoder::Batch<'_>, out: &mut [f32]| {
+        let places = kernels::places(kernels::arch(), batch.ids.len());
+        encoder.forward(kernels::arch(), scratch, batch, out);
+        places
+    };
     let (first, others) = scratches.split_first_mut().expect("an instance has at least one thread");
     if others.is_empty() || batch.lens.len() == 1 {
-        return encoder.forward(kernels::arch(), first, batch, out);
+        return run(first, batch, out);
     }
     let span = |row: usize| batch.padded_len.unwrap_or(batch.lens[row]) as usize;
     let (mut rows, mut places) = (0, 0);
@@ -374,12 +379,13 @@ fn share_out(encoder: &Encoder, scratches: &mut [Scratch], batch: encoder::Batch
     let mine = encoder::Batch { ids, lens, segments: segments.map(|(mine, _)| mine), ..batch };
     let rest = encoder::Batch { ids: ids_rest, lens: lens_rest, segments: segments.map(|(_, rest)| rest), ..batch };
     if lens_rest.is_empty() {
-        return encoder.forward(kernels::arch(), first, mine, out);
+        return run(first, mine, out);
     }
     std::thread::scope(|scope| {
-        scope.spawn(move || encoder.forward(kernels::arch(), first, mine, out));
-        share_out(encoder, others, rest, out_rest);
-    });
+        let mine = scope.spawn(move || run(first, mine, out));
+        let rest = share_out(encoder, others, rest, out_rest);
+        mine.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)) + rest
+    })
 }
 
 impl Model for Instance {
@@ -390,7 +396,7 @@ impl Model for Instance {
             Network::Kernels(encoder) => {
                 let padded_len = (batch.layout == Layout::Padded).then_some(batch.padded_len);
                 let batch = encoder::Batch { ids, segments, lens: batch.lens, padded_len };
-                share_out(encoder, &mut self.scratches, batch, out.output_mut(0));
+                out.cells_computed = share_out(encoder, &mut self.scratches, batch, out.output_mut(0)) as u64;
                 Ok(())
             }
             Network::Candle(reference) => {

@@ -1,0 +1,72 @@
+//! What each tenant's rows take: cells when their batch is sealed, executor time when it has run.
+//!
+//! A row is charged the place it takes: its own cells, and the padding behind them to the padded length of its batch. Not the
+//! row that is the longest for all of it: a bill would then depend on how short the neighbours are whom the scheduler chose, and
+//! it chose them because a place in this batch costs less than a batch of their own. It is also what fair queueing charges.
+//! Time is charged by the same cells, fixed costs included. Rows that lie end to end are charged their own cells.
+//!
+//! Always true
+//! - Over all tenants, cells are those of the batch and time is what the batch took, to the nanosecond.
+//! - Nothing is allocated once every executor has run a batch with as many tenants as it will have.
+
+use std::sync::Arc;
+
+use crate::scheduler::{SealedBatch, TenantId};
+use crate::telemetry::Telemetry;
+use crate::telemetry::waterfall::divide;
+use crate::vocab::Layout;
+
+/// A tenant's part of a batch.
+#[derive(Clone, Copy, Debug)]
+struct Share {
+    place: usize,
+    real: u64,
+    all: u64,
+}
+
+#[derive(Debug)]
+pub struct Accounts {
+    /// Batches that executors hold.
+    running: Vec<(u64, Vec<Share>)>,
+    spare: Vec<Vec<Share>>,
+    telemetry: Arc<Telemetry>,
+}
+
+impl Accounts {
+    pub fn new(telemetry: Arc<Telemetry>) -> Accounts {
+        Accounts { running: Vec::new(), spare: Vec::new(), telemetry }
+    }
+
+    /// A batch was sealed: tenant, rows and length of each member.
+    pub fn sealed(&mut self, batch: &SealedBatch, members: impl Iterator<Item = (TenantId, u32, u32)>) {
+        let mut shares = self.spare.pop().unwrap_or_default();
+        for (tenant, rows, len) in members {
+            let place = Telemetry::tenant_place(tenant.0);
+            let placed = match batch.layout {
+                Layout::Padded => batch.padded_len,
+                Layout::Packed => len,
+            };
+            let (real, all) = (u64::from(rows) * u64::from(len), u64::from(rows) * u64::from(placed));
+            match shares.iter_mut().find(|share| share.place == place) {
+                Some(share) => {
+                    share.real += real;
+                    share.all += all;
+                }
+                None => shares.push(Share { place, real, all }),
+            }
+        }
+        let metrics = self.telemetry.model(batch.model);
+        shares.iter().for_each(|share| metrics.tenant_cells(share.place, share.real, share.all - share.real));
+        self.running.push((batch.id, shares));
+    }
+
+    /// A batch took so much of its executor's time.
+    pub fn finished(&mut self, batch: u64, nanos: u64) {
+        let Some(at) = self.running.iter().position(|(id, _)| *id == batch) else { return };
+        let (_, mut shares) = self.running.swap_remove(at);
+        let telemetry = &self.telemetry;
+        divide(nanos, shares.iter().map(|share| share.all), |at, part| telemetry.tenant_ran(shares[at].place, part));
+        shares.clear();
+        self.spare.push(shares);
+    }
+}
