@@ -284,6 +284,9 @@ mod tests {
             cells_real: 8 * u64::from(rows),
             reason: SealReason::Idle,
             sealed_at: Moment(0),
+            generation: 1,
+            predicted: 0,
+            objective: Duration::ZERO,
         }
     }
 

@@ -28,6 +28,9 @@ fn batch(id: u64, rows: u32) -> SealedBatch {
         cells_real: 10 * u64::from(rows),
         reason: SealReason::Idle,
         sealed_at: START,
+        generation: 1,
+        predicted: 0,
+        objective: Duration::ZERO,
     }
 }
 
