@@ -36,6 +36,8 @@ enum Command {
     Replay(commands::replay::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
+    /// Read another server's batching settings and print ferry's.
+    Import(commands::import::Args),
     /// Show what models could run on: the processor and the GPUs.
     Devices(commands::devices::Args),
 }
@@ -51,6 +53,7 @@ fn main() -> ExitCode {
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),
+        Command::Import(args) => commands::import::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
     }
 }

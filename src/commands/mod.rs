@@ -8,6 +8,7 @@ pub mod capture;
 pub mod check;
 pub mod devices;
 mod http;
+pub mod import;
 pub mod infer;
 pub mod load;
 pub mod models;
