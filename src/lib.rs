@@ -15,9 +15,9 @@
 //!    as [`gpu`] says) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
-//! Beside the path: [`config`], [`telemetry`], [`timeline`], [`control`], [`learned`], [`trial`], [`shadow`], [`clock`], [`vocab`],
-//! [`mail`]. [`server`] builds and joins all of it. [`capture`], [`replay`] and [`tune`] run the scheduler again in virtual time.
-//! [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
+//! Beside the path: [`config`], [`import`] (settings of other servers), [`telemetry`], [`timeline`], [`control`], [`learned`], [`trial`],
+//! [`shadow`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins all of it. [`capture`], [`replay`] and [`tune`] run the
+//! scheduler again in virtual time. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
 pub mod batcher;
@@ -31,6 +31,7 @@ pub mod device;
 pub mod executor;
 pub mod frontend;
 pub mod gpu;
+pub mod import;
 pub mod kernels;
 pub mod learned;
 pub mod load;

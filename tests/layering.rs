@@ -41,6 +41,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("device", &["clock", "gpu", "vocab"]),
     ("gpu", &["vocab"]),
     ("kernels", &["device"]),
+    // Pure: types of tensors, and what the wire can carry of them.
+    ("import", &["vocab", "wire"]),
     ("models", &["contract", "executor", "gpu", "kernels", "scheduler", "tokenize", "vocab"]),
     ("tokenize", &["models", "vocab"]),
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),

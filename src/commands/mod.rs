@@ -9,6 +9,7 @@ pub mod check;
 pub mod devices;
 pub mod explain;
 mod http;
+pub mod import;
 pub mod infer;
 pub mod load;
 pub mod models;
