@@ -15,7 +15,7 @@
 //!    as [`gpu`] says) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
-//! Beside the path: [`config`], [`telemetry`], [`control`], [`learned`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
+//! Beside the path: [`config`], [`telemetry`], [`control`], [`learned`], [`otel`], [`live`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins
 //! all of it. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
@@ -32,10 +32,12 @@ pub mod frontend;
 pub mod gpu;
 pub mod kernels;
 pub mod learned;
+pub mod live;
 pub mod load;
 pub mod mail;
 pub mod mailbox;
 pub mod models;
+pub mod otel;
 pub mod replay;
 pub mod scatter;
 pub mod scheduler;

@@ -363,6 +363,7 @@ impl<O: Outlet> Batcher<O> {
         let lens = members.iter().filter_map(|id| self.held[id.index()].as_ref()).map(|request| request.len);
         let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
         metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, batch.cells_real, batch.cells_padded());
+        metrics.batch_length(batch.padded_len);
         let form = &self.forms[batch.model.index()];
         {
             let (held, scheduler) = (&self.held, &self.scheduler);
@@ -372,6 +373,7 @@ impl<O: Outlet> Batcher<O> {
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
+            count_tenants(&self.telemetry, rows.clone().map(|row| row.request));
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
         }
@@ -423,6 +425,21 @@ impl<O: Outlet> Batcher<O> {
             }
         }
     }
+}
+
+/// Counts what each tenant has of a batch, once for each run of one tenant's requests: mostly there is one.
+fn count_tenants<'a>(telemetry: &Telemetry, mut requests: impl Iterator<Item = &'a Request>) {
+    let cells = |request: &Request| u64::from(request.rows) * u64::from(request.len);
+    let Some(first) = requests.next() else { return };
+    let mut run = (first.tenant, 1, cells(first));
+    for request in requests {
+        if request.tenant != run.0 {
+            telemetry.tenants().served(run.0.0, run.1, run.2);
+            run = (request.tenant, 0, 0);
+        }
+        run = (run.0, run.1 + 1, run.2 + cells(request));
+    }
+    telemetry.tenants().served(run.0.0, run.1, run.2);
 }
 
 /// The real way out: executor threads, one inline worker, and the shards' mailboxes.

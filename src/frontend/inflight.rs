@@ -5,6 +5,8 @@
 //!   same request finds nothing. This is where "exactly once" is kept.
 //! - Each live slot is on the list of its connection, so that a dying connection ends all of its requests.
 
+use std::time::Duration;
+
 use crate::vocab::{ModelHandle, TicketKey};
 
 const NONE: u32 = u32::MAX;
@@ -20,6 +22,16 @@ pub struct Waiting {
     pub timings: bool,
     /// Rows are answered as they are done.
     pub items: bool,
+    /// How late it was sent, in microseconds; 0: not stated.
+    pub late_us: u32,
+    /// What traces.rs keeps of it; 0: nothing.
+    pub trace: u32,
+}
+
+impl Waiting {
+    pub fn send_lag(&self) -> Option<Duration> {
+        (self.late_us != 0).then(|| Duration::from_micros(self.late_us.into()))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +103,13 @@ impl InFlight {
         (slot.generation == key.generation).then_some(slot.waiting.as_ref()?)
     }
 
+    /// A live ticket is recorded for a trace.
+    pub fn set_trace(&mut self, key: TicketKey, trace: u32) {
+        let slot = &mut self.slots[key.slot as usize];
+        assert_eq!(slot.generation, key.generation, "it was just inserted");
+        slot.waiting.as_mut().expect("it was just inserted").trace = trace;
+    }
+
     /// Ends a ticket: at most once per ticket.
     pub fn remove(&mut self, key: TicketKey, owner: &mut Owned) -> Option<Waiting> {
         let slot = self.slots.get_mut(key.slot as usize)?;
@@ -137,7 +156,16 @@ mod tests {
     use super::*;
 
     fn waiting(request_id: u64) -> Waiting {
-        Waiting { connection: 0, request_id, model: ModelHandle(0), payload_bytes: 0, timings: false, items: false }
+        Waiting {
+            connection: 0,
+            request_id,
+            model: ModelHandle(0),
+            payload_bytes: 0,
+            timings: false,
+            items: false,
+            late_us: 0,
+            trace: 0,
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `ferry_build_info` | gauge | version | always 1 |
 //! | `ferry_uptime_seconds` | gauge | | time since the telemetry was made |
-//! | `ferry_model_info` | gauge | model, version | always 1 |
+//! | `ferry_model_info` | gauge | model, version, precision | always 1 |
 //! | `ferry_limit` | gauge | key | a bound of the configuration, by its key |
 //! | `ferry_connections_opened_total` | counter | shard | connections taken |
 //! | `ferry_connections_closed_total` | counter | shard | connections ended; open are opened minus closed |
@@ -19,6 +19,11 @@
 //! | `ferry_requests_finished_total` | counter | model, code | outcomes of accepted requests |
 //! | `ferry_requests_refused_total` | counter | model, code | requests that were never accepted |
 //! | `ferry_requests_in_flight` | gauge | model | accepted minus finished |
+//! | `ferry_request_latency_seconds` | histogram | model | received to answered, of requests with a result |
+//! | `ferry_intended_latency_seconds` | histogram | model | meant to be sent to answered, but for the way there; of requests that say how late they were sent |
+//! | `ferry_send_lag_seconds` | histogram | model | meant to be sent to sent, of the same requests: what their sender added itself |
+//! | `ferry_operations_total` | counter | operation, model, code | answers to what is asked on the data port beside infer: describe, list, stats; the model is `other` where none is meant that is served |
+//! | `ferry_operation_duration_seconds` | histogram | operation | read to answered, of the same |
 //! | `ferry_batches_total` | counter | model, reason | sealed batches, by the reason of the seal |
 //! | `ferry_batch_rows` | histogram | model | rows of a sealed batch |
 //! | `ferry_batch_rows_possible_total` | counter | model | rows that sealed batches had place for |
@@ -26,6 +31,10 @@
 //! | `ferry_batch_cells_real_total` | counter | model | cells that callers sent |
 //! | `ferry_batch_cells_padding_total` | counter | model, cause | cells that are padding, to the batch's longest row or from there to its bucket; with those that callers sent, all that was launched |
 //! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
+//! | `ferry_batch_fill_ratio` | histogram | model | rows of a batch ÷ rows possible |
+//! | `ferry_batch_length` | histogram | model | length that rows of a batch were padded to: its bucket; of the longest where they lie end to end |
+//! | `ferry_tenant_requests_total` | counter | tenant | requests that left in a batch, each part of one that is run in parts; of the first 32 tenants that greeted the server, the rest is `other` |
+//! | `ferry_tenant_cells_total` | counter | tenant | cells of these requests, padding left out: who had which share of the work |
 //! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
 //! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
@@ -36,6 +45,7 @@
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
 //! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
+//! | `ferry_executor_info` | gauge | executor, device | always 1: where it runs its batches |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
@@ -44,6 +54,10 @@
 //! | `ferry_device_bytes` | gauge | executor | device memory of an executor: activations and slots |
 //! | `ferry_pinned_bytes` | gauge | executor | host memory that an executor's device copies |
 //! | `ferry_device_graphs` | gauge | executor | captured graphs |
+//! | `ferry_live_objects` | gauge | kind | what exists now and could leak: connections, tickets, staging sets, outputs, buffers, streams and events of devices |
+//! | `ferry_live_bytes` | gauge | kind | bytes held now: unfinished frames, unsent answers, device and pinned buffers |
+//! | `ferry_otel_exports_total` | counter | signal, outcome | messages to the receiver of OpenTelemetry: taken (`ok`), or not (`failed`; spans are tried again) |
+//! | `ferry_otel_dropped_total` | counter | what | lost on the way there: `records` of requests that found the queue full, `spans` that nobody took for long or that were turned down |
 //! | `ferry_audits_total` | counter | outcome | times that the scheduler's books were recomputed: ok, or drift |
 //! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
 //! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
@@ -53,16 +67,25 @@
 //! - This table and what is exported are the same list; a test compares them.
 //! - `accepted = Σ finished + in flight`, shard by shard and model by model; [`Telemetry::audit`] checks it.
 //! - Labels come from sets that are closed at the start (models, codes, reasons, numbers of threads), so no caller
-//!   can make a new time series.
+//!   can make a new time series; but for tenants, of which the first 32 may.
 //!
-//! Elsewhere: counting (counters.rs, histogram.rs), text and JSON (export.rs), the log (log.rs).
+//! The unit is in the name: seconds, bytes, ratio; the others are counts. Histograms add `_bucket`, `_sum` and `_count`.
+//!
+//! Elsewhere: counting (counters.rs, histogram.rs), what is exported (export.rs, family.rs), the log (log.rs).
 
 mod counters;
 mod export;
-mod histogram;
+pub mod family;
+pub mod histogram;
 pub mod log;
+pub mod spans;
+mod tenants;
 
-pub use counters::{DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, ShardMetrics};
+pub use counters::{
+    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, ShardMetrics, Signal,
+};
+
+pub use tenants::{TENANTS_LABELLED_MAX, TenantMetrics};
 
 use std::sync::{Arc, OnceLock};
 
@@ -85,6 +108,15 @@ pub struct ModelLabels {
     pub version: String,
 }
 
+/// What the server found out while it started, to be shown beside what is counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Installation {
+    /// Of each model's arithmetic, in the order of their handles: `f32`, `int8`…
+    pub precisions: Vec<String>,
+    /// Where each executor runs its batches: `cpu`, `cuda:0`, `inline`…
+    pub devices: Vec<String>,
+}
+
 /// All that is counted. One per server, shared by every thread.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -96,6 +128,9 @@ pub struct Telemetry {
     models: Vec<ModelMetrics>,
     executors: Vec<ExecutorMetrics>,
     limits: OnceLock<Vec<(String, u64)>>,
+    installation: OnceLock<Installation>,
+    otel: OtelMetrics,
+    tenants: TenantMetrics,
     /// Without and with drift.
     audits: [counters::Count; 2],
     /// By [`CAPTURE_ENDS`].
@@ -115,6 +150,9 @@ impl Telemetry {
             models: (0..=labels.len()).map(|_| ModelMetrics::new()).collect(),
             executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
             limits: OnceLock::new(),
+            installation: OnceLock::new(),
+            otel: OtelMetrics::default(),
+            tenants: TenantMetrics::default(),
             audits: Default::default(),
             captures: Default::default(),
             labels,
@@ -148,6 +186,26 @@ impl Telemetry {
         let _ = self.limits.set(limits);
     }
 
+    /// Exports what models and executors are made of. The first call counts.
+    pub fn publish_installation(&self, installation: Installation) {
+        let _ = self.installation.set(installation);
+    }
+
+    /// Empty until the server has said it.
+    pub fn installation(&self) -> &Installation {
+        static NOTHING: Installation = Installation { precisions: Vec::new(), devices: Vec::new() };
+        self.installation.get().unwrap_or(&NOTHING)
+    }
+
+    /// What the exporter of OpenTelemetry counts.
+    pub fn otel(&self) -> &OtelMetrics {
+        &self.otel
+    }
+
+    pub fn tenants(&self) -> &TenantMetrics {
+        &self.tenants
+    }
+
     /// A bound that the server runs with, by its key.
     pub fn limit(&self, key: &str) -> Option<u64> {
         self.limits.get()?.iter().find(|(known, _)| known == key).map(|(_, value)| *value)
@@ -175,6 +233,16 @@ impl Telemetry {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).expect("writing to a String does not fail");
         text
+    }
+
+    /// When counting began.
+    pub fn started_at(&self) -> Moment {
+        self.started_at
+    }
+
+    /// Name and version of a model, by its handle's number; of one without labels of its own, [`OTHER`] and nothing.
+    pub fn model_labels(&self, model: usize) -> (&str, &str) {
+        self.labels.get(model).map_or((OTHER, ""), |labels| (&labels.name, &labels.version))
     }
 
     /// Label of a place in the per-model tables.
