@@ -338,6 +338,9 @@ impl Contract {
                 infer.flags
             )));
         }
+        if infer.trace.is_some_and(|trace| !trace.is_valid()) {
+            return Err(Refusal::invalid("expected a trace with a trace id and a span id, got one of zeros"));
+        }
         if let Some(text) = &self.text
             && infer.inputs.len() == 1
             && usize::from(infer.inputs[0].index) == self.inputs.len()

@@ -15,9 +15,9 @@
 //!    as [`gpu`] says) on it.
 //! 5. [`scatter`] mails the finished batch to the shards that asked; each cuts its rows out and writes them.
 //!
-//! Beside the path: [`config`], [`import`] (settings of other servers), [`telemetry`], [`timeline`], [`control`], [`learned`], [`trial`],
-//! [`shadow`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins all of it. [`capture`], [`replay`] and [`tune`] run the
-//! scheduler again in virtual time. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
+//! Beside the path: [`config`], [`import`] (settings of other servers), [`telemetry`], [`timeline`], [`otel`], [`control`], [`learned`],
+//! [`trial`], [`shadow`], [`live`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins all of it. [`capture`], [`replay`] and
+//! [`tune`] run the scheduler again in virtual time. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
 #![deny(unsafe_code)]
 
 pub mod batcher;
@@ -34,10 +34,12 @@ pub mod gpu;
 pub mod import;
 pub mod kernels;
 pub mod learned;
+pub mod live;
 pub mod load;
 pub mod mail;
 pub mod mailbox;
 pub mod models;
+pub mod otel;
 pub mod replay;
 pub mod scatter;
 pub mod scheduler;

@@ -19,9 +19,9 @@ use socket2::{Domain, Socket, Type};
 
 use crate::batcher::{self, Batcher, ExecutorLink, ThreadOutlet};
 use crate::clock;
-use crate::config::{Config, Place};
+use crate::config::{Config, OtelProtocol, Place};
 use crate::contract::Contract;
-use crate::control::admin::{self, ControlHandle, ControlOptions};
+use crate::control::admin::{self, Beside, ControlHandle, ControlOptions};
 use crate::control::lifecycle::Lifecycle;
 use crate::device::sim::{self, SimDevice};
 use crate::executor::cpu::CpuExecutor;
@@ -29,6 +29,7 @@ use crate::executor::device::{self, Program};
 use crate::executor::model::LoadedModel;
 use crate::executor::slot::VacantSlot;
 use crate::executor::worker::{Answers, Worker};
+use crate::frontend::traces::Tracing;
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, preflight, shard};
 use crate::gpu::driver::Driver;
@@ -37,12 +38,14 @@ use crate::gpu::driver::Fault;
 use crate::learned::{self, Identity, Keeper};
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender, mailbox};
-use crate::models::manifest::{Manifest, Placement};
+use crate::models::manifest::{Manifest, Placement, Precision};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
+use crate::otel;
 use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::shadow::{self, Board, Worker as ShadowWorker};
-use crate::telemetry::{ModelLabels, Telemetry};
+use crate::telemetry::spans::RequestRecord;
+use crate::telemetry::{Installation, ModelLabels, Telemetry};
 use crate::timeline::breach::BreachWatch;
 use crate::timeline::files::{Dump, DumpFiles};
 use crate::tokenizers::Tokenizing;
@@ -283,7 +286,8 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let catalog = Arc::new(Catalog::new(&plan.contracts));
     let (words_sender, words) = flume::bounded(4);
     let board = Arc::new(Board::new(plan.contracts.len(), words_sender));
-    let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board)?;
+    let (tracing, records) = tracing_of(config);
+    let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board, records)?;
 
     let mut others = Vec::new();
     let started = start_executors(&plan, &lifecycle, &mut others)?;
@@ -291,7 +295,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let texts = start_tokenizers(&plan, &mut others)?;
     let dumps = start_dumps(&plan, &mut others)?;
     let batcher = start_batcher(&plan, started, dumps, batcher_mailbox)?;
-    let options = shard_options(config, hooks, in_flight_max);
+    let options = frontend::Options { tracing, ..shard_options(config, hooks, in_flight_max) };
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
     drop(reserved);
@@ -332,12 +336,15 @@ fn start_control(
     catalog: &Catalog,
     stopper: &Stopper,
     board: &Arc<Board>,
+    records: Option<Receiver<RequestRecord>>,
 ) -> Result<ControlHandle, StartError> {
     plan.contracts.iter().for_each(|contract| lifecycle.set_cold(&contract.name));
     plan.telemetry.publish_limits(plan.config.limits());
+    plan.telemetry.publish_installation(installation_of(plan));
+    let records = records.map(|records| export_by_otlp(plan, records));
     let drain = stopper.clone();
     let contract_json = |entry: &frontend::CatalogEntry| serde_json::to_value(&*entry.contract).expect("plain data");
-    admin::spawn(ControlOptions {
+    let options = ControlOptions {
         addr: plan.config.control,
         telemetry: Arc::clone(&plan.telemetry),
         lifecycle: Arc::clone(lifecycle),
@@ -346,8 +353,51 @@ fn start_control(
         on_drain: Arc::new(move || drain.drain()),
         batcher: plan.batcher.clone(),
         shadow: Arc::clone(board),
-    })
-    .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))
+    };
+    admin::spawn_with(options, records)
+        .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))
+}
+
+/// Where recorded requests go and come out; None where nobody receives them.
+fn tracing_of(config: &Config) -> (Option<Tracing>, Option<Receiver<RequestRecord>>) {
+    if config.otel.endpoint.is_none() {
+        return (None, None);
+    }
+    let (records, receiver) = mailbox(otel::RECORDS_MAX);
+    (Some(Tracing { records, sample_ratio: config.otel.sample_ratio }), Some(receiver))
+}
+
+/// Metrics and traces to the configured receiver, as work for the control thread.
+fn export_by_otlp(plan: &Plan<'_>, records: Receiver<RequestRecord>) -> Beside {
+    let config = &plan.config.otel;
+    let options = otel::Options {
+        endpoint: config.endpoint.clone().expect("records come only where there is an endpoint"),
+        protocol: match config.protocol {
+            OtelProtocol::Grpc => otel::Protocol::Grpc,
+            OtelProtocol::HttpProtobuf => otel::Protocol::HttpProtobuf,
+        },
+        service_name: config.service_name.clone(),
+        interval: config.interval,
+    };
+    let telemetry = Arc::clone(&plan.telemetry);
+    telemetry.otel().set_on();
+    Box::new(move |stop| Box::pin(otel::run(options, telemetry, records, stop)))
+}
+
+fn installation_of(plan: &Plan<'_>) -> Installation {
+    let precision = |model: &ModelEntry| {
+        let of_encoder = model.manifest.bert.as_ref().map(|bert| bert.precision.name());
+        of_encoder.unwrap_or(Precision::F32.name()).to_owned()
+    };
+    let device = |executor: usize| match &plan.config.executor.device {
+        Place::Cuda(numbers) => format!("cuda:{}", numbers[executor % numbers.len()]),
+        place => place.to_string(),
+    };
+    let mut devices: Vec<String> = (0..plan.config.threads.executors).map(device).collect();
+    if plan.groups.contains(&Group::Inline) {
+        devices.push("inline".to_owned());
+    }
+    Installation { precisions: plan.models.iter().map(precision).collect(), devices }
 }
 
 fn labels_of(contracts: &[Arc<Contract>]) -> Vec<ModelLabels> {
@@ -883,6 +933,7 @@ fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> fron
         stall_timeout: limits.stall_timeout,
         idle_timeout: limits.idle_timeout,
         spin: limits.spin,
+        tracing: None,
         panic_on_request_id: hooks.panic_on_request_id,
         panic_shard_on_request_id: hooks.panic_shard_on_request_id,
     }

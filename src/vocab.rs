@@ -3,6 +3,7 @@
 //! Always true
 //! - `Moment` is monotonic nanoseconds since the process started its clock; only `clock` makes one from the system.
 //! - `Code` is wire-stable: numbers and names never change meaning, new ones are appended.
+//! - A `TraceContext` that was parsed names a trace and a span.
 //!
 //! Elsewhere: dtypes and shapes (contract.rs), how an outcome travels (wire/message.rs).
 
@@ -456,6 +457,97 @@ pub struct Run {
     pub cells: u64,
 }
 
+/// Whose work a request is part of, as W3C Trace Context names it: the caller's trace and its span, which is the parent of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, bincode::Decode, bincode::Encode)]
+pub struct TraceContext {
+    pub trace_id: [u8; 16],
+    /// Of the caller.
+    pub span_id: [u8; 8],
+    /// Bit 0: the caller records this trace. The others mean nothing here and travel on.
+    pub flags: u8,
+}
+
+/// A text that is no `traceparent`: what was expected and what came.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TraceParentError {
+    pub message: String,
+}
+
+impl fmt::Display for TraceParentError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for TraceParentError {}
+
+impl TraceContext {
+    pub const SAMPLED: u8 = 0x01;
+
+    /// Reads a `traceparent` as of <https://www.w3.org/TR/trace-context/>: version, trace id, span id and flags, in lower-case
+    /// hexadecimal. Of a later version the first four parts are read, as that page says.
+    pub fn parse(text: &str) -> Result<TraceContext, TraceParentError> {
+        let wrong = |what: &str| {
+            let got: String = text.chars().take(80).collect();
+            let example = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+            TraceParentError { message: format!("traceparent: expected {what}, as in {example}, got {got:?}") }
+        };
+        let bytes = text.as_bytes();
+        let dashes = bytes.len() >= 55 && [2, 35, 52].iter().all(|at| bytes[*at] == b'-');
+        let version: [u8; 1] = dashes
+            .then(|| from_hex(&bytes[..2]))
+            .flatten()
+            .ok_or_else(|| wrong("two, 32, 16 and two lower-case hexadecimal digits with dashes between them"))?;
+        match (version[0], bytes.len()) {
+            (0xFF, _) => return Err(wrong("a version below ff")),
+            (0, 55) => {}
+            (0, _) => return Err(wrong("55 characters in version 00")),
+            _ if bytes.len() > 55 && bytes[55] != b'-' => return Err(wrong("a dash behind the flags")),
+            _ => {}
+        }
+        let context = TraceContext {
+            trace_id: from_hex(&bytes[3..35]).ok_or_else(|| wrong("a trace id of 32 lower-case hexadecimal digits"))?,
+            span_id: from_hex(&bytes[36..52]).ok_or_else(|| wrong("a span id of 16 lower-case hexadecimal digits"))?,
+            flags: from_hex::<1>(&bytes[53..55]).ok_or_else(|| wrong("flags of two hexadecimal digits"))?[0],
+        };
+        if context.is_valid() { Ok(context) } else { Err(wrong("a trace id and a span id other than zero")) }
+    }
+
+    /// Ids of nothing but zeros name nothing.
+    pub fn is_valid(&self) -> bool {
+        self.trace_id != [0; 16] && self.span_id != [0; 8]
+    }
+
+    pub fn is_sampled(&self) -> bool {
+        self.flags & TraceContext::SAMPLED != 0
+    }
+}
+
+/// As a `traceparent` of version 00.
+impl fmt::Display for TraceContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (trace, span) = (u128::from_be_bytes(self.trace_id), u64::from_be_bytes(self.span_id));
+        write!(f, "00-{trace:032x}-{span:016x}-{:02x}", self.flags)
+    }
+}
+
+/// `None` where it is not twice as many lower-case hexadecimal digits.
+fn from_hex<const N: usize>(text: &[u8]) -> Option<[u8; N]> {
+    let digit = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let mut bytes = [0; N];
+    if text.len() != 2 * N {
+        return None;
+    }
+    for (byte, pair) in bytes.iter_mut().zip(text.chunks_exact(2)) {
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+    }
+    Some(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -481,5 +573,40 @@ mod tests {
         assert_eq!(refusal.executed, Executed::Never);
         let refusal = Refusal::at_stage(Code::DeadlineExceeded, Stage::Executing, "late");
         assert_eq!(refusal.executed, Executed::Maybe);
+    }
+
+    #[test]
+    fn a_traceparent_is_read_and_written_as_the_standard_says() {
+        let text = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let context = TraceContext::parse(text).expect("the example of the standard");
+        assert_eq!((context.trace_id[0], context.trace_id[15], context.span_id[7]), (0x4b, 0x36, 0xb7));
+        assert!(context.is_sampled());
+        assert_eq!(context.to_string(), text);
+        let later = TraceContext::parse(&format!("cc{}-what-comes-later", &text[2..])).expect("a later version");
+        assert_eq!(later, context);
+        assert!(!TraceContext::parse(&format!("{}00", &text[..53])).expect("not recorded").is_sampled());
+    }
+
+    #[test]
+    fn what_is_no_traceparent_is_an_error_that_says_what_came() {
+        let right = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let wrong = [
+            "",
+            "00",
+            &right[..54],
+            &right.to_uppercase(),
+            &format!("ff{}", &right[2..]),
+            &format!("{right}-more"),
+            &format!("cc{}x", &right[2..]),
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e473g-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0é",
+            "00_4bf92f3577b34da6a3ce929d0e0e4736_00f067aa0ba902b7_01",
+        ];
+        for text in wrong {
+            let error = TraceContext::parse(text).expect_err(text);
+            assert!(error.message.contains("expected") && error.message.contains(&format!("{text:?}")), "{error}");
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ferry::config::file::Value;
 use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memory_total, recorder_bytes, setting};
-use ferry::config::{Config, LogFormat, Machine, Place};
+use ferry::config::{Config, LogFormat, Machine, OtelProtocol, Place};
 use proptest::prelude::*;
 
 const MACHINE: Machine = Machine { cores: 8, nofile: 20_000 };
@@ -214,6 +214,29 @@ fn knobs_that_contradict_each_other_are_refused_with_both_numbers() {
     }
     let together: Vec<&str> = cases.iter().flat_map(|(sets, _)| sets.iter().copied()).collect();
     assert_eq!(mistakes(of_sets(&together)).len(), cases.len(), "all contradictions are listed");
+}
+
+#[test]
+fn telemetry_goes_nowhere_unless_an_endpoint_is_named_and_only_where_one_can_be() {
+    let config = of_sets(&[]).expect("defaults");
+    assert_eq!(config.otel.endpoint, None);
+    let sets =
+        ["otel.endpoint=http://[::1]:4317/", "otel.protocol=grpc", "otel.sample_ratio=0.25", "otel.service_name=a b"];
+    let config = of_sets(&sets).expect("none of these is wrong");
+    assert_eq!(config.otel.endpoint.as_deref(), Some("http://[::1]:4317/"));
+    assert_eq!((config.otel.protocol, config.otel.sample_ratio), (OtelProtocol::Grpc, 0.25));
+    assert_eq!(of_file(&config.to_toml()), Ok(config), "and is dumped so that it loads again");
+    for endpoint in
+        ["https://a:1", "a:4317", "http://a", "http://a:0", "http://a:1/v1/traces", "http://a b:1", "http://:1"]
+    {
+        let wrong = mistakes(of_sets(&[&format!("otel.endpoint={endpoint}")]));
+        assert!(wrong[0].contains("otel.endpoint: expected http://HOST:PORT"), "{wrong:?}");
+    }
+    for share in ["1.5", "-0.1", "nan", "2", "half"] {
+        let wrong = mistakes(of_sets(&[&format!("otel.sample_ratio={share}")]));
+        assert!(wrong[0].contains("expected a number from 0 to 1"), "{wrong:?}");
+    }
+    assert!(mistakes(of_sets(&["otel.protocol=udp"]))[0].contains("\"http/protobuf\" or \"grpc\""));
 }
 
 #[test]

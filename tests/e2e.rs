@@ -16,12 +16,16 @@ mod faults;
 mod features;
 #[path = "e2e/framing.rs"]
 mod framing;
+#[path = "e2e/latency.rs"]
+mod latency;
 #[path = "e2e/live.rs"]
 mod live;
 #[path = "e2e/meaning.rs"]
 mod meaning;
 #[path = "e2e/order.rs"]
 mod order;
+#[path = "e2e/otel.rs"]
+mod otel;
 #[path = "e2e/process.rs"]
 mod process;
 #[path = "e2e/receipts.rs"]

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use bincode::{Decode, Encode};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
-use ferry::vocab::{Code, DType, Executed, Layout, ModelHandle, Refusal, Retry, SealReason, Stage};
+use ferry::vocab::{Code, DType, Executed, Layout, ModelHandle, Refusal, Retry, SealReason, Stage, TraceContext};
 use ferry::wire::decoder::Step;
 use ferry::wire::encoder::{Head, append_bare, append_frame, append_frame_with, pad_to_8};
 use ferry::wire::frame::FLAG_OPTIONAL;
@@ -267,6 +267,11 @@ fn goldens() -> Vec<Golden> {
                 flags: INFER_TIMINGS | INFER_TRUNCATE,
                 compose_tag: 0xFEED,
                 compose_rows: 5,
+                late_us: 1500,
+                trace: Some(
+                    TraceContext::parse("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+                        .expect("as in the standard"),
+                ),
                 inputs: tensors(&[(DType::U8, &[2, 3]), (DType::F32, &[2, 1])]),
             },
             laid_out(&[&[1, 2, 3, 4, 5, 6], &f32s(&[0.5, -1.0])]),

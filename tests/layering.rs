@@ -7,11 +7,13 @@ use std::path::{Path, PathBuf};
 const ALLOWED: &[(&str, &[&str])] = &[
     ("vocab", &[]),
     ("clock", &["vocab"]),
+    // What could leak counts itself where it is made.
+    ("live", &[]),
     ("wire", &["vocab"]),
     ("contract", &["vocab", "wire"]),
     ("mailbox", &["clock", "vocab"]),
     ("scheduler", &["vocab"]),
-    ("telemetry", &["clock", "vocab"]),
+    ("telemetry", &["clock", "live", "vocab"]),
     ("timeline", &["vocab"]),
     ("config", &["timeline", "vocab", "wire"]),
     ("capture", &["scheduler", "vocab"]),
@@ -20,7 +22,19 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("scatter", &["contract", "mail", "mailbox", "vocab", "wire"]),
     (
         "executor",
-        &["clock", "contract", "gpu", "mail", "mailbox", "scatter", "scheduler", "telemetry", "timeline", "vocab"],
+        &[
+            "clock",
+            "contract",
+            "gpu",
+            "live",
+            "mail",
+            "mailbox",
+            "scatter",
+            "scheduler",
+            "telemetry",
+            "timeline",
+            "vocab",
+        ],
     ),
     (
         "batcher",
@@ -38,7 +52,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "vocab",
         ],
     ),
-    ("device", &["clock", "gpu", "vocab"]),
+    ("device", &["clock", "gpu", "live", "vocab"]),
     ("gpu", &["vocab"]),
     ("kernels", &["device"]),
     // Pure: types of tensors, and what the wire can carry of them.
@@ -64,6 +78,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "vocab",
         ],
     ),
+    // What was counted and recorded, to a receiver elsewhere.
+    ("otel", &["clock", "mailbox", "telemetry", "vocab"]),
     ("learned", &["mail", "mailbox", "scheduler", "vocab"]),
     // A capture that nobody keeps, given to the scheduler in virtual time beside the one that serves.
     ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),

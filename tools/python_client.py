@@ -69,7 +69,7 @@ number, letter = DTYPES[spec["dtype"]]
 payload = struct.pack(f"<{len(pixels)}{letter}", *(pixels if letter != "B" else map(int, pixels)))
 dims = [1] + spec["shape"]
 tensor = struct.pack(f"<BBQ{len(dims)}I", 0, number, len(dims), *dims)
-send(sock, INFER, 2, struct.pack("<QBBQIQ", 0, 0, 0, 0, 0, 1) + tensor, payload, *struct.unpack_from("<H", metadata))
+send(sock, INFER, 2, struct.pack("<QBBQIQBQ", 0, 0, 0, 0, 0, 0, 0, 1) + tensor, payload, *struct.unpack_from("<H", metadata))
 metadata, payload = receive(stream, RESULT)
 _, dtype, rank = struct.unpack_from("<BBQ", metadata, 30)  # behind 22 bytes of fields and the count of outputs
 count = math.prod(struct.unpack_from(f"<{rank}I", metadata, 40))

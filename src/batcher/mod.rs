@@ -461,6 +461,7 @@ impl<O: Outlet> Batcher<O> {
         let (rows, longest) = (batch.rows, lens.max().unwrap_or(0));
         let (real, padded) = (batch.cells_real, batch.cells_padded());
         let cells = metrics.batch_sealed(batch.reason, rows, batch.rows_possible, longest, real, padded);
+        metrics.batch_length(batch.padded_len);
         self.times.sealed(&batch, cells, self.scheduler.cost(batch.model).fixed_share(batch.work()));
         let form = &self.forms[batch.model.index()];
         {

@@ -11,8 +11,9 @@ use std::time::Duration;
 
 use super::ClientError;
 use super::session::ModelInfo;
+use crate::clock;
 use crate::contract::Contract;
-use crate::vocab::{DType, Refusal, SealReason};
+use crate::vocab::{DType, Moment, Refusal, SealReason, TraceContext, TraceParentError};
 use crate::wire::encoder::align8;
 use crate::wire::message::{
     INFER_ITEMS, INFER_RECEIPT, INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED,
@@ -54,6 +55,9 @@ pub struct Request {
     flags: u8,
     compose_tag: u64,
     compose_rows: u32,
+    /// How late it was, and when that was said.
+    late: Option<(Duration, Moment)>,
+    trace: Option<TraceContext>,
 }
 
 impl Request {
@@ -67,6 +71,8 @@ impl Request {
             flags: 0,
             compose_tag: 0,
             compose_rows: 0,
+            late: None,
+            trace: None,
         }
     }
 
@@ -139,6 +145,19 @@ impl Request {
         self
     }
 
+    /// It was meant to be sent this long ago: the server counts its latency from then too. What it still waits in this client
+    /// is added. For callers that send on a schedule, in every request, with zero where it is on time.
+    pub fn late(mut self, late: Duration) -> Request {
+        self.late = Some((late, clock::now()));
+        self
+    }
+
+    /// The caller's span, as a `traceparent` of W3C Trace Context: the parent of what the server records.
+    pub fn trace_parent(mut self, text: &str) -> Result<Request, TraceParentError> {
+        self.trace = Some(TraceContext::parse(text)?);
+        Ok(self)
+    }
+
     pub fn model_name(&self) -> &str {
         &self.model
     }
@@ -205,9 +224,16 @@ impl Request {
             flags: self.flags,
             compose_tag: self.compose_tag,
             compose_rows: self.compose_rows,
+            late_us: self.late.map_or(0, |(late, said_at)| late_us(late + clock::now().since(said_at))),
+            trace: self.trace,
             inputs: placed.metas,
         }
     }
+}
+
+/// As a request states it: 0 would say nothing, so what is on time is 1.
+pub fn late_us(late: Duration) -> u64 {
+    u64::try_from(late.as_micros()).unwrap_or(u64::MAX).max(1)
 }
 
 /// A request's tensors in the contract's order.

@@ -37,8 +37,9 @@ impl fmt::Display for Origin {
 pub enum Value {
     Bool(bool),
     Integer(i128),
+    Real(f64),
     Text(String),
-    /// Something no key takes (a float, a date, an array), by the name of its type.
+    /// Something no key takes (a date, an array), by the name of its type.
     Other(&'static str),
 }
 
@@ -48,6 +49,7 @@ impl Value {
         match self {
             Value::Bool(value) => format!("{value}"),
             Value::Integer(value) => format!("{value}"),
+            Value::Real(value) => format!("{value}"),
             Value::Text(value) => format!("{value:?}"),
             Value::Other(type_name) => format!("a value of type {type_name}"),
         }
@@ -113,6 +115,10 @@ fn scalar(value: &DeValue<'_>) -> Value {
         DeValue::Integer(value) => match i128::from_str_radix(value.as_str(), value.radix()) {
             Ok(value) => Value::Integer(value),
             Err(_) => Value::Other("integer beyond 128 bits"),
+        },
+        DeValue::Float(value) => match value.as_str().replace('_', "").parse() {
+            Ok(value) => Value::Real(value),
+            Err(_) => Value::Other("float"),
         },
         other => Value::Other(other.type_str()),
     }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::file::Value;
-use super::{Config, LogFormat, Place};
+use super::{Config, LogFormat, OtelProtocol, Place};
 use crate::timeline::Ring;
 use crate::timeline::breach::BreachRule;
 use crate::wire::Limits as WireLimits;
@@ -52,6 +52,13 @@ pub enum Access {
     PathOrNone(fn(&mut Config) -> &mut Option<PathBuf>),
     Place(fn(&mut Config) -> &mut Place),
     Breach(fn(&mut Config) -> &mut BreachRule),
+    /// From 0 to 1.
+    Share(fn(&mut Config) -> &mut f64),
+    /// `http://HOST:PORT`; empty: none.
+    EndpointOrNone(fn(&mut Config) -> &mut Option<String>),
+    Otlp(fn(&mut Config) -> &mut OtelProtocol),
+    /// At most 128 bytes, not empty.
+    Name(fn(&mut Config) -> &mut String),
     Format(fn(&mut Config) -> &mut LogFormat),
     Level(fn(&mut Config) -> &mut String),
 }
@@ -263,6 +270,33 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 1, max: 100_000, at: |c| &mut c.recorder.files_max },
     },
     Setting {
+        key: "otel.endpoint",
+        about: "Where metrics and traces are sent by OTLP: http://HOST:PORT of a receiver, such as a collector beside the
+                server, which adds TLS and credentials. Empty: nowhere, and nothing is recorded.",
+        access: Access::EndpointOrNone(|c| &mut c.otel.endpoint),
+    },
+    Setting {
+        key: "otel.protocol",
+        about: "http/protobuf (a collector's port 4318) or grpc (4317).",
+        access: Access::Otlp(|c| &mut c.otel.protocol),
+    },
+    Setting {
+        key: "otel.sample_ratio",
+        about: "Share of requests that are recorded where the caller names no trace; 0 to 1. Where it names one, the caller
+                decides. Recorded requests cost a few microseconds of the control thread each, the others a branch.",
+        access: Access::Share(|c| &mut c.otel.sample_ratio),
+    },
+    Setting {
+        key: "otel.interval_ms",
+        about: "Between two exports of metrics. Spans go at least each second.",
+        access: Access::Millis { min: 100, max: 3_600_000, at: |c| &mut c.otel.interval },
+    },
+    Setting {
+        key: "otel.service_name",
+        about: "The name under which this server is found in what shows traces.",
+        access: Access::Name(|c| &mut c.otel.service_name),
+    },
+    Setting {
         key: "log.format",
         about: "text or json, on standard error.",
         access: Access::Format(|c| &mut c.log.format),
@@ -319,6 +353,10 @@ impl Setting {
             }
             Access::Place(at) => quoted(&at(config).to_string()),
             Access::Breach(at) => quoted(at(config).name()),
+            Access::Share(at) => toml::Value::Float(*at(config)).to_string(),
+            Access::EndpointOrNone(at) => quoted(at(config).as_deref().unwrap_or("")),
+            Access::Otlp(at) => quoted(at(config).name()),
+            Access::Name(at) => quoted(at(config)),
             Access::Format(at) => quoted(at(config).name()),
             Access::Level(at) => quoted(at(config)),
         }
@@ -333,6 +371,9 @@ impl Setting {
             | Access::PathOrNone(_)
             | Access::Place(_)
             | Access::Breach(_)
+            | Access::EndpointOrNone(_)
+            | Access::Otlp(_)
+            | Access::Name(_)
             | Access::Format(_)
             | Access::Level(_) => {
                 let table: toml::Table = toml::from_str(&format!("value = {text}")).expect("quoted() writes TOML");
@@ -387,6 +428,35 @@ impl Setting {
                 };
                 *at(config) = rule.ok_or_else(|| expected("\"p99\", \"request\" or \"off\""))?;
             }
+            Access::Share(at) => {
+                let share = match value {
+                    Value::Real(share) => *share,
+                    Value::Integer(share @ (0 | 1)) => *share as f64,
+                    _ => f64::NAN,
+                };
+                if !(0.0..=1.0).contains(&share) {
+                    return Err(expected("a number from 0 to 1"));
+                }
+                *at(config) = share;
+            }
+            Access::EndpointOrNone(at) => match value {
+                Value::Text(text) if text.is_empty() => *at(config) = None,
+                Value::Text(text) if is_endpoint(text) => *at(config) = Some(text.clone()),
+                _ => {
+                    return Err(expected(
+                        "http://HOST:PORT without a path (https is a collector's work), or \"\" for none",
+                    ));
+                }
+            },
+            Access::Otlp(at) => match value {
+                Value::Text(text) if text == "grpc" => *at(config) = OtelProtocol::Grpc,
+                Value::Text(text) if text == "http/protobuf" => *at(config) = OtelProtocol::HttpProtobuf,
+                _ => return Err(expected("\"http/protobuf\" or \"grpc\"")),
+            },
+            Access::Name(at) => match value {
+                Value::Text(text) if !text.is_empty() && text.len() <= 128 => *at(config) = text.clone(),
+                _ => return Err(expected("a name of 1 to 128 bytes")),
+            },
             Access::Format(at) => match value {
                 Value::Text(text) if text == "text" => *at(config) = LogFormat::Text,
                 Value::Text(text) if text == "json" => *at(config) = LogFormat::Json,
@@ -409,6 +479,23 @@ impl Setting {
         };
         found.ok_or_else(|| format!("{}: expected an integer from {min} to {max}, got {}", self.key, value.got()))
     }
+}
+
+/// `http://HOST:PORT`, with a slash behind it or none.
+fn is_endpoint(text: &str) -> bool {
+    let Some(authority) = text.strip_prefix("http://").map(|rest| rest.strip_suffix('/').unwrap_or(rest)) else {
+        return false;
+    };
+    let host_is_plain = |host: &str| {
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        match bare {
+            Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte)),
+        }
+    };
+    authority
+        .rsplit_once(':')
+        .is_some_and(|(host, port)| host_is_plain(host) && port.parse::<u16>().is_ok_and(|p| p > 0))
 }
 
 /// A number that was already compared with its field's maximum.

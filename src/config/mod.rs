@@ -43,6 +43,7 @@ pub struct Config {
     pub queue: Queue,
     pub executor: Executor,
     pub recorder: Recorder,
+    pub otel: Otel,
     pub log: Log,
 }
 
@@ -161,6 +162,32 @@ pub struct Recorder {
     pub files_max: u32,
 }
 
+/// Where metrics and traces are sent by OTLP.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Otel {
+    /// None: nowhere, and nothing is recorded.
+    pub endpoint: Option<String>,
+    pub protocol: OtelProtocol,
+    pub sample_ratio: f64,
+    pub interval: Duration,
+    pub service_name: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtelProtocol {
+    Grpc,
+    HttpProtobuf,
+}
+
+impl OtelProtocol {
+    pub fn name(self) -> &'static str {
+        match self {
+            OtelProtocol::Grpc => "grpc",
+            OtelProtocol::HttpProtobuf => "http/protobuf",
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Log {
     pub format: LogFormat,
@@ -247,6 +274,13 @@ impl Config {
                 breach: BreachRule::P99,
                 interval: Duration::from_secs(60),
                 files_max: 8,
+            },
+            otel: Otel {
+                endpoint: None,
+                protocol: OtelProtocol::HttpProtobuf,
+                sample_ratio: 0.01,
+                interval: Duration::from_secs(10),
+                service_name: "ferry".into(),
             },
             log: Log { format: LogFormat::Text, level: "info".into() },
         }

@@ -87,6 +87,12 @@ pub struct ControlOptions {
     pub shadow: Arc<Board>,
 }
 
+/// Work for the control thread beside the port. It is to end when the channel that it is given does.
+pub type Beside = Box<dyn FnOnce(oneshot::Receiver<()>) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+/// How long work beside the port may take to end after it was told to.
+const BESIDE_END_MAX: Duration = Duration::from_secs(3);
+
 /// The running control port. Dropping it ends the thread.
 #[derive(Debug)]
 pub struct ControlHandle {
@@ -118,6 +124,11 @@ impl Drop for ControlHandle {
 
 /// Binds the port and starts its thread.
 pub fn spawn(options: ControlOptions) -> io::Result<ControlHandle> {
+    spawn_with(options, None)
+}
+
+/// The same, with other work on that thread.
+pub fn spawn_with(options: ControlOptions, beside: Option<Beside>) -> io::Result<ControlHandle> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
     let listener = std::net::TcpListener::bind(options.addr)?;
     listener.set_nonblocking(true)?;
@@ -130,10 +141,16 @@ pub fn spawn(options: ControlOptions) -> io::Result<ControlHandle> {
     let (end, ended) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("ferry-control".into()).spawn(move || {
         runtime.block_on(async {
+            let (end_beside, beside_ended) = oneshot::channel();
+            let beside = beside.map(|work| tokio::spawn(work(beside_ended)));
             let serve = axum::serve(Bounded::new(listener), router);
             tokio::select! {
                 _ = serve => {}
                 _ = ended => {} // by drop, too
+            }
+            drop(end_beside);
+            if let Some(beside) = beside {
+                let _ = tokio::time::timeout(BESIDE_END_MAX, beside).await;
             }
         });
         // Connections are dropped with the runtime; no blocking task is ever started on it.

@@ -24,6 +24,7 @@ use std::time::Duration;
 use crate::gpu::driver::{Driver, Event, Fault, HostMemory, HostUse, Product, Queue};
 use crate::gpu::launch::{Arg, Float, Launch, Memory, Span};
 use crate::gpu::reference::{self, Value};
+use crate::live::{Kind, Live};
 
 /// What freed memory, and memory that was never written, is filled with.
 pub const POISON: u8 = 0xDB;
@@ -174,7 +175,8 @@ impl SimDevice {
         let first = world.queues.len();
         world.queues.resize_with(first + Queue::ALL.len(), QueueState::default);
         drop(world);
-        SimDriver { device: self.clone(), first, capturing: None }
+        let _live = Queue::ALL.map(|_| Live::new(Kind::DeviceStream));
+        SimDriver { device: self.clone(), first, capturing: None, _live }
     }
 
     pub fn set_faults(&self, faults: Faults) {
@@ -434,6 +436,7 @@ pub struct SimMemory {
     device: SimDevice,
     id: usize,
     bytes: usize,
+    _live: Live,
 }
 
 impl fmt::Debug for SimMemory {
@@ -466,6 +469,7 @@ fn place(span: Span<'_, SimMemory>) -> Place {
 pub struct SimEvent {
     device: SimDevice,
     id: usize,
+    _live: Live,
 }
 
 impl fmt::Debug for SimEvent {
@@ -514,6 +518,7 @@ struct SimHost {
     words: *mut u64,
     len: usize,
     pending: Arc<Pending>,
+    _live: Live,
 }
 
 // SAFETY: the memory belongs to this value alone; the device reads and writes it through Copied, under its lock.
@@ -590,6 +595,7 @@ pub struct SimDriver {
     device: SimDevice,
     first: usize,
     capturing: Option<Vec<Operation>>,
+    _live: [Live; 3],
 }
 
 impl SimDriver {
@@ -635,7 +641,8 @@ impl Driver for SimDriver {
         world.allocated += bytes;
         let id = world.buffers.len();
         world.buffers.push(Buffer { bytes: vec![POISON; bytes], ..Buffer::default() });
-        Ok(SimMemory { device: self.device.clone(), id, bytes })
+        let _live = Live::of_bytes(Kind::DeviceBuffer, bytes);
+        Ok(SimMemory { device: self.device.clone(), id, bytes, _live })
     }
 
     fn host_memory(&self, bytes: usize, _usage: HostUse) -> Result<Box<dyn HostMemory>, Fault> {
@@ -643,7 +650,8 @@ impl Driver for SimDriver {
         let words: Box<[u64]> = vec![0; bytes.div_ceil(8)].into();
         let len = words.len();
         let words = Box::into_raw(words).cast::<u64>();
-        Ok(Box::new(SimHost { device: self.device.clone(), words, len, pending: Arc::default() }))
+        let _live = Live::of_bytes(Kind::PinnedBuffer, len * 8);
+        Ok(Box::new(SimHost { device: self.device.clone(), words, len, pending: Arc::default(), _live }))
     }
 
     fn event(&self) -> Result<SimEvent, Fault> {
@@ -651,7 +659,7 @@ impl Driver for SimDriver {
         world.call()?;
         world.events.push(EventState::default());
         let id = world.events.len() - 1;
-        Ok(SimEvent { device: self.device.clone(), id })
+        Ok(SimEvent { device: self.device.clone(), id, _live: Live::new(Kind::DeviceEvent) })
     }
 
     fn upload(&mut self, from: &dyn HostMemory, at: usize, to: Span<'_, SimMemory>) -> Result<(), Fault> {

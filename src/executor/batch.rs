@@ -7,6 +7,7 @@
 
 use crate::contract::{Contract, TensorSpec};
 use crate::gpu::driver::HostMemory;
+use crate::live::{Kind, Live};
 use crate::vocab::{Code, Layout};
 
 /// Bytes that can be viewed as any dtype. Grows when asked for more than ever before, never shrinks.
@@ -139,7 +140,7 @@ pub struct RowError {
 }
 
 /// Where a model puts its results. Reused from batch to batch.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct BatchOutput {
     pub outputs: Vec<AlignedBytes>,
     /// Rows that failed alone. Their mates are answered all the same.
@@ -151,12 +152,30 @@ pub struct BatchOutput {
     pub padded_len: u32,
     /// Sum of the lengths before each row, where rows lie end to end.
     starts: Vec<u32>,
+    _live: Live,
+}
+
+impl Default for BatchOutput {
+    fn default() -> BatchOutput {
+        BatchOutput {
+            outputs: Vec::new(),
+            row_errors: Vec::new(),
+            cells_computed: 0,
+            layout: Layout::default(),
+            rows: 0,
+            padded_len: 0,
+            starts: Vec::new(),
+            _live: Live::new(Kind::Output),
+        }
+    }
 }
 
 impl BatchOutput {
     /// With buffers of its own, instead of those that it would grow.
     pub fn in_buffers(outputs: Vec<AlignedBytes>) -> BatchOutput {
-        BatchOutput { outputs, ..BatchOutput::default() }
+        let mut output = BatchOutput::default();
+        output.outputs = outputs;
+        output
     }
 
     /// Sizes every output for rows of these lengths. Contents are left as they were: the model writes all.

@@ -223,7 +223,7 @@ pub fn make<D: Driver>(
             for bytes in &capacity.inputs {
                 inputs.push(AlignedBytes::for_device(driver.host_memory(*bytes, HostUse::Upload)?));
             }
-            slots.push(VacantSlot::new(Staging { inputs, ..Staging::default() }));
+            slots.push(VacantSlot::new(Staging::of(inputs)));
         }
     }
     let piece = HostBatch::new(&driver, &capacity)?;

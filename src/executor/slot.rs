@@ -4,6 +4,7 @@
 //! - A slot has one owner. The batcher owns it vacant, the executor filled; it comes back only through
 //!   [`FilledSlot::vacate`], after the model has let go of it.
 
+use crate::live::{Kind, Live};
 use crate::mail::Member;
 use crate::scheduler::SealedBatch;
 use crate::vocab::Moment;
@@ -11,12 +12,28 @@ use crate::vocab::Moment;
 use super::batch::AlignedBytes;
 
 /// Buffers for one padded batch. Grow to the largest batch and stay.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Staging {
     pub inputs: Vec<AlignedBytes>,
     /// Real length of each row.
     pub lens: Vec<u32>,
     pub members: Vec<Member>,
+    _live: Live,
+}
+
+impl Default for Staging {
+    fn default() -> Staging {
+        Staging { inputs: Vec::new(), lens: Vec::new(), members: Vec::new(), _live: Live::new(Kind::Staging) }
+    }
+}
+
+impl Staging {
+    /// With buffers of its own, instead of those that it would grow.
+    pub fn of(inputs: Vec<AlignedBytes>) -> Staging {
+        let mut staging = Staging::default();
+        staging.inputs = inputs;
+        staging
+    }
 }
 
 /// A staging set that nothing reads.

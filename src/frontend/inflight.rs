@@ -5,6 +5,8 @@
 //!   same request finds nothing. This is where "exactly once" is kept.
 //! - Each live slot is on the list of its connection, so that a dying connection ends all of its requests.
 
+use std::time::Duration;
+
 use crate::scatter::Details;
 use crate::vocab::{ModelHandle, TicketKey};
 
@@ -21,6 +23,16 @@ pub struct Waiting {
     pub details: Details,
     /// Rows are answered as they are done.
     pub items: bool,
+    /// How late it was sent, in microseconds; 0: not stated.
+    pub late_us: u32,
+    /// What traces.rs keeps of it; 0: nothing.
+    pub trace: u32,
+}
+
+impl Waiting {
+    pub fn send_lag(&self) -> Option<Duration> {
+        (self.late_us != 0).then(|| Duration::from_micros(self.late_us.into()))
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,6 +104,13 @@ impl InFlight {
         (slot.generation == key.generation).then_some(slot.waiting.as_ref()?)
     }
 
+    /// A live ticket is recorded for a trace.
+    pub fn set_trace(&mut self, key: TicketKey, trace: u32) {
+        let slot = &mut self.slots[key.slot as usize];
+        assert_eq!(slot.generation, key.generation, "it was just inserted");
+        slot.waiting.as_mut().expect("it was just inserted").trace = trace;
+    }
+
     /// Ends a ticket: at most once per ticket.
     pub fn remove(&mut self, key: TicketKey, owner: &mut Owned) -> Option<Waiting> {
         let slot = self.slots.get_mut(key.slot as usize)?;
@@ -145,6 +164,8 @@ mod tests {
             payload_bytes: 0,
             details: Details::default(),
             items: false,
+            late_us: 0,
+            trace: 0,
         }
     }
 

@@ -7,7 +7,7 @@
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
 //! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
-//! inflight.rs, task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+//! inflight.rs, traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
 pub mod connection;
 pub mod inflight;
@@ -16,6 +16,7 @@ pub mod session;
 pub mod shard;
 pub mod state;
 pub mod task;
+pub mod traces;
 pub mod watchdog;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -46,6 +47,8 @@ pub struct Options {
     pub idle_timeout: Duration,
     /// How long an idle shard looks for work before it sleeps.
     pub spin: Duration,
+    /// Where requests that are recorded for a trace go; None: none is.
+    pub tracing: Option<traces::Tracing>,
     /// Test hook: a request with this id panics in its connection's task.
     pub panic_on_request_id: Option<u64>,
     /// Test hook: a request with this id ends its shard with a panic.

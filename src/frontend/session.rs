@@ -12,9 +12,11 @@ use bytes::Bytes;
 use super::connection::{Connection, Phase};
 use super::inflight::Waiting;
 use super::state::{Burst, State};
+use crate::clock;
 use crate::mail::{Part, Request};
 use crate::scatter::{Details, append_error};
 use crate::scheduler::{Class, Compose};
+use crate::telemetry::Operation;
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
@@ -56,7 +58,11 @@ pub fn handle_frame(
         (Phase::Greeting, _) => Err(Fatal::protocol(format!("expected a hello first, got kind {}", frame.header.kind))),
         (_, Kind::Hello) => Err(Fatal::protocol("a second hello")),
         (Phase::Open, Kind::Infer) => infer(state, at, frame, data, now, burst),
-        (Phase::Open, Kind::Describe) => describe(state, at, frame, data),
+        (Phase::Open, Kind::Describe) => {
+            let (operation, model, code) = describe(state, at, frame, data);
+            state.metrics().operated(operation, model, code, clock::now().since(now));
+            Ok(())
+        }
         (Phase::Open | Phase::Leaving, Kind::Cancel) => {
             cancel(state, at, frame.header.request_id, burst);
             Ok(())
@@ -71,6 +77,7 @@ pub fn handle_frame(
             let head = Head { kind: Kind::StatsReply, model: ModelHandle(0), request_id: frame.header.request_id };
             append_frame(&mut state.output(at).out, head, &(), json.as_bytes())
                 .expect("no metadata is within every limit");
+            state.metrics().operated(Operation::Stats, None, Code::Ok, clock::now().since(now));
             Ok(())
         }
         // The client will send nothing more; what it sent is answered.
@@ -115,7 +122,8 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
     Ok(())
 }
 
-fn describe(state: &mut State, at: u32, frame: &Frame, data: &Bytes) -> Result<(), Fatal> {
+/// Answers what was asked, and says what that was and what came of it.
+fn describe(state: &mut State, at: u32, frame: &Frame, data: &Bytes) -> (Operation, Option<ModelHandle>, Code) {
     let request_id = frame.header.request_id;
     let asked: Result<Describe, _> = decode_exact(frame.metadata(data));
     let catalog = std::sync::Arc::clone(&state.catalog);
@@ -128,18 +136,18 @@ fn describe(state: &mut State, at: u32, frame: &Frame, data: &Bytes) -> Result<(
         Err(error) => Refusal::invalid(format!("describe: {error}")),
         Ok(asked) if asked.model.is_empty() => {
             answer(ModelHandle(0), Description { handle: 0, contract_hash: 0 }, &catalog.list_json);
-            return Ok(());
+            return (Operation::List, None, Code::Ok);
         }
         Ok(asked) => match catalog.find(&asked.model, &asked.version) {
             Some((handle, entry)) => {
                 answer(handle, Description { handle: handle.0, contract_hash: entry.contract_hash }, &entry.json);
-                return Ok(());
+                return (Operation::Describe, Some(handle), Code::Ok);
             }
             None => Refusal::new(Code::NotFound, not_found(&asked)),
         },
     };
     append_error(&mut connection.out, ModelHandle(0), request_id, &refusal);
-    Ok(())
+    (Operation::Describe, None, refusal.code)
 }
 
 fn not_found(asked: &Describe) -> String {
@@ -225,6 +233,8 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         payload_bytes: header.payload_len,
         details: Details { timings: infer.flags & INFER_TIMINGS != 0, receipt: infer.flags & INFER_RECEIPT != 0 },
         items: infer.flags & INFER_ITEMS != 0,
+        late_us: u32::try_from(infer.late_us).unwrap_or(u32::MAX), // more than an hour is an hour
+        trace: 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {
         let message = format!("{} requests are in flight on this shard, its bound", state.options.in_flight_max);
@@ -232,6 +242,10 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
     })?;
     connection.requests_in_flight += 1;
     connection.bytes_in_flight += u64::from(header.payload_len);
+    let trace = state.traces.begin(infer.trace, [checked.rows, checked.len], now, &state.telemetry);
+    if trace != 0 {
+        state.in_flight.set_trace(key, trace);
+    }
     let request = Request {
         key,
         model: header.model,

@@ -146,7 +146,7 @@ impl Shard {
             }
         }
         state.flush(now.unwrap_or_else(clock::now));
-        state.metrics().table_entries(state.in_flight.len() as u64);
+        state.publish();
     }
 
     /// Ends every connection, so that no peer waits for a shard that is dead. The listener cannot be reached: who

@@ -16,9 +16,11 @@ use bytes::{Bytes, BytesMut};
 use slab::Slab;
 
 use super::connection::{Connection, Flushed, Phase};
-use super::inflight::InFlight;
+use super::inflight::{InFlight, Waiting};
 use super::session::{Fatal, append_goaway, handle_frame};
+use super::traces::Traces;
 use super::{Catalog, Options};
+use crate::clock;
 use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
 use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
@@ -61,6 +63,7 @@ pub struct State {
     pub in_flight: InFlight,
     /// Answers of requests that are run in parts.
     assemblies: Assemblies,
+    pub traces: Traces,
     pub mode: Mode,
     /// Test hook: the shard's main task is to panic.
     pub broken: bool,
@@ -88,6 +91,7 @@ impl State {
         tokenizer: Option<Sender<Request>>,
     ) -> State {
         let in_flight = InFlight::new(index, options.in_flight_max);
+        let traces = Traces::new(options.tracing.clone());
         State {
             index,
             options,
@@ -96,6 +100,7 @@ impl State {
             connections: Slab::new(),
             in_flight,
             assemblies: Assemblies::default(),
+            traces,
             mode: Mode::Serving,
             broken: false,
             batcher,
@@ -112,6 +117,13 @@ impl State {
 
     pub fn metrics(&self) -> &ShardMetrics {
         self.telemetry.shard(usize::from(self.index))
+    }
+
+    /// Says how things stand, once for all that a burst changed.
+    pub fn publish(&self) {
+        let metrics = self.metrics();
+        metrics.table_entries(self.in_flight.len() as u64);
+        metrics.held_bytes(self.receiving, self.unsent);
     }
 
     /// Registers the shard's main task, to be woken when the last connection of a draining shard has gone.
@@ -352,7 +364,7 @@ impl State {
                         // Its other parts are for nobody now; the batcher is told with the next burst.
                         self.cancels_left.push(member.key);
                     }
-                    self.end(member.key, &refusal);
+                    self.end_in(member.key, &refusal, Some((finished, member)));
                 }
                 None if self.in_flight.get(member.key).is_some_and(|waiting| waiting.items) => {
                     ok += u64::from(self.answer_item(finished, member, now));
@@ -364,6 +376,7 @@ impl State {
                         ok += 1;
                         let mut assemblies = std::mem::take(&mut self.assemblies);
                         let waiting = self.release(member.key).expect("found above");
+                        self.count_answer(&waiting, finished, member, now);
                         let out = &mut self.output(waiting.connection).out;
                         assemblies.append_result(out, finished, member, waiting.request_id, waiting.details);
                         self.assemblies = assemblies;
@@ -373,6 +386,7 @@ impl State {
                     None => self.metrics().late_answer(),
                     Some(waiting) => {
                         ok += 1;
+                        self.count_answer(&waiting, finished, member, now);
                         let out = &mut self.output(waiting.connection).out;
                         append_result(out, finished, member, waiting.request_id, waiting.details, now);
                     }
@@ -391,23 +405,49 @@ impl State {
         let last = !member.is_part() || self.assemblies.count_part(member);
         if last {
             self.release(member.key);
+            self.count_answer(&waiting, finished, member, now);
             let out = &mut self.output(waiting.connection).out;
             append_end(out, finished, member, waiting.request_id, waiting.details, now);
         }
         last
     }
 
+    /// A request is answered with a result now.
+    fn count_answer(&mut self, waiting: &Waiting, finished: &FinishedBatch, member: &Member, now: Moment) {
+        self.metrics().answered(waiting.model, now.since(member.received_at), waiting.send_lag());
+        self.record(waiting, (Code::Ok, ""), Some((finished, member)), || now);
+    }
+
+    /// A request has ended; if it is one of those that are recorded, so is that.
+    fn record(
+        &mut self,
+        waiting: &Waiting,
+        outcome: (Code, &str),
+        batch: Option<(&FinishedBatch, &Member)>,
+        now: impl FnOnce() -> Moment,
+    ) {
+        if waiting.trace != 0 {
+            self.traces.end(self.index, waiting, outcome, batch, now(), &self.telemetry);
+        }
+    }
+
     /// Ends a request without a result. The first outcome counts; a later one is dropped.
     pub fn end(&mut self, key: TicketKey, refusal: &Refusal) {
+        self.end_in(key, refusal, None);
+    }
+
+    /// The same, of a member of a batch that ran.
+    fn end_in(&mut self, key: TicketKey, refusal: &Refusal, batch: Option<(&FinishedBatch, &Member)>) {
         let Some(waiting) = self.release(key) else {
             return self.metrics().late_answer();
         };
         self.metrics().finished(waiting.model, refusal.code, 1);
+        self.record(&waiting, (refusal.code, &refusal.message), batch, clock::now);
         append_error(&mut self.output(waiting.connection).out, waiting.model, waiting.request_id, refusal);
     }
 
     /// Frees a request's slot and gives its credit back.
-    fn release(&mut self, key: TicketKey) -> Option<super::inflight::Waiting> {
+    fn release(&mut self, key: TicketKey) -> Option<Waiting> {
         let at = self.in_flight.get(key)?.connection;
         let connection = &mut self.connections[at as usize];
         let waiting = self.in_flight.remove(key, &mut connection.owned)?;
@@ -543,6 +583,7 @@ impl State {
         while let Some(key) = self.in_flight.first(&self.connections[at as usize].owned) {
             let waiting = self.release(key).expect("it was on the connection's list");
             self.metrics().finished(waiting.model, Code::Cancelled, 1);
+            self.record(&waiting, (Code::Cancelled, "its connection ended"), None, clock::now);
             cancelled.push(key);
         }
         let connection = self.connections.remove(at as usize);
@@ -663,6 +704,7 @@ mod tests {
             spin: Duration::ZERO,
             panic_on_request_id: None,
             panic_shard_on_request_id: None,
+            tracing: None,
         };
         State::new(0, options, Arc::new(Catalog::new(&[])), Telemetry::new(&[], 1, 1), mailbox(1).0, None)
     }

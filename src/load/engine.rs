@@ -28,6 +28,7 @@ use super::report::{LatencyReport, Report, ServerReport};
 use super::verify::{REFERENCES_MAX, Verifier, is_echo};
 use super::{LoadError, LoadOptions, Mode};
 use crate::client::connection::{open, send_error};
+use crate::client::request::late_us;
 use crate::client::session::{Event, ModelInfo, ServerStats, Window};
 use crate::client::{Client, ClientError, ClientOptions};
 use crate::clock;
@@ -505,11 +506,16 @@ impl<'a> Engine<'a> {
                 None => 0,
                 Some(deadline) => ((waiting.intended + deadline).saturating_sub(now) / 1000).max(1),
             };
+            // A caller that waits for answers has no moment at which it meant to send.
+            let late_us = match self.source {
+                Source::Closed => 0,
+                _ => late_us(Duration::from_nanos(now.saturating_sub(waiting.intended))),
+            };
             self.free.pop();
             let id = connection.sequence << SLOT_BITS | u64::from(slot);
             connection.sequence += 1;
             connection.window.take(bytes);
-            self.inputs.append(entry, id, connection.handle, deadline_us, &mut connection.output);
+            self.inputs.append(entry, id, connection.handle, [deadline_us, late_us], &mut connection.output);
             self.slots[slot as usize] =
                 Slot { id, intended: waiting.intended, number: waiting.number, entry, connection: index };
             if !connection.in_dirty {

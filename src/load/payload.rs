@@ -20,6 +20,8 @@ const VARIANTS: u32 = 4;
 
 /// Offset of `deadline_us` in a frame: the first field of its metadata.
 const DEADLINE_AT: usize = HEADER_LEN;
+/// Offset of `late_us`, behind deadline, priority, flags and the two of compositions.
+const LATE_AT: usize = HEADER_LEN + 8 + 1 + 1 + 8 + 4;
 
 /// A frame that is ready to be sent but for its id.
 #[derive(Clone, Debug)]
@@ -159,10 +161,10 @@ impl Inputs {
         crate::wire::message::decode_exact(bytes).expect("it was encoded here")
     }
 
-    /// Appends the frame of an entry under `id`.
+    /// Appends the frame of an entry under `id`. Of the deadline and of how late it is, 0 says nothing.
     ///
     /// Hot: once per request. Guarded by benches/echo_path.rs.
-    pub fn append(&self, index: u32, id: u64, handle: u16, deadline_us: u64, out: &mut Vec<u8>) {
+    pub fn append(&self, index: u32, id: u64, handle: u16, [deadline_us, late_us]: [u64; 2], out: &mut Vec<u8>) {
         let entry = &self.entries[index as usize];
         let start = out.len();
         out.extend_from_slice(&self.frames[entry.start..entry.start + entry.frame_len]);
@@ -172,6 +174,7 @@ impl Inputs {
         if deadline_us != 0 {
             frame[DEADLINE_AT..DEADLINE_AT + 8].copy_from_slice(&deadline_us.to_le_bytes());
         }
+        frame[LATE_AT..LATE_AT + 8].copy_from_slice(&late_us.to_le_bytes());
         let head: &[u8; HEADER_LEN] = frame.first_chunk().expect("a frame has a header");
         let crc = crate::wire::Header::expected_head_crc(head, &frame[HEADER_LEN..entry.payload_at]);
         frame[28..32].copy_from_slice(&crc.to_le_bytes());
@@ -302,15 +305,15 @@ mod tests {
     }
 
     #[test]
-    fn an_appended_frame_decodes_to_its_id_handle_and_deadline() {
+    fn an_appended_frame_decodes_to_its_id_handle_deadline_and_lateness() {
         let common = Common { handle: 1, priority: 2, has_deadline: true };
         let made = Inputs::new(&contract(DType::F32, None), [4], 10, 1, common).expect("valid");
         let mut out = Vec::new();
-        made.append(0, 77, 3, 5_000, &mut out);
+        made.append(0, 77, 3, [5_000, 12], &mut out);
         let Ok(Step::Frame(frame)) = Decoder::new(Limits::DEFAULT).next(&out) else { panic!("no frame") };
         assert_eq!((frame.header.request_id, frame.header.model.0), (77, 3));
         assert!(frame.payload_is_intact(&out));
         let infer: Infer = crate::wire::message::decode_exact(frame.metadata(&out)).expect("an infer");
-        assert_eq!((infer.deadline_us, infer.priority, infer.inputs.len()), (5_000, 2, 2));
+        assert_eq!((infer.deadline_us, infer.late_us, infer.priority, infer.inputs.len()), (5_000, 12, 2, 2));
     }
 }

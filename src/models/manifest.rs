@@ -198,6 +198,17 @@ pub enum Precision {
     Int8,
 }
 
+impl Precision {
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::F16 => "f16",
+            Precision::BF16 => "bf16",
+            Precision::Int8 => "int8",
+        }
+    }
+}
+
 /// Which names a checkpoint's parameters have, and where its positions begin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]

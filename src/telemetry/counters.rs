@@ -9,7 +9,7 @@
 //! Elsewhere: names, labels and text (export.rs).
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use super::histogram::Histogram;
@@ -57,6 +57,54 @@ pub(super) struct ShardModel {
     pub(super) accepted: Count,
     pub(super) finished: ByCode,
     pub(super) refused: ByCode,
+    pub(super) described: ByCode,
+    /// Made with the first answer: a directory of many models on many shards would fill megabytes with zeros.
+    latencies: OnceLock<Box<Latencies>>,
+}
+
+impl ShardModel {
+    pub(super) fn latencies(&self) -> Option<&Latencies> {
+        self.latencies.get().map(|latencies| &**latencies)
+    }
+}
+
+/// How long answered requests took.
+#[derive(Debug)]
+pub(super) struct Latencies {
+    /// Received to answered.
+    pub(super) request: Histogram,
+    /// Meant to be sent to sent, of requests that say it.
+    pub(super) send_lag: Histogram,
+    /// Their sum: meant to be sent to answered, but for the way there.
+    pub(super) intended: Histogram,
+}
+
+impl Default for Latencies {
+    fn default() -> Latencies {
+        Latencies { request: Histogram::times(), send_lag: Histogram::times(), intended: Histogram::times() }
+    }
+}
+
+/// What a caller may ask on the data port beside infer, which has metrics of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// A model's contract.
+    Describe,
+    /// Which models there are.
+    List,
+    Stats,
+}
+
+impl Operation {
+    pub const ALL: [Operation; 3] = [Operation::Describe, Operation::List, Operation::Stats];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Operation::Describe => "describe",
+            Operation::List => "list",
+            Operation::Stats => "stats",
+        }
+    }
 }
 
 /// What one shard counts. Aligned so that no two threads write the same cache line (128: lines are fetched in pairs).
@@ -75,6 +123,11 @@ pub struct ShardMetrics {
     pub(super) accept_errors: Count,
     /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
     pub(super) table_entries: Count,
+    pub(super) receiving_bytes: Count,
+    pub(super) unsent_bytes: Count,
+    /// Answered, of those that mean no model. By [`Operation`].
+    pub(super) operations: [Count; Operation::ALL.len()],
+    pub(super) operation_times: [Histogram; Operation::ALL.len()],
 }
 
 impl ShardMetrics {
@@ -91,6 +144,10 @@ impl ShardMetrics {
             stalls: Count::default(),
             accept_errors: Count::default(),
             table_entries: Count::default(),
+            receiving_bytes: Count::default(),
+            unsent_bytes: Count::default(),
+            operations: Default::default(),
+            operation_times: Operation::ALL.map(|_| Histogram::times()),
         }
     }
 
@@ -117,9 +174,31 @@ impl ShardMetrics {
         self.model(Some(model)).finished.of(code).add(n);
     }
 
+    /// A request was answered with a result so long after it was received. `send_lag`: how much later than it meant to its
+    /// sender sent it, where it says so.
+    ///
+    /// Hot: once per answer. Guarded by benches/echo_path.rs.
+    pub fn answered(&self, model: ModelHandle, latency: Duration, send_lag: Option<Duration>) {
+        let latencies = self.model(Some(model)).latencies.get_or_init(Box::default);
+        latencies.request.observe_time(latency);
+        if let Some(lag) = send_lag {
+            latencies.send_lag.observe_time(lag);
+            latencies.intended.observe_time(latency + lag);
+        }
+    }
+
     /// A request was refused before it was accepted; `None` where no model could be told from it.
     pub fn refused(&self, model: Option<ModelHandle>, code: Code) {
         self.model(model).refused.of(code).add(1);
+    }
+
+    /// Something other than an infer was answered so long after it was read; `model` where one was meant that is served.
+    pub fn operated(&self, operation: Operation, model: Option<ModelHandle>, code: Code, took: Duration) {
+        self.operation_times[operation as usize].observe_time(took);
+        match operation {
+            Operation::Describe => self.model(model).described.of(code).add(1),
+            Operation::List | Operation::Stats => self.operations[operation as usize].add(1),
+        }
     }
 
     pub fn bytes_read(&self, n: u64) {
@@ -157,6 +236,12 @@ impl ShardMetrics {
     /// compares the counters with: without it an answer that was never counted cannot be told from one still owed.
     pub fn table_entries(&self, entries: u64) {
         self.table_entries.set(entries + 1);
+    }
+
+    /// Bytes of unfinished frames, and of answers that could not be written yet. Said with the entries.
+    pub fn held_bytes(&self, receiving: u64, unsent: u64) {
+        self.receiving_bytes.set(receiving);
+        self.unsent_bytes.set(unsent);
     }
 
     pub fn accepted_total(&self) -> u64 {
@@ -208,6 +293,8 @@ pub struct ModelMetrics {
     pub(super) batch_rows: Histogram,
     pub(super) batch_cells: Histogram,
     pub(super) batch_padding: Histogram,
+    pub(super) batch_fill: Histogram,
+    pub(super) batch_length: Histogram,
     pub(super) queue_delay: Histogram,
     pub(super) service_time: Histogram,
     pub(super) queue_rows: Count,
@@ -238,6 +325,8 @@ impl ModelMetrics {
             batch_rows: Histogram::counts(),
             batch_cells: Histogram::counts(),
             batch_padding: Histogram::shares(),
+            batch_fill: Histogram::shares(),
+            batch_length: Histogram::counts(),
             queue_delay: Histogram::times(),
             service_time: Histogram::times(),
             queue_rows: Count::default(),
@@ -280,6 +369,9 @@ impl ModelMetrics {
         self.padding[1].add(cells.bucket);
         self.batch_rows.observe(rows.into());
         self.batch_cells.observe(cells_padded);
+        if let Some(share) = (u64::from(rows) * 1000).checked_div(rows_possible.into()) {
+            self.batch_fill.observe(share.min(1000));
+        }
         let padding = cells_padded.saturating_sub(cells_real).saturating_mul(1000);
         if let Some(share) = padding.checked_div(cells_padded) {
             self.batch_padding.observe(share);
@@ -291,6 +383,11 @@ impl ModelMetrics {
     pub fn tenant_cells(&self, place: usize, real: u64, padding: u64) {
         self.tenants[place].real.add(real);
         self.tenants[place].padding.add(padding);
+    }
+
+    /// Length that a batch's rows were padded to, or of its longest where they lie end to end.
+    pub fn batch_length(&self, length: u32) {
+        self.batch_length.observe(length.into());
     }
 
     /// One request waited this long between its admission and the sealing of its batch.
@@ -460,6 +557,44 @@ impl ExecutorMetrics {
     }
 }
 
+/// What is sent to a receiver of OpenTelemetry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    Metrics,
+    Traces,
+}
+
+/// What the exporter of OpenTelemetry counts. Nothing is shown of it where there is none.
+#[derive(Debug, Default)]
+pub struct OtelMetrics {
+    pub(super) on: AtomicBool,
+    /// By signal, then taken and not.
+    pub(super) exports: [[Count; 2]; 2],
+    pub(super) dropped_records: Count,
+    pub(super) dropped_spans: Count,
+}
+
+impl OtelMetrics {
+    /// There is a receiver.
+    pub fn set_on(&self) {
+        self.on.store(true, Relaxed);
+    }
+
+    pub fn exported(&self, signal: Signal, taken: bool) {
+        self.exports[signal as usize][usize::from(!taken)].add(1);
+    }
+
+    /// Recorded requests found the way to the exporter full.
+    pub fn dropped_records(&self, n: u64) {
+        self.dropped_records.add(n);
+    }
+
+    /// The receiver turned spans down, or took none for so long that older ones had to go.
+    pub fn dropped_spans(&self, n: u64) {
+        self.dropped_spans.add(n);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -476,6 +611,19 @@ mod tests {
         assert_eq!(size_of::<ExecutorMetrics>() % 128, 0);
         assert_eq!(align_of::<ShardMetrics>(), 128);
         assert_eq!(align_of::<ModelMetrics>(), 128);
+    }
+
+    #[test]
+    fn latency_from_intention_is_counted_only_of_requests_that_state_it() {
+        let shard = ShardMetrics::new(1);
+        let (model, ms) = (ModelHandle(0), Duration::from_millis);
+        assert!(shard.models[0].latencies().is_none(), "nothing is made for nothing");
+        shard.answered(model, ms(2), None);
+        shard.answered(model, ms(3), Some(ms(40)));
+        let latencies = shard.models[0].latencies().expect("made with the first answer");
+        let of = |histogram: &Histogram| (histogram.count(), histogram.snapshot().sum);
+        assert_eq!(of(&latencies.request), (2, 0.005));
+        assert_eq!((of(&latencies.send_lag), of(&latencies.intended)), ((1, 0.04), (1, 0.043)));
     }
 
     #[test]

@@ -68,6 +68,18 @@ pub struct Snapshot {
     pub buckets: Vec<(f64, u64)>,
 }
 
+impl Snapshot {
+    /// Adds the content of a histogram with the same bounds.
+    pub fn add(&mut self, other: &Snapshot) {
+        self.sum += other.sum;
+        self.count += other.count;
+        for (mine, theirs) in self.buckets.iter_mut().zip(&other.buckets) {
+            assert_eq!(mine.0, theirs.0, "histograms of one metric have the same bounds");
+            mine.1 += theirs.1;
+        }
+    }
+}
+
 impl Histogram {
     pub fn times() -> Histogram {
         Histogram::new(&TIME_BOUNDS, 1e9)

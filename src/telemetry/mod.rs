@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `ferry_build_info` | gauge | version | always 1 |
 //! | `ferry_uptime_seconds` | gauge | | time since the telemetry was made |
-//! | `ferry_model_info` | gauge | model, version | always 1 |
+//! | `ferry_model_info` | gauge | model, version, precision | always 1 |
 //! | `ferry_limit` | gauge | key | a bound of the configuration, by its key |
 //! | `ferry_connections_opened_total` | counter | shard | connections taken |
 //! | `ferry_connections_closed_total` | counter | shard | connections ended; open are opened minus closed |
@@ -19,6 +19,11 @@
 //! | `ferry_requests_finished_total` | counter | model, code | outcomes of accepted requests |
 //! | `ferry_requests_refused_total` | counter | model, code | requests that were never accepted |
 //! | `ferry_requests_in_flight` | gauge | model | accepted minus finished |
+//! | `ferry_request_latency_seconds` | histogram | model | received to answered, of requests with a result |
+//! | `ferry_intended_latency_seconds` | histogram | model | meant to be sent to answered, but for the way there; of requests that say how late they were sent |
+//! | `ferry_send_lag_seconds` | histogram | model | meant to be sent to sent, of the same requests: what their sender added itself |
+//! | `ferry_operations_total` | counter | operation, model, code | answers to what is asked on the data port beside infer: describe, list, stats; the model is `other` where none is meant that is served |
+//! | `ferry_operation_duration_seconds` | histogram | operation | read to answered, of the same |
 //! | `ferry_batches_total` | counter | model, reason | sealed batches, by the reason of the seal |
 //! | `ferry_batch_rows` | histogram | model | rows of a sealed batch |
 //! | `ferry_batch_rows_possible_total` | counter | model | rows that sealed batches had place for |
@@ -28,6 +33,8 @@
 //! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
 //! | `ferry_tenant_cells_total` | counter | model, tenant, kind | cells that a tenant sent (real), and the padding of the places that its rows took; over all tenants, those of the model |
 //! | `ferry_tenant_executor_seconds_total` | counter | tenant | executor time by whose rows it ran; over all tenants, the executors' time without its idle parts |
+//! | `ferry_batch_fill_ratio` | histogram | model | rows of a batch ÷ rows possible |
+//! | `ferry_batch_length` | histogram | model | length that rows of a batch were padded to: its bucket; of the longest where they lie end to end |
 //! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
 //! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
@@ -42,6 +49,7 @@
 //! | `ferry_shadow_covered_seconds_total` | counter | | time that used stretches cover |
 //! | `ferry_shadow_cpu_seconds_total` | counter | | CPU time of the shadow thread |
 //! | `ferry_shadow_error_ratio` | gauge | model, what | how far the last prediction of a policy that was then put in force was off: of p50, p99 and fill as a share, of waste the difference |
+//! | `ferry_executor_info` | gauge | executor, device | always 1: where it runs its batches |
 //! | `ferry_executor_busy_seconds_total` | counter | executor | time spent on batches |
 //! | `ferry_executor_time_seconds_total` | counter | executor, part | where its time went: the parts (waterfall.rs) add up to all of it, up to now or to where its running batch began |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
@@ -51,6 +59,10 @@
 //! | `ferry_device_bytes` | gauge | executor | device memory of an executor: activations and slots |
 //! | `ferry_pinned_bytes` | gauge | executor | host memory that an executor's device copies |
 //! | `ferry_device_graphs` | gauge | executor | captured graphs |
+//! | `ferry_live_objects` | gauge | kind | what exists now and could leak: connections, tickets, staging sets, outputs, buffers, streams and events of devices |
+//! | `ferry_live_bytes` | gauge | kind | bytes held now: unfinished frames, unsent answers, device and pinned buffers |
+//! | `ferry_otel_exports_total` | counter | signal, outcome | messages to the receiver of OpenTelemetry: taken (`ok`), or not (`failed`; spans are tried again) |
+//! | `ferry_otel_dropped_total` | counter | what | lost on the way there: `records` of requests that found the queue full, `spans` that nobody took for long or that were turned down |
 //! | `ferry_audits_total` | counter | outcome | times that the scheduler's books were recomputed: ok, or drift |
 //! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
 //! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
@@ -64,20 +76,25 @@
 //!   can make a new time series. The exception are tenants: the first [`TENANTS_LABELLED_MAX`] that say hello have theirs.
 //! - What tenants are charged adds up to what was run: cells model by model, time over all.
 //!
-//! Elsewhere: counting (counters.rs, histogram.rs), executors' time by part (waterfall.rs, times.rs), text and JSON (export.rs), the log (log.rs).
+//! The unit is in the name: seconds, bytes, ratio; the others are counts. Histograms add `_bucket`, `_sum` and `_count`.
+//!
+//! Elsewhere: counting (counters.rs, histogram.rs), executors' time by part (waterfall.rs, times.rs), what is exported (export.rs,
+//! family.rs), the log (log.rs).
 
 mod counters;
 mod export;
-mod histogram;
+pub mod family;
+pub mod histogram;
 mod live;
 pub mod log;
+pub mod spans;
 mod stamps;
 mod times;
 pub mod waterfall;
 
 pub use counters::{
-    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShadowMetrics,
-    ShadowOutcome, ShardMetrics, TENANTS_LABELLED_MAX,
+    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES,
+    ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX,
 };
 pub use live::bounds_json;
 pub use times::TimeCell;
@@ -103,6 +120,15 @@ pub struct ModelLabels {
     pub version: String,
 }
 
+/// What the server found out while it started, to be shown beside what is counted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Installation {
+    /// Of each model's arithmetic, in the order of their handles: `f32`, `int8`…
+    pub precisions: Vec<String>,
+    /// Where each executor runs its batches: `cpu`, `cuda:0`, `inline`…
+    pub devices: Vec<String>,
+}
+
 /// All that is counted. One per server, shared by every thread.
 #[derive(Debug)]
 pub struct Telemetry {
@@ -116,6 +142,8 @@ pub struct Telemetry {
     /// By place; the last for [`OTHER`].
     tenants: Vec<counters::TenantMetrics>,
     limits: OnceLock<Vec<(String, u64)>>,
+    installation: OnceLock<Installation>,
+    otel: OtelMetrics,
     /// Without and with drift.
     audits: [counters::Count; 2],
     /// By [`CAPTURE_ENDS`].
@@ -139,6 +167,8 @@ impl Telemetry {
             executors: (0..executors).map(|_| ExecutorMetrics::default()).collect(),
             tenants: (0..=TENANTS_LABELLED_MAX).map(|_| Default::default()).collect(),
             limits: OnceLock::new(),
+            installation: OnceLock::new(),
+            otel: OtelMetrics::default(),
             audits: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
@@ -230,6 +260,22 @@ impl Telemetry {
         let _ = self.limits.set(limits);
     }
 
+    /// Exports what models and executors are made of. The first call counts.
+    pub fn publish_installation(&self, installation: Installation) {
+        let _ = self.installation.set(installation);
+    }
+
+    /// Empty until the server has said it.
+    pub fn installation(&self) -> &Installation {
+        static NOTHING: Installation = Installation { precisions: Vec::new(), devices: Vec::new() };
+        self.installation.get().unwrap_or(&NOTHING)
+    }
+
+    /// What the exporter of OpenTelemetry counts.
+    pub fn otel(&self) -> &OtelMetrics {
+        &self.otel
+    }
+
     /// A bound that the server runs with, by its key.
     pub fn limit(&self, key: &str) -> Option<u64> {
         self.limits.get()?.iter().find(|(known, _)| known == key).map(|(_, value)| *value)
@@ -257,6 +303,16 @@ impl Telemetry {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry).expect("writing to a String does not fail");
         text
+    }
+
+    /// When counting began.
+    pub fn started_at(&self) -> Moment {
+        self.started_at
+    }
+
+    /// Name and version of a model, by its handle's number; of one without labels of its own, [`OTHER`] and nothing.
+    pub fn model_labels(&self, model: usize) -> (&str, &str) {
+        self.labels.get(model).map_or((OTHER, ""), |labels| (&labels.name, &labels.version))
     }
 
     /// Label of a place in the per-model tables.

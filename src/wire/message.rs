@@ -14,7 +14,7 @@ use bincode::enc::Encoder;
 use bincode::error::{DecodeError, EncodeError};
 use bincode::{BorrowDecode, Decode, Encode};
 
-use crate::vocab::{Code, Executed, Refusal, Retry, Stage};
+use crate::vocab::{Code, Executed, Refusal, Retry, Stage, TraceContext};
 
 const METADATA_LIMIT: usize = super::Limits::METADATA_CEILING as usize;
 
@@ -233,6 +233,10 @@ pub struct Infer {
     /// up to `compose_rows`. 0 for none.
     pub compose_tag: u64,
     pub compose_rows: u32,
+    /// How much later than intended the frame was sent, in microseconds and at least 1; 0: not stated.
+    pub late_us: u64,
+    /// The caller's span, to be the parent of the server's.
+    pub trace: Option<TraceContext>,
     pub inputs: List<TensorMeta, TENSORS_MAX>,
 }
 
@@ -429,7 +433,9 @@ mod tests {
 
     #[test]
     fn an_infer_comes_back_as_it_was() {
-        let mut infer = Infer { deadline_us: 9, compose_tag: 3, compose_rows: 2, ..Infer::default() };
+        let trace = Some(TraceContext { trace_id: [7; 16], span_id: [8; 8], flags: 1 });
+        let mut infer =
+            Infer { deadline_us: 9, compose_tag: 3, compose_rows: 2, late_us: 4, trace, ..Infer::default() };
         infer.inputs.push(tensor(&[1, 7])).expect("room");
         let mut bytes = Vec::new();
         encode_into(&infer, &mut bytes).expect("small");
@@ -447,7 +453,7 @@ mod tests {
 
     #[test]
     fn a_count_beyond_the_capacity_is_an_error_before_its_elements_are_read() {
-        let mut bytes = vec![0; 8 + 1 + 1 + 8 + 4];
+        let mut bytes = vec![0; 8 + 1 + 1 + 8 + 4 + 8 + 1];
         bytes.extend_from_slice(&u64::MAX.to_le_bytes());
         let error = decode_exact::<Infer>(&bytes).expect_err("2^64-1 tensors");
         assert!(error.message.contains("at most 8"), "{error}");

@@ -15,6 +15,7 @@ use super::{fault, modules, probe};
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse, Product, Queue};
 use crate::gpu::launch::{ARGS_MAX, Arg, Launch, Span};
 use crate::gpu::ops;
+use crate::live::{Kind, Live};
 
 /// A GPU that was opened, with all kernels loaded. Its executors share it.
 #[derive(Clone)]
@@ -90,6 +91,7 @@ pub struct CudaDriver {
     /// By [`Queue`].
     streams: [Arc<CudaStream>; 3],
     products: Products,
+    _live: [Live; 3],
 }
 
 impl CudaDriver {
@@ -98,7 +100,8 @@ impl CudaDriver {
         let stream = || context.new_stream().map_err(fault);
         let streams = [stream()?, stream()?, stream()?];
         let products = Products::new(&streams[Queue::Compute as usize])?;
-        Ok(CudaDriver { gpu: gpu.clone(), streams, products })
+        let _live = Queue::ALL.map(|_| Live::new(Kind::DeviceStream));
+        Ok(CudaDriver { gpu: gpu.clone(), streams, products, _live })
     }
 
     fn stream(&self, queue: Queue) -> &Arc<CudaStream> {

@@ -16,6 +16,7 @@ use cudarc::driver::{result, sys};
 use super::fault;
 use crate::gpu::driver::{Event, Fault, HostMemory, HostUse};
 use crate::gpu::launch::Memory;
+use crate::live::{Kind, Live};
 
 /// Memory of a GPU.
 pub struct CudaMemory {
@@ -23,6 +24,7 @@ pub struct CudaMemory {
     _slice: CudaSlice<u8>,
     pub(super) address: sys::CUdeviceptr,
     bytes: usize,
+    _live: Live,
 }
 
 impl CudaMemory {
@@ -38,7 +40,7 @@ impl CudaMemory {
         // Memory is allocated in the order of its stream; others know nothing of it yet.
         stream.synchronize().map_err(fault)?;
         let address = slice.device_ptr(stream).0;
-        Ok(CudaMemory { _slice: slice, address, bytes })
+        Ok(CudaMemory { _slice: slice, address, bytes, _live: Live::of_bytes(Kind::DeviceBuffer, bytes) })
     }
 }
 
@@ -60,6 +62,7 @@ pub(super) struct CudaHost {
     _slice: PinnedHostSlice<u64>,
     words: *mut u64,
     len: usize,
+    _live: Live,
 }
 
 // SAFETY: the memory belongs to this value alone and is reachable from every thread of the process.
@@ -80,7 +83,7 @@ impl CudaHost {
         let words = slice.as_mut_ptr().map_err(fault)?;
         // SAFETY: `len` words were just allocated there.
         unsafe { words.write_bytes(0, len) };
-        Ok(CudaHost { _slice: slice, words, len })
+        Ok(CudaHost { _slice: slice, words, len, _live: Live::of_bytes(Kind::PinnedBuffer, len * 8) })
     }
 
     /// Bytes from `at`, as a copy needs them. Panics beyond the end: a bug of ours.
@@ -123,13 +126,14 @@ impl HostMemory for CudaHost {
 }
 
 /// A point in a stream.
-pub struct CudaEvent(pub(super) driver::CudaEvent);
+pub struct CudaEvent(pub(super) driver::CudaEvent, Live);
 
 impl CudaEvent {
     pub(super) fn new(context: &Arc<CudaContext>) -> Result<CudaEvent, Fault> {
         // With timing; who waits sleeps in the kernel instead of spinning.
         let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
-        context.new_event(Some(flags)).map(CudaEvent).map_err(fault)
+        let event = context.new_event(Some(flags)).map_err(fault)?;
+        Ok(CudaEvent(event, Live::new(Kind::DeviceEvent)))
     }
 }
 
