@@ -467,7 +467,8 @@ pub fn bars(share: &[f64; PARTS.len()]) -> Vec<String> {
         .map(|(name, share)| {
             let eighths = (share * WIDTH * 8.0).round() as usize;
             let rest = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"][eighths % 8];
-            format!("{name:<20} {:>5.1} %  {}{rest}", share * 100.0, "█".repeat(eighths / 8))
+            let bar = format!("{name:<20} {:>5.1} %  {}{rest}", share * 100.0, "█".repeat(eighths / 8));
+            bar.trim_end().to_owned()
         })
         .collect()
 }
