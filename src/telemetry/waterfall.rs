@@ -23,7 +23,7 @@
 //! Always true
 //! - The parts of an executor add up to the time since it began, to the nanosecond, in whatever order moments come: time only
 //!   goes forward, what is said about the past of an account changes nothing, and no part ever shrinks.
-//! - Parts other than the idle ones grow in [`Account::finished`] only, by what it returns.
+//! - Parts other than the idle ones grow in [`Waterfall::finished`] only, by what it returns.
 //!
 //! Elsewhere: who tells it (batcher/times.rs, replay/ledger.rs), how others read it while it is written (times.rs).
 
@@ -157,7 +157,7 @@ struct Tail {
 
 /// One executor's books.
 #[derive(Clone, Debug)]
-pub struct Account {
+struct Account {
     begin: Moment,
     /// Everything before is in `parts`.
     until: Moment,
@@ -197,7 +197,7 @@ impl View {
 }
 
 impl Account {
-    pub fn new(begin: Moment) -> Account {
+    fn new(begin: Moment) -> Account {
         Account {
             begin,
             until: begin,
@@ -209,7 +209,7 @@ impl Account {
         }
     }
 
-    pub fn view(&self) -> View {
+    fn view(&self) -> View {
         View { begin: self.begin, until: self.until, parts: self.parts, state: self.state }
     }
 
@@ -228,7 +228,7 @@ impl Account {
     }
 
     /// Somebody was shown that what goes on went on until then: it cannot become anything else.
-    pub fn shown(&mut self, until: Moment) {
+    fn shown(&mut self, until: Moment) {
         if let Some(part) = self.state {
             self.advance(until, part);
         }
@@ -467,7 +467,8 @@ pub fn bars(share: &[f64; PARTS.len()]) -> Vec<String> {
         .map(|(name, share)| {
             let eighths = (share * WIDTH * 8.0).round() as usize;
             let rest = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"][eighths % 8];
-            format!("{name:<20} {:>5.1} %  {}{rest}", share * 100.0, "█".repeat(eighths / 8))
+            let bar = format!("{name:<20} {:>5.1} %  {}{rest}", share * 100.0, "█".repeat(eighths / 8));
+            bar.trim_end().to_owned()
         })
         .collect()
 }

@@ -209,10 +209,11 @@ fn a_whole_is_divided_without_a_rest() {
 #[test]
 fn bars_show_what_there_is() {
     let mut share = [0.0; PARTS.len()];
-    (share[0], share[11]) = (0.75, 0.25);
-    let bars = bars(&share);
-    assert_eq!(bars.len(), 2);
-    assert_eq!(bars[0], format!("useful                75.0 %  {}", "█".repeat(30)));
+    (share[0], share[1], share[2], share[11]) = (0.749, 0.001, 0.0004, 0.25);
+    let mut bars = bars(&share);
+    assert_eq!(bars.len(), 3);
+    assert_eq!(bars.remove(1), "padding_longest_row    0.1 %");
+    assert_eq!(bars[0], format!("useful                74.9 %  {}", "█".repeat(30)));
     assert_eq!(bars[1], format!("idle_empty            25.0 %  {}", "█".repeat(10)));
 }
 

@@ -137,6 +137,10 @@ fn answers_are_those_of_a_cpu_and_no_byte_is_touched_under_a_copy() {
     assert_near(&answers(&server, "small", &texts[..100]), &expected[..100]);
     assert_eq!(server.metric("ferry_device_pieces_total", &[]), pieces);
     server.wait_until_at_rest();
+    for part in ["useful", "padding_rounding", "overhead_launch", "overhead_copy"] {
+        let seconds = server.metric("ferry_executor_time_seconds_total", &[&format!("part=\"{part}\"")]);
+        assert!(seconds > 0.0, "the device's own times are in the waterfall: {part}");
+    }
     server.drain();
     assert_eq!(server.ending(), Ending::Drained);
     assert_eq!(device.violations(), [""; 0]);

@@ -96,6 +96,7 @@ struct World {
     contracts: Vec<Arc<Contract>>,
     policies: Vec<Policy>,
     batcher: Batcher<SimOutlet>,
+    telemetry: Arc<Telemetry>,
     to_batcher: VecDeque<ToBatcher>,
     /// Changes of policies that were asked for.
     changes: Vec<Awaited<Result<PolicyChange, SetPolicyError>>>,
@@ -280,7 +281,7 @@ impl World {
         };
         let seats: Vec<SeatSpec> = groups.iter().enumerate().map(seat).collect();
         let scheduler = Scheduler::new(limits, policies.clone(), &seats);
-        let batcher = Batcher::new(scheduler, outlet, &contracts, shard_count, telemetry);
+        let batcher = Batcher::new(scheduler, outlet, &contracts, shard_count, Arc::clone(&telemetry));
         let connections = rng.random_range(1..5);
         let shards = (0..)
             .zip(inboxes)
@@ -300,6 +301,7 @@ impl World {
             contracts,
             policies,
             batcher,
+            telemetry,
             to_batcher: VecDeque::new(),
             changes: Vec::new(),
             trials: Vec::new(),
@@ -744,6 +746,10 @@ impl World {
     fn check_scheduler(&mut self, wake_at: Option<Moment>) {
         if let Err(message) = self.batcher.scheduler().audit() {
             self.history.borrow_mut().violate(format!("the books do not add up: {message}"));
+        }
+        // Executors' time, and what tenants are charged. Batches are run on the real clock here: moments in any order.
+        if let Err(message) = self.telemetry.audit() {
+            self.history.borrow_mut().violate(format!("the counters do not add up: {message}"));
         }
         let scheduler = self.batcher.scheduler();
         for (at, policy) in self.policies.iter().enumerate() {
