@@ -15,7 +15,7 @@ export class History {
       models: snapshot.models,
       executors: stats.executors,
       waterfall: stats.waterfall,
-      tenants: stats.tenants,
+      tenants: snapshot.tenants ?? stats.tenants,
     };
     const started = ({ at, uptime }) => at - uptime;
     const isNew = this.entries.length > 0 && Math.abs(started(this.last) - started(entry)) > 1.5;

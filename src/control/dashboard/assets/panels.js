@@ -98,7 +98,10 @@ export function waterfall(window, executors) {
   const measured = window.to.waterfall && window.from.waterfall;
   if (measured) {
     const [before, after] = [window.from.waterfall.seconds, window.to.waterfall.seconds];
-    parts = Object.entries(after).map(([part, seconds]) => [part, Math.max(seconds - (before[part] ?? 0), 0)]);
+    // In the order of the table above; JSON has none.
+    const known = Object.keys(PARTS).filter((part) => part in after);
+    const names = [...known, ...Object.keys(after).filter((part) => !known.includes(part))];
+    parts = names.map((part) => [part, Math.max(after[part] - (before[part] ?? 0), 0)]);
   } else {
     // An executor of the batcher's thread is idle when the batcher works: only threads of their own have an idle time.
     const own = executors.map((executor, at) => at).filter((at) => !executors[at].inline);
@@ -134,6 +137,7 @@ export function waterfall(window, executors) {
     const bar = body.rows[at].querySelector(".part");
     bar.style.left = `${(before / all) * 100}%`;
     bar.style.width = `${(seconds / all) * 100}%`;
+    bar.hidden = seconds === 0; // else it is a pixel wide at least
     say(body.rows[at].cells[2], percent(seconds / all));
     before += seconds;
   });
@@ -234,15 +238,16 @@ export function tenants(window) {
   if (!after) return clear("This server does not count by tenant.");
   if (!after.size) return clear("No tenant yet: requests name theirs (ferry load --tenant 7).");
   const numbers = [...after.values()].flatMap((entry) => Object.keys(entry).filter((key) => typeof entry[key] === "number"));
-  const columns = [...new Set(numbers)].filter((key) => !["tenant", "id"].includes(key)).slice(0, 3);
-  const weigh = ["executor_seconds", "executor_us", "cells", "cells_padded", "rows"].find((key) => columns.includes(key)) ?? columns[0];
+  const told = [...new Set(numbers)].filter((key) => !["tenant", "id"].includes(key));
+  const weigh = ["executor_seconds", "cells_real", "cells", "rows"].find((key) => told.includes(key)) ?? told[0];
+  const columns = told.filter((key) => key !== weigh).sort((a, b) => b.includes("real") - a.includes("real")).slice(0, 2);
   const rows = [...after].map(([name, entry]) => {
-    const done = Object.fromEntries(columns.map((key) => [key, entry[key] - (before.get(name)?.[key] ?? 0)]));
+    const done = Object.fromEntries([weigh, ...columns].map((key) => [key, entry[key] - (before.get(name)?.[key] ?? 0)]));
     return { name, done };
   });
   const all = rows.reduce((sum, { done }) => sum + done[weigh], 0);
   rows.sort((a, b) => b.done[weigh] - a.done[weigh]);
-  note("#tenants", all ? `Shares of ${words(weigh)} in ${time(window.seconds)}.` : "Nothing was done for anybody in the window.");
+  note("#tenants", all ? `Shares of ${weigh === "executor_seconds" ? "executor time" : words(weigh)} in ${time(window.seconds)}.` : "Nothing was done for anybody in the window.");
   const titles = ["Tenant", "Share", ...columns.map((key) => `${words(key)}/s`)];
   if (head.textContent !== titles.join("")) {
     head.replaceChildren(el("tr", {}, ...titles.map((title, at) => el("th", { scope: "col", class: at > 1 ? "n" : "" }, title))));

@@ -125,6 +125,7 @@ export class Shadow {
       );
       return;
     }
+    if ((told.shadows ?? []).length) say(this.outcome, "");
     const note = told.window ? `Of the last ${Math.round(told.window.seconds)} s.` : "";
     const off = Object.entries(told.last_switch?.errors ?? {}).map(([what, error]) => `${words(what)} ${percent(error)}`);
     this.table.replaceChildren(
