@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """What shadow schedulers cost, and how far their predictions are off after a live switch.
 
-    python3 tools/fetch_minilm.py && cargo build --release && python3 benches/shadow.py [COST_SECONDS] [STRETCHES]
+    python3 tools/fetch_minilm.py && cargo build --release && python3 benches/shadow.py [COST_SECONDS] [STRETCHES] [MODEL] [COST_MODELS]
 
-Cost: for each model and rate (open loop, Poisson) no shadow, then four, for COST_SECONDS each. CPU time of the threads is the kernel's
+Cost: for each model (or those of COST_MODELS, as in digits,echo) and rate (open loop, Poisson) no shadow, then four, for COST_SECONDS each. CPU time of the threads is the kernel's
 (/proc/PID/task/TID/schedstat), as a share of one core. `covered`: share of the time that stretches cover.
 
-Switches: minilm under a constant load. Three settings are looked at; each is put in force after STRETCHES stretches, and what then comes
+Switches: MODEL (minilm, or another of those under LOADS) under a load of constant rate. Three settings are looked at; each is put in force after STRETCHES stretches, and what then comes
 over as long a time is compared with what was predicted; then the settings of before are put back. `as is`: how far the simulation with
 nothing set was from what really came, before the switch.
 
@@ -31,13 +31,13 @@ FOUR = [
     {"policy": "buckets", "queue_delay_max_us": "2000"},
     {"rows_max": "4"},
 ]
-BASE = {"policy": "cost", "queue_delay_max_us": "auto", "rows_max": "64"}
+BASE = {"policy": "cost", "queue_delay_max_us": "auto", "rows_max": "32"}
 SWITCHES = [
     {"policy": "window", "queue_delay_max_us": "20000"},
     {"policy": "greedy_tokens"},
     {"rows_max": "4"},
 ]
-LOADS = [("minilm", 40, "lognormal:40,0.8,256"), ("digits", 1000, None), ("digits", 3000, None), ("echo", 20000, "fixed:64")]
+LOADS = [("minilm", 40, "lognormal:40,0.8,256"), ("digits", 300, None), ("digits", 1000, None), ("echo", 5000, "fixed:64")]
 
 
 def ask(server, method, path, body=None):
@@ -100,10 +100,10 @@ def cost(model, rate, lengths, seconds):
     return row
 
 
-def wait(server, what, holds, patience=600):
+def wait(server, model, what, holds, patience=600):
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        shown = ask(server, "GET", "/v1/models/minilm/shadow")
+        shown = ask(server, "GET", f"/v1/models/{model}/shadow")
         if holds(shown):
             return shown
         time.sleep(1)
@@ -121,8 +121,7 @@ def off(a, b):
             for key in ("p50_ms", "p99_ms", "fill", "waste")}
 
 
-def switches(stretches):
-    model, rate, lengths = LOADS[0]
+def switches(stretches, model, rate, lengths):
     rows = []
     with Server([model]) as server:
         stop = threading.Event()
@@ -141,9 +140,9 @@ def switches(stretches):
             for setting in SWITCHES:
                 # Anew, so that last_switch and the window are this one's.
                 ask(server, "PUT", f"/v1/models/{model}/shadow", {"settings": SWITCHES})
-                before = wait(server, "the prediction", lambda shown: (shown["window"] or {}).get("stretches", 0) >= stretches)
+                before = wait(server, model, "the prediction", lambda shown: (shown["window"] or {}).get("stretches", 0) >= stretches)
                 ask(server, "PATCH", f"/v1/models/{model}/policy", {"set": setting})
-                after = wait(server, "the comparison", lambda shown: (shown["last_switch"] or {}).get("set") == setting)
+                after = wait(server, model, "the comparison", lambda shown: (shown["last_switch"] or {}).get("set") == setting)
                 switch = after["last_switch"]
                 row = {"setting": setting, "covered_s": switch["covered_seconds"],
                        "before": figures(before["real"]), "as_is_error": off(figures(before["simulated_as_is"]), figures(before["real"])),
@@ -164,8 +163,11 @@ def switches(stretches):
 def main():
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     stretches = int(sys.argv[2]) if len(sys.argv) > 2 else 3
-    result = {"machine": machine(), "cost": [cost(*load, seconds) for load in LOADS] if seconds else [],
-              "switches": switches(stretches) if stretches else None}
+    name = sys.argv[3] if len(sys.argv) > 3 else "minilm"
+    load = next(load for load in LOADS if load[0] == name)
+    wanted = sys.argv[4].split(",") if len(sys.argv) > 4 else [load[0] for load in LOADS]
+    result = {"machine": machine(), "cost": [cost(*one, seconds) for one in LOADS if one[0] in wanted] if seconds else [],
+              "switches": switches(stretches, *load) if stretches else None}
     print(json.dumps(result, indent=1))
 
 

@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn a_body_of_another_form_is_told_what_was_expected() {
-        let five = format!(r#"{{"settings": [{}]}}"#, vec![r#"{"hold": 1}"#; 5].join(","));
+        let five = format!(r#"{{"settings": [{}]}}"#, [r#"{"hold": 1}"#; 5].join(","));
         for (body, said) in [
             ("", "expected {\"settings\""),
             ("{}", "expected {\"settings\""),
