@@ -2,7 +2,7 @@
 //!
 //! Always true
 //! - A setting is in the front exactly if no other is at least as good in p99, goodput and executor time and better in one.
-//! - The chosen one is by its rule at least as good as the present one.
+//! - The chosen one is by its rule at least as good as the present one, up to what counts as equal.
 
 use std::cmp::Ordering;
 
@@ -42,15 +42,17 @@ pub fn front(all: &[Objectives]) -> Vec<usize> {
 pub const ON_TIME: f64 = 0.99;
 /// A setting holds it only with so much of it to spare, for a prediction is not a promise.
 pub const SPARE: f64 = 0.1;
-/// Goodputs within this share of the best count as equal, and so do executor times within the second of the least.
+/// What is within these shares of the best counts as equal: a replay is not more exact, and a knob that is moved for nothing has to be
+/// explained for ever.
 const GOODPUT_EQUAL: f64 = 0.01;
 const DEVICE_EQUAL: f64 = 0.02;
+const P99_EQUAL: f64 = 0.05;
 
 /// How the choice is made, for people.
 pub const RULE: &str = "Of the settings that answer 99 % of the requests in time, with a p99 of at most 90 % of the SLO, those \
                         within 1 % of the best goodput; of these those within 2 % of the least executor time a request; of \
-                        these the lowest p99, and the present setting where that is one of them. If none holds the SLO: the \
-                        highest goodput.";
+                        these those within 5 % of the lowest p99; of these the one that changes the fewest knobs. If none holds \
+                        the SLO: the same of all, but for the executor time.";
 
 /// The chosen one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,34 +65,37 @@ pub fn holds(predicted: &Predicted, slo_ms: f64) -> bool {
     predicted.on_time_share >= ON_TIME && predicted.p99_ms <= (1.0 - SPARE) * slo_ms
 }
 
-/// By [`RULE`]. None of no settings.
-pub fn choose(all: &[Predicted], slo_ms: f64, present: Option<usize>) -> Option<Choice> {
-    ranked(all, slo_ms, present).into_iter().next().map(|at| Choice { at, holds: holds(&all[at], slo_ms) })
+/// By [`RULE`]. `changes`: by setting, how many knobs are not as they are. None of no settings.
+pub fn choose(all: &[Predicted], slo_ms: f64, changes: &[usize]) -> Option<Choice> {
+    ranked(all, slo_ms, changes).into_iter().next().map(|at| Choice { at, holds: holds(&all[at], slo_ms) })
 }
 
 /// All of them in the order in which they would be chosen, were the better ones not there.
-pub fn ranked(all: &[Predicted], slo_ms: f64, present: Option<usize>) -> Vec<usize> {
-    let (mut left, rest): (Vec<usize>, Vec<usize>) = (0..all.len()).partition(|at| holds(&all[*at], slo_ms));
+pub fn ranked(all: &[Predicted], slo_ms: f64, changes: &[usize]) -> Vec<usize> {
+    let (hold, rest): (Vec<usize>, Vec<usize>) = (0..all.len()).partition(|at| holds(&all[*at], slo_ms));
     let mut order = Vec::with_capacity(all.len());
-    while !left.is_empty() {
-        let best = left.iter().map(|at| all[*at].goodput_rps).fold(0.0, f64::max);
-        let good = |at: &usize| all[*at].goodput_rps >= (1.0 - GOODPUT_EQUAL) * best;
-        let least = left.iter().filter(|at| good(at)).map(|at| all[*at].device_us).fold(f64::INFINITY, f64::min);
-        let cheap = |at: &usize| good(at) && all[*at].device_us <= (1.0 + DEVICE_EQUAL) * least;
-        let mut equal: Vec<usize> = left.iter().copied().filter(cheap).collect();
-        equal.sort_by(|a, b| {
-            let is_other = |at: &usize| Some(*at) != present;
-            is_other(a).cmp(&is_other(b)).then(all[*a].p99_ms.total_cmp(&all[*b].p99_ms)).then(a.cmp(b))
-        });
-        left.retain(|at| !equal.contains(at));
-        order.extend(equal);
+    for (mut left, by_device) in [(hold, true), (rest, false)] {
+        while !left.is_empty() {
+            let mut equal = left.clone();
+            let most = equal.iter().map(|at| all[*at].goodput_rps).fold(0.0, f64::max);
+            equal.retain(|at| all[*at].goodput_rps >= (1.0 - GOODPUT_EQUAL) * most);
+            let least = |equal: &[usize], of: fn(&Predicted) -> f64| {
+                equal.iter().map(|at| of(&all[*at])).fold(f64::INFINITY, f64::min)
+            };
+            if by_device {
+                let least = least(&equal, |predicted| predicted.device_us);
+                equal.retain(|at| all[*at].device_us <= (1.0 + DEVICE_EQUAL) * least);
+            }
+            let least = least(&equal, |predicted| predicted.p99_ms);
+            equal.retain(|at| all[*at].p99_ms <= (1.0 + P99_EQUAL) * least);
+            equal.sort_by(|a, b| {
+                let p99 = all[*a].p99_ms.total_cmp(&all[*b].p99_ms);
+                changes[*a].cmp(&changes[*b]).then(p99).then(a.cmp(b))
+            });
+            left.retain(|at| !equal.contains(at));
+            order.extend(equal);
+        }
     }
-    let mut rest = rest;
-    rest.sort_by(|a, b| {
-        let (a_of, b_of) = (&all[*a], &all[*b]);
-        b_of.goodput_rps.total_cmp(&a_of.goodput_rps).then(a_of.p99_ms.total_cmp(&b_of.p99_ms)).then(a.cmp(b))
-    });
-    order.extend(rest);
     order
 }
 
@@ -145,12 +150,13 @@ mod tests {
                 .into_iter()
                 .map(|(p99, goodput, device, share)| Predicted { on_time_share: share, ..predicted(p99, goodput, device) })
                 .collect();
-            let order = ranked(&all, slo_ms, Some(0));
+            let changes: Vec<usize> = (0..all.len()).map(|at| at % 5).collect();
+            let order = ranked(&all, slo_ms, &changes);
             let mut sorted = order.clone();
             sorted.sort_unstable();
             prop_assert_eq!(sorted, (0..all.len()).collect::<Vec<_>>());
             prop_assert!(order.is_sorted_by(|a, b| holds(&all[*a], slo_ms) >= holds(&all[*b], slo_ms)));
-            let choice = choose(&all, slo_ms, Some(0)).expect("there are some");
+            let choice = choose(&all, slo_ms, &changes).expect("there are some");
             let (chosen, present) = (&all[choice.at], &all[0]);
             // At least as good as the present one, up to what counts as equal.
             prop_assert!(choice.holds >= holds(present, slo_ms));
@@ -162,22 +168,30 @@ mod tests {
 
     #[test]
     fn the_choice_follows_its_rule() {
-        let of = |all: &[Predicted], present| choose(all, 100.0, present).expect("there are some");
-        // Goodput first, then executor time, then p99; what does not hold is out.
+        let of = |all: &[Predicted], changes: &[usize]| choose(all, 100.0, changes).expect("there are some");
+        // Goodput first, then executor time, then p99, then few changes; what does not hold is out.
         let all = [
             predicted(40.0, 30.0, 500.0),
-            predicted(80.0, 39.8, 400.0),
+            predicted(61.0, 39.8, 400.0),
             predicted(60.0, 39.9, 404.0),
+            predicted(80.0, 40.0, 400.0),
             predicted(20.0, 40.0, 500.0),
             predicted(95.0, 50.0, 100.0),
         ];
-        assert_eq!(of(&all, None), Choice { at: 2, holds: true });
-        // The present one stays where it is as good.
-        assert_eq!(of(&all, Some(1)), Choice { at: 1, holds: true });
-        assert_eq!(of(&all, Some(3)), Choice { at: 2, holds: true });
-        // Nothing holds: the highest goodput.
-        let all = [predicted(200.0, 10.0, 1.0), predicted(300.0, 11.0, 9.0)];
-        assert_eq!(of(&all, Some(0)), Choice { at: 1, holds: false });
-        assert_eq!(choose(&[], 1.0, None), None);
+        assert_eq!(of(&all, &[0, 2, 1, 0, 0, 0]), Choice { at: 2, holds: true });
+        assert_eq!(
+            of(&all, &[0, 0, 1, 1, 1, 1]),
+            Choice { at: 1, holds: true },
+            "the present one stays where it is as good"
+        );
+        assert_eq!(
+            of(&all, &[1, 2, 1, 0, 1, 1]),
+            Choice { at: 2, holds: true },
+            "and not where its p99 is a third longer"
+        );
+        // Nothing holds: the highest goodput, whatever it takes; of equals the lowest p99.
+        let all = [predicted(200.0, 10.0, 1.0), predicted(300.0, 11.0, 9.0), predicted(250.0, 10.95, 10.0)];
+        assert_eq!(of(&all, &[0, 1, 1]), Choice { at: 2, holds: false });
+        assert_eq!(choose(&[], 1.0, &[]), None);
     }
 }

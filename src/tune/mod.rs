@@ -83,4 +83,35 @@ impl Predicted {
             guessed: report.guessed as f64 / batches.max(1) as f64,
         }
     }
+
+    /// The mean of several replays, whose batch times were drawn with different seeds. None of none.
+    pub fn mean(replays: &[Predicted]) -> Option<Predicted> {
+        let first = *replays.first()?;
+        let share = 1.0 / replays.len() as f64;
+        let of = |part: fn(&Predicted) -> f64| share * replays.iter().map(part).sum::<f64>();
+        let count = |part: fn(&Predicted) -> u64| {
+            (share * replays.iter().map(|replay| part(replay) as f64).sum::<f64>()).round() as u64
+        };
+        if replays.len() == 1 {
+            return Some(first);
+        }
+        Some(Predicted {
+            throughput_rps: of(|p| p.throughput_rps),
+            goodput_rps: of(|p| p.goodput_rps),
+            on_time_share: of(|p| p.on_time_share),
+            p50_ms: of(|p| p.p50_ms),
+            p99_ms: of(|p| p.p99_ms),
+            device_us: of(|p| p.device_us),
+            utilization: of(|p| p.utilization),
+            batches: count(|p| p.batches),
+            batch_rows: of(|p| p.batch_rows),
+            fill: of(|p| p.fill),
+            waste: of(|p| p.waste),
+            refused: count(|p| p.refused),
+            expired: count(|p| p.expired),
+            regret: of(|p| p.regret),
+            device_least_us: of(|p| p.device_least_us),
+            guessed: of(|p| p.guessed),
+        })
+    }
 }

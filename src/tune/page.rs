@@ -45,13 +45,17 @@ impl Found<'_> {
         front(&self.all().iter().map(objectives).collect::<Vec<_>>())
     }
 
+    fn distances(&self) -> Vec<usize> {
+        self.tried.iter().map(|tried| self.space.distance(&tried.point)).collect()
+    }
+
     pub fn choice(&self) -> Option<Choice> {
-        front::choose(&self.all(), self.slo_ms, Some(0))
+        front::choose(&self.all(), self.slo_ms, &self.distances())
     }
 
     /// Places in `tried`, the first to be chosen first.
     pub fn ranked(&self) -> Vec<usize> {
-        front::ranked(&self.all(), self.slo_ms, Some(0))
+        front::ranked(&self.all(), self.slo_ms, &self.distances())
     }
 
     /// Executor time a request, in µs, of the cheapest batches of the same rows, within the budgets of any setting that was tried and
@@ -86,13 +90,6 @@ impl Found<'_> {
         vec![Line::Same("[threads]".to_owned()), Line::Old(line(now)), Line::New(line(then))]
     }
 
-    /// Knobs that differ from the present ones, as `ferry set` takes them.
-    pub fn changes(&self, point: &Point) -> Vec<(&'static str, String)> {
-        let present = self.space.present_policy();
-        let settings = self.space.settings(point).into_iter();
-        settings.filter(|(key, value)| present.get(key).as_ref() != Some(value)).collect()
-    }
-
     /// The whole of it. `live`: what was measured, or null.
     pub fn document(&self, live: Value) -> Value {
         let front = self.front();
@@ -124,7 +121,7 @@ impl Found<'_> {
         let knob = |key: &str| policy.get(key).expect("a knob");
         let lines = self.diff(point).into_iter().chain(self.server_diff(point));
         let diff: Vec<[String; 2]> = lines.map(|line| [line.sign().to_string(), line.text().to_owned()]).collect();
-        let set: Vec<String> = self.changes(point).iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let set: Vec<String> = self.space.changes(point).iter().map(|(key, value)| format!("{key}={value}")).collect();
         json!({
             "id": at,
             "front": front.contains(&at),
@@ -149,7 +146,7 @@ impl Found<'_> {
     }
 }
 
-pub fn json_of_predicted(predicted: &Predicted) -> Value {
+fn json_of_predicted(predicted: &Predicted) -> Value {
     json!({
         "p50_ms": predicted.p50_ms,
         "p99_ms": predicted.p99_ms,

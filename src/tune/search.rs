@@ -129,7 +129,8 @@ impl Search {
         let all: Vec<_> = predicted.iter().map(objectives).collect();
         let front = front(&all);
         let stride = front.len().div_ceil(LEADERS).max(1);
-        let best = ranked(&predicted, self.slo_ms, None).into_iter();
+        let distances: Vec<usize> = self.tried.iter().map(|tried| self.space.distance(&tried.point)).collect();
+        let best = ranked(&predicted, self.slo_ms, &distances).into_iter();
         let mut leaders: Vec<usize> = Vec::new();
         let mut add = |at: usize, most: usize| {
             if leaders.len() < most && !leaders.iter().any(|other| all[*other] == all[at]) {

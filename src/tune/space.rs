@@ -121,6 +121,17 @@ impl Space {
         ]
     }
 
+    /// Knobs that differ from the present ones, as `ferry set` takes them.
+    pub fn changes(&self, point: &Point) -> Vec<(&'static str, String)> {
+        let settings = self.settings(point).into_iter();
+        settings.filter(|(key, value)| self.present.get(key).as_ref() != Some(value)).collect()
+    }
+
+    /// How many those are; another number of executors counts as one.
+    pub fn distance(&self, point: &Point) -> usize {
+        self.changes(point).len() + usize::from(point.executors != self.present_point.executors)
+    }
+
     /// The policy of a point, or why there is none.
     pub fn policy(&self, point: &Point) -> Result<Policy, String> {
         let settings = self.settings(point);

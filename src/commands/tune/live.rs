@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ferry::load::{self, LoadOptions, Mode};
+use ferry::tune::front;
 use ferry::tune::page::Found;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -244,6 +245,9 @@ pub fn confirm(args: &Args, addr: &str, found: &Found<'_>, load: &Load, slo: Dur
 const TUNED: [&str; 8] =
     ["policy", "rows_max", "cells_max", "queue_delay_max_us", "buckets", "pad_to", "layout", "fill_waste_max"];
 
+/// Predictions that differ by no more than this share are alike.
+const ALIKE: f64 = 0.03;
+
 /// The present setting, and the first of the ranking. Those that need a restart are named and not measured.
 fn candidates(args: &Args, found: &Found<'_>) -> Vec<Candidate> {
     let candidate = |at: usize| {
@@ -257,8 +261,10 @@ fn candidates(args: &Args, found: &Found<'_>) -> Vec<Candidate> {
     let mut shown = 0;
     for at in found.ranked().into_iter().filter(|at| *at != 0) {
         let next = candidate(at);
-        let same = |other: &Candidate| found.tried[other.at].predicted == found.tried[at].predicted;
-        if candidates.iter().any(same) {
+        // What is predicted to be alike would only be measured twice.
+        let of = |at: usize| front::objectives(&found.tried[at].predicted);
+        let alike = |other: &Candidate| of(other.at).iter().zip(of(at)).all(|(a, b)| (a - b).abs() <= ALIKE * b.abs());
+        if candidates.iter().any(alike) && Some(at) != found.choice().map(|choice| choice.at) {
             continue;
         }
         // The chosen one is named in any case.

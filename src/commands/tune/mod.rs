@@ -73,6 +73,9 @@ pub struct Args {
     /// Time for the search, at most. A setting that is being tried then is finished.
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = duration)]
     budget: Duration,
+    /// Replays of each setting, with batch times drawn anew; their mean is what is predicted.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=100))]
+    replays: u8,
     /// Of a described load without a server: time for which the model is run here, to learn what batches take.
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = duration)]
     warmup: Duration,
@@ -137,6 +140,9 @@ fn tune(args: &Args) -> Result<ExitCode, Failure> {
     let source = source::read(args)?;
     let slo = args.slo.unwrap_or(source.present.slo);
     let mut notes = source.notes.clone();
+    if source.recording.calls_of(source.model).count() < CALLS_ENOUGH {
+        notes.push(format!("of fewer than {CALLS_ENOUGH} requests the p99 is that of a few: capture for longer"));
+    }
     if args.slo.is_none() {
         notes.push(format!("no --slo was given: it is the model's slo_ms, {} ms", millis(slo)));
     }
@@ -147,7 +153,8 @@ fn tune(args: &Args) -> Result<ExitCode, Failure> {
     fit_into(&mut recording, model, slo, args, threads, &mut notes)?;
     let bounds = Bounds { points_max: args.points as usize, rounds_max: ROUNDS_MAX };
     let mut search = Search::new(space, bounds, millis(slo));
-    let ended = try_all(&mut search, &Replays { recording: &recording, model, slo, seed: args.seed }, args, threads);
+    let replays = Replays { recording: &recording, model, slo, seeds: args.seed..args.seed + u64::from(args.replays) };
+    let ended = try_all(&mut search, &replays, args, threads);
     let took_s = clock::now().since(started).as_secs_f64();
     if search.tried().is_empty() {
         return Err(Failure::Work("not even the present setting could be replayed within --budget".into()));
@@ -186,6 +193,8 @@ fn tune(args: &Args) -> Result<ExitCode, Failure> {
 const ROUNDS_MAX: usize = 64;
 /// A search that cannot try so many settings in its time replays fewer requests.
 const POINTS_LEAST: f64 = 100.0;
+/// From here on more than ten are beyond the p99.
+const CALLS_ENOUGH: usize = 1000;
 /// Fewer requests than this say nothing of a p99.
 const CALLS_LEAST: usize = 500;
 
@@ -232,7 +241,7 @@ fn fit_into(
     let before = clock::now();
     let conditions = Conditions { executors: None, objective: Some((model, slo)) };
     recording.what_if_under(&conditions, &[], args.seed).map_err(|error| error.to_string())?;
-    let one = clock::now().since(before).as_secs_f64().max(1e-6);
+    let one = (clock::now().since(before).as_secs_f64() * f64::from(args.replays)).max(1e-6);
     let wanted = POINTS_LEAST.min(f64::from(args.points));
     let possible = args.budget.as_secs_f64() * threads as f64 / one;
     let all = recording.calls();
@@ -252,7 +261,7 @@ struct Replays<'a> {
     recording: &'a Recording,
     model: ModelHandle,
     slo: Duration,
-    seed: u64,
+    seeds: std::ops::Range<u64>,
 }
 
 impl Replays<'_> {
@@ -262,8 +271,11 @@ impl Replays<'_> {
         let settings: Vec<Setting> = space.settings(point).into_iter().map(setting).collect();
         let executors = (point.executors != space.present().executors).then_some(point.executors);
         let conditions = Conditions { executors, objective: Some((self.model, self.slo)) };
-        let report = self.recording.what_if_under(&conditions, &settings, self.seed).ok()?;
-        Some(Predicted::of(&report, self.model))
+        let predicted: Option<Vec<Predicted>> = (self.seeds.clone())
+            .map(|seed| self.recording.what_if_under(&conditions, &settings, seed).ok())
+            .map(|report| report.map(|report| Predicted::of(&report, self.model)))
+            .collect();
+        Predicted::mean(&predicted?)
     }
 }
 
@@ -306,7 +318,9 @@ fn try_all(search: &mut Search, replays: &Replays<'_>, args: &Args, threads: usi
         if search.tried().len() > tried {
             tried = search.tried().len();
             let all: Vec<Predicted> = search.tried().iter().map(|tried| tried.predicted).collect();
-            if let Some(best) = front::choose(&all, millis(replays.slo), Some(0)) {
+            let distances: Vec<usize> =
+                search.tried().iter().map(|tried| search.space().distance(&tried.point)).collect();
+            if let Some(best) = front::choose(&all, millis(replays.slo), &distances) {
                 let best = &all[best.at];
                 bar.set_message(format!("best: p99 {:.1} ms, {:.1}/s in time", best.p99_ms, best.goodput_rps));
             }

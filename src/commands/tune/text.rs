@@ -87,7 +87,7 @@ pub fn report(found: &Found<'_>, document: &Value) -> String {
         for line in found.diff(point).into_iter().chain(found.server_diff(point)) {
             let _ = writeln!(out, "{} {}", line.sign(), line.text());
         }
-        let set: Vec<String> = found.changes(point).iter().map(|(key, value)| format!("{key}={value}")).collect();
+        let set: Vec<String> = found.space.changes(point).iter().map(|(key, value)| format!("{key}={value}")).collect();
         if found.space.needs_restart(point) {
             let _ = writeln!(
                 out,
