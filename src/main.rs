@@ -36,6 +36,8 @@ enum Command {
     Replay(commands::replay::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
+    /// Watch a server in a terminal: where executor time goes, and what each model does.
+    Top(commands::top::Args),
     /// Read another server's batching settings and print ferry's.
     Import(commands::import::Args),
     /// Show what models could run on: the processor and the GPUs.
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::Capture(args) => commands::capture::run(args),
         Command::Replay(args) => commands::replay::run(&args),
         Command::Check(args) => commands::check::run(args),
+        Command::Top(args) => commands::top::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
     }

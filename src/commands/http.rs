@@ -14,6 +14,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Status and body of an answer. The text of an error says what was tried.
 pub fn request(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Value), String> {
+    let answer = exchange(addr, method, path, body)?;
+    read_answer(&answer)
+        .ok_or_else(|| format!("control port {addr}: {method} {path}: the answer is not HTTP with JSON"))
+}
+
+/// [`request`] of what is no JSON: the body as it is.
+pub fn text(addr: SocketAddr, path: &str) -> Result<(u16, String), String> {
+    let answer = exchange(addr, "GET", path, None)?;
+    split_answer(&answer)
+        .map(|(status, body)| (status, String::from_utf8_lossy(body).into_owned()))
+        .ok_or_else(|| format!("control port {addr}: GET {path}: the answer is not HTTP"))
+}
+
+fn exchange(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) -> Result<Vec<u8>, String> {
     let exchange = || -> std::io::Result<Vec<u8>> {
         let mut stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
         stream.set_read_timeout(Some(PATIENCE))?;
@@ -30,16 +44,18 @@ pub fn request(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>)
         stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer)?;
         Ok(answer)
     };
-    let answer = exchange().map_err(|error| format!("control port {addr}: {method} {path}: {error}"))?;
-    read_answer(&answer)
-        .ok_or_else(|| format!("control port {addr}: {method} {path}: the answer is not HTTP with JSON"))
+    exchange().map_err(|error| format!("control port {addr}: {method} {path}: {error}"))
 }
 
-fn read_answer(answer: &[u8]) -> Option<(u16, Value)> {
+fn split_answer(answer: &[u8]) -> Option<(u16, &[u8])> {
     let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
     let head = std::str::from_utf8(&answer[..end]).ok()?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    let body = &answer[end + 4..];
+    Some((status, &answer[end + 4..]))
+}
+
+fn read_answer(answer: &[u8]) -> Option<(u16, Value)> {
+    let (status, body) = split_answer(answer)?;
     // Refusals of the port itself are plain text.
     let value = serde_json::from_slice(body)
         .unwrap_or_else(|_| serde_json::json!({ "error": String::from_utf8_lossy(body).trim_end() }));

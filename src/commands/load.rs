@@ -152,7 +152,7 @@ pub(super) fn resolve(addr: &str) -> Result<SocketAddr, String> {
 }
 
 /// Reads `20ms`, `1.5s`, `500us` or `2m`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("expected a time such as 500us, 20ms, 1.5s or 2m, got {text:?}");
     let unit_at = text.find(|c: char| c.is_ascii_alphabetic() || c == 'µ').ok_or_else(wrong)?;
     let (number, unit) = text.split_at(unit_at);

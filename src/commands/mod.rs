@@ -16,6 +16,7 @@ pub mod offline;
 pub mod replay;
 pub mod serve;
 pub mod set;
+pub mod top;
 
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
