@@ -46,6 +46,8 @@ enum Command {
     Tune(commands::tune::Args),
     /// Check the configuration and the models, without starting anything.
     Check(commands::check::Args),
+    /// Watch a server in a terminal: where executor time goes, and what each model does.
+    Top(commands::top::Args),
     /// Read another server's batching settings and print ferry's.
     Import(commands::import::Args),
     /// Show what models could run on: the processor and the GPUs.
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Command::Timeline(args) => commands::timeline::run(&args),
         Command::Tune(args) => commands::tune::run(&args),
         Command::Check(args) => commands::check::run(args),
+        Command::Top(args) => commands::top::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
     }

@@ -19,6 +19,7 @@ pub mod serve;
 pub mod set;
 pub mod shadow;
 pub mod timeline;
+pub mod top;
 pub mod trial;
 pub mod tune;
 
