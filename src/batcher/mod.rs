@@ -373,7 +373,6 @@ impl<O: Outlet> Batcher<O> {
             });
             pack(&mut slot, &form.contract, &form.pads, &batch, rows.clone());
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
-            count_tenants(&self.telemetry, rows.clone().map(|row| row.request));
             let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
             self.flights.start(batch.id, deadlines);
         }
@@ -425,21 +424,6 @@ impl<O: Outlet> Batcher<O> {
             }
         }
     }
-}
-
-/// Counts what each tenant has of a batch, once for each run of one tenant's requests: mostly there is one.
-fn count_tenants<'a>(telemetry: &Telemetry, mut requests: impl Iterator<Item = &'a Request>) {
-    let cells = |request: &Request| u64::from(request.rows) * u64::from(request.len);
-    let Some(first) = requests.next() else { return };
-    let mut run = (first.tenant, 1, cells(first));
-    for request in requests {
-        if request.tenant != run.0 {
-            telemetry.tenants().served(run.0.0, run.1, run.2);
-            run = (request.tenant, 0, 0);
-        }
-        run = (run.0, run.1 + 1, run.2 + cells(request));
-    }
-    telemetry.tenants().served(run.0.0, run.1, run.2);
 }
 
 /// The real way out: executor threads, one inline worker, and the shards' mailboxes.

@@ -113,7 +113,6 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
     };
     let limits = Limits { metadata_bytes: Limits::METADATA_CEILING, payload_bytes: options.payload_bytes_max };
     let tenant = state.catalog.tenants.id_of(&hello.tenant);
-    state.telemetry.tenants().seen(tenant.0, &hello.tenant);
     let connection = state.output(at);
     connection.tenant = tenant;
     connection.phase = Phase::Open;

@@ -214,13 +214,6 @@ impl Telemetry {
         list.histogram(self, "ferry_batch_padding_ratio", "Padding cells per cell of a batch", |m| &m.batch_padding);
         list.histogram(self, "ferry_batch_fill_ratio", "Rows of a batch per row possible", |m| &m.batch_fill);
         list.histogram(self, "ferry_batch_length", "Length that rows of a batch were padded to", |m| &m.batch_length);
-        let tenants = self.tenants.served_so_far();
-        list.open("ferry_tenant_requests", "Requests that left in a batch", Kind::Counter, |family| {
-            tenants.iter().for_each(|(tenant, requests, _)| family.add([("tenant", tenant)], *requests));
-        });
-        list.open("ferry_tenant_cells", "Cells of these requests, padding left out", Kind::Counter, |family| {
-            tenants.iter().for_each(|(tenant, _, cells)| family.add([("tenant", tenant)], *cells));
-        });
         list.histogram(self, "ferry_queue_delay_seconds", "Admitted to sealed, per request", |m| &m.queue_delay);
         list.histogram(self, "ferry_service_time_seconds", "Submitted to read back, per batch", |m| &m.service_time);
         list.by_model(self, "ferry_queue_rows", "Rows waiting", Kind::Gauge, |_, m| m.queue_rows.get());

@@ -33,8 +33,6 @@
 //! | `ferry_batch_padding_ratio` | histogram | model | padding cells ÷ all cells of a batch |
 //! | `ferry_batch_fill_ratio` | histogram | model | rows of a batch ÷ rows possible |
 //! | `ferry_batch_length` | histogram | model | length that rows of a batch were padded to: its bucket; of the longest where they lie end to end |
-//! | `ferry_tenant_requests_total` | counter | tenant | requests that left in a batch, each part of one that is run in parts; of the first 32 tenants that greeted the server, the rest is `other` |
-//! | `ferry_tenant_cells_total` | counter | tenant | cells of these requests, padding left out: who had which share of the work |
 //! | `ferry_queue_delay_seconds` | histogram | model | admitted to sealed, per request |
 //! | `ferry_service_time_seconds` | histogram | model | submitted to read back, per batch |
 //! | `ferry_queue_rows` | gauge | model | rows waiting for a batch |
@@ -67,7 +65,7 @@
 //! - This table and what is exported are the same list; a test compares them.
 //! - `accepted = Σ finished + in flight`, shard by shard and model by model; [`Telemetry::audit`] checks it.
 //! - Labels come from sets that are closed at the start (models, codes, reasons, numbers of threads), so no caller
-//!   can make a new time series; but for tenants, of which the first 32 may.
+//!   can make a new time series.
 //!
 //! The unit is in the name: seconds, bytes, ratio; the others are counts. Histograms add `_bucket`, `_sum` and `_count`.
 //!
@@ -79,13 +77,10 @@ pub mod family;
 pub mod histogram;
 pub mod log;
 pub mod spans;
-mod tenants;
 
 pub use counters::{
     DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, ShardMetrics, Signal,
 };
-
-pub use tenants::{TENANTS_LABELLED_MAX, TenantMetrics};
 
 use std::sync::{Arc, OnceLock};
 
@@ -130,7 +125,6 @@ pub struct Telemetry {
     limits: OnceLock<Vec<(String, u64)>>,
     installation: OnceLock<Installation>,
     otel: OtelMetrics,
-    tenants: TenantMetrics,
     /// Without and with drift.
     audits: [counters::Count; 2],
     /// By [`CAPTURE_ENDS`].
@@ -152,7 +146,6 @@ impl Telemetry {
             limits: OnceLock::new(),
             installation: OnceLock::new(),
             otel: OtelMetrics::default(),
-            tenants: TenantMetrics::default(),
             audits: Default::default(),
             captures: Default::default(),
             labels,
@@ -200,10 +193,6 @@ impl Telemetry {
     /// What the exporter of OpenTelemetry counts.
     pub fn otel(&self) -> &OtelMetrics {
         &self.otel
-    }
-
-    pub fn tenants(&self) -> &TenantMetrics {
-        &self.tenants
     }
 
     /// A bound that the server runs with, by its key.
