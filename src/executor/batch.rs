@@ -173,9 +173,7 @@ impl Default for BatchOutput {
 impl BatchOutput {
     /// With buffers of its own, instead of those that it would grow.
     pub fn in_buffers(outputs: Vec<AlignedBytes>) -> BatchOutput {
-        let mut output = BatchOutput::default();
-        output.outputs = outputs;
-        output
+        BatchOutput { outputs, ..BatchOutput::default() }
     }
 
     /// Sizes every output for rows of these lengths. Contents are left as they were: the model writes all.

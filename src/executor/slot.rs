@@ -30,9 +30,7 @@ impl Default for Staging {
 impl Staging {
     /// With buffers of its own, instead of those that it would grow.
     pub fn of(inputs: Vec<AlignedBytes>) -> Staging {
-        let mut staging = Staging::default();
-        staging.inputs = inputs;
-        staging
+        Staging { inputs, ..Staging::default() }
     }
 }
 

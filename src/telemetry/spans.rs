@@ -98,16 +98,18 @@ impl Share {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
 
     fn taken(ratio: f64, of: u32) -> u32 {
-        let mut state = 7u64;
-        let mut draw = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 11) as f64 / (1u64 << 53) as f64
+        let state = Cell::new(7u64);
+        let draw = || {
+            state.set(state.get().wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407));
+            (state.get() >> 11) as f64 / (1u64 << 53) as f64
         };
-        let mut share = Share::new(ratio, &mut draw);
-        (0..of).filter(|_| share.takes(&mut draw)).count() as u32
+        let mut share = Share::new(ratio, draw);
+        (0..of).filter(|_| share.takes(draw)).count() as u32
     }
 
     #[test]

@@ -489,6 +489,8 @@ impl World {
             payload_bytes: payload.len() as u32,
             details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25) },
             items: false,
+            late_us: 0,
+            trace: 0,
         };
         let shard = &mut self.shards[shard];
         let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;

@@ -218,17 +218,21 @@ def dashboard():
     board.graph("Asked beside infer", "Describe, list, stats.", "reqps", ("{{operation}} {{code}}", rate("ferry_operations_total", "operation", "code")))
     board.graph("Goodbyes", "Connections told to go, by reason.", "ops", ("{{code}}", rate("ferry_goaways_total", "code")))
     board.graph("Late answers", "Results whose request had already ended.", "ops", ("shard {{shard}}", rate("ferry_late_answers_total", "shard")))
-    if "ferry_tenant_cells_total" in METRICS:
+    if {"ferry_tenant_cells_total", "ferry_tenant_executor_seconds_total"} <= set(METRICS):
         board.row("Tenants")
-        board.graph("Share of the work", "Cells of accepted requests, by tenant.", "percentunit",
+        board.graph("Share of the cells", "Of batches, by whose rows they were.", "percentunit",
                     ("{{tenant}}", share(rate("ferry_tenant_cells_total", "tenant"), f"on() group_left() {rate('ferry_tenant_cells_total')}")),
                     stacked=True, top=1, width=12)
-        board.graph("Requests", "Accepted, by tenant.", "reqps", ("{{tenant}}", rate("ferry_tenant_requests_total", "tenant")), width=12)
+        board.graph("Executor time", "By whose rows they ran it for.", "s", ("{{tenant}}", rate("ferry_tenant_executor_seconds_total", "tenant")),
+                    stacked=True, width=12)
 
     board.row("Policy")
     board.graph("Error of predicted batch times", "Mean, relative. Above 0.2 the scheduler decides by numbers that are not so.", "percentunit",
                 ("{{model}}", now("ferry_cost_model_error_ratio", "model")))
     board.graph("Generation of the policy", "Rises with each change.", "short", ("{{model}}", now("ferry_policy_generation", "model")))
+    if "ferry_shadow_error_ratio" in METRICS:
+        board.graph("Error of shadows", "How far the last prediction of a policy that was then put in force was off.", "percentunit",
+                    ("{{model}} {{what}}", now("ferry_shadow_error_ratio", "model", "what")))
     board.graph("Captures", "That ended, by how.", "short", ("{{end}}", rise("ferry_captures_total", "end")))
 
     board.row("Process")
