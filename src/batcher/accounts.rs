@@ -70,3 +70,63 @@ impl Accounts {
         self.spare.push(shares);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::telemetry::ModelLabels;
+    use crate::vocab::{ModelHandle, Moment, SealReason};
+
+    /// A number of the metrics page.
+    fn counted(telemetry: &Arc<Telemetry>, series: &str) -> f64 {
+        let page = telemetry.encode();
+        let line =
+            page.lines().find_map(|line| line.strip_prefix(series)).unwrap_or_else(|| panic!("{series}: {page}"));
+        line.trim().parse().expect("a number")
+    }
+
+    #[test]
+    fn each_row_pays_for_its_place_and_nothing_is_left_over() {
+        let telemetry = Telemetry::new(&[ModelLabels { name: "m".into(), version: "1".into() }], 1, 1);
+        telemetry.tenant_named(1, "red");
+        telemetry.tenant_named(2, "blue");
+        let mut accounts = Accounts::new(Arc::clone(&telemetry));
+        let batch = |id, layout| SealedBatch {
+            id,
+            model: ModelHandle(0),
+            executor: 0,
+            rows: 4,
+            rows_possible: 4,
+            layout,
+            padded_len: 10,
+            cells_real: 21,
+            squares_real: 0,
+            reason: SealReason::Full,
+            sealed_at: Moment(0),
+        };
+        // A short row, the long one, and two of the nameless.
+        let members = [(TenantId(1), 1, 5), (TenantId(2), 1, 10), (TenantId(0), 1, 3), (TenantId(0), 1, 3)];
+        accounts.sealed(&batch(7, Layout::Padded), members.into_iter());
+        let cells = |tenant: &str, kind: &str| {
+            counted(&telemetry, &format!("ferry_tenant_cells_total{{model=\"m\",tenant=\"{tenant}\",kind=\"{kind}\"}}"))
+        };
+        assert_eq!((cells("red", "real"), cells("red", "padding")), (5.0, 5.0));
+        assert_eq!((cells("other", "real"), cells("other", "padding")), (6.0, 14.0));
+        assert_eq!(cells("blue", "real"), 10.0, "the longest row has no padding");
+        accounts.finished(7, 1_001);
+        let nanos = |tenant: &str| {
+            1e9 * counted(&telemetry, &format!("ferry_tenant_executor_seconds_total{{tenant=\"{tenant}\"}}"))
+        };
+        let near = |got: f64, expected: f64| assert!((got - expected).abs() < 1e-3, "{got} for {expected}");
+        near(nanos("red"), 250.0);
+        near(nanos("blue"), 250.0);
+        near(nanos("other"), 501.0);
+        // Rows end to end pay for what they are. A batch that is nobody's is charged to nobody.
+        accounts.sealed(&batch(8, Layout::Packed), members.into_iter());
+        accounts.finished(8, 2_100);
+        accounts.finished(9, 5_000);
+        near(nanos("red"), 750.0);
+        near(nanos("blue"), 1_250.0);
+        near(nanos("other"), 1_101.0);
+    }
+}
