@@ -142,6 +142,8 @@ fn a_captured_trace_is_tuned_and_its_page_has_every_setting() {
     assert!(shown.contains("Pareto front"), "{shown}");
     // Equal seeds and settings, equal choice. Which it is depends on what batches took.
     let chosen = &document["points"][document["chosen"].as_u64().expect("one is chosen") as usize];
+    let mark = format!("\n>{:>4} ", chosen["id"].as_u64().expect("a number"));
+    assert!(shown.contains(&mark), "the chosen one has its line: {shown}");
     if chosen["id"] == 0 {
         assert!(shown.contains("The present setting stays."), "{shown}");
     } else {

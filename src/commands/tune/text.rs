@@ -44,8 +44,11 @@ pub fn report(found: &Found<'_>, document: &Value) -> String {
         "", "p99 ms", "goodput/s", "on time", "executor µs", "regret", "busy"
     );
     let mut lines = shown;
-    if !lines.contains(&0) {
-        lines.push(0);
+    // Neither need be on it: of settings that count as equal, the one with the fewest changes is chosen.
+    for at in [chosen.at, 0] {
+        if !lines.contains(&at) {
+            lines.push(at);
+        }
     }
     for at in lines {
         let (point, p) = (&found.tried[at].point, &found.tried[at].predicted);
