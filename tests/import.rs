@@ -275,7 +275,8 @@ fn variables_of_text_embeddings_inference_are_taken_with_their_lines() {
     let text = "# tuned\nexport MAX_BATCH_TOKENS=100000\nMAX_CONCURRENT_REQUESTS=\"2048\"\nAUTO_TRUNCATE=false\nPOOLING=splade\nJSON_OUTPUT=true\n";
     let imported = imported(Format::TextEmbeddings, text);
     let manifest = accepted(ENCODER, &imported);
-    assert_eq!(manifest.batching.padded_cells_max, 100_000);
+    assert_eq!((manifest.batching.rows_max, manifest.batching.padded_cells_max), (2048, 100_000));
+    assert_eq!(manifest.batching.queue_delay_max.expect("given").as_micros(), 0, "nothing is held there");
     assert!(!manifest.text.expect("given").truncate);
     assert_eq!(manifest.bert.expect("given").pooling, Pooling::Max, "splade is not written");
     assert_eq!(note(&imported, "--max-concurrent-requests").at.expect("a line").line, 3);

@@ -233,12 +233,19 @@ fn batching(settings: &mut Settings, options: &Options, out: &mut Imported) -> R
     let client = settings.number("max-client-batch-size", 1, ROWS_CEILING)?;
     let concurrent = settings.number("max-concurrent-requests", 1, 1 << 30)?;
 
+    // Inputs of all requests together are bounded there: no batch has more rows.
+    let waiting = concurrent.map_or(512, |(requests, _)| requests);
     // The budget lies between one row of the longest and rows_max of them; and rows_max of the shortest, of one token, within it.
     let budget = tokens.map_or(16_384, |(tokens, _)| tokens).max(longest);
-    let rows_max = rows.map_or(ROWS_CEILING, |(rows, _)| rows).min(budget);
+    let rows_max = rows.map_or(waiting.min(ROWS_CEILING), |(rows, _)| rows).min(budget);
     let cells = budget.min(rows_max * longest);
     out.manifest.set("batching", "rows_max", rows_max as i64);
     out.manifest.set("batching", "padded_cells_max", cells as i64);
+    out.manifest.set("batching", "queue_delay_max_us", 0);
+    let policy = "policy = \"greedy_tokens\"  # what it does there: in order of arrival, up to the budget, at once";
+    out.manifest.remark("batching", policy);
+    let why = "Nothing is held for others there. Leave it out and the policy `cost` waits as long as that pays.";
+    out.note(Verdict::Assumed, ("no window", None), 0, &["batching.queue_delay_max_us"], why);
     let clipped = match tokens {
         Some((tokens, _)) if tokens < longest => {
             format!(" One row of the longest, {longest} tokens (--longest), must fit: it is more than {tokens}.")
@@ -265,9 +272,9 @@ fn batching(settings: &mut Settings, options: &Options, out: &mut Imported) -> R
     );
     let why = match rows {
         Some(_) => "Most rows of a batch.".to_owned(),
-        None => format!(
-            "None is given there: as many as the budget has tokens, {rows_max}. Memory is made for so many rows; set what comes."
-        ),
+        None => {
+            format!("None is given there: as many as may be there at once, and as the budget has tokens, {rows_max}.")
+        }
     };
     let setting = ("--max-batch-requests", rows.and_then(|(_, at)| at));
     let value = rows.map_or("none".to_owned(), |(rows, _)| rows.to_string());
@@ -278,7 +285,6 @@ fn batching(settings: &mut Settings, options: &Options, out: &mut Imported) -> R
     let why = "Most rows of a request.".to_owned();
     note_number(out, "max-client-batch-size", client, 32, &["batching.request_rows_max"], (Verdict::Taken, why));
 
-    let waiting = concurrent.map_or(512, |(requests, _)| requests);
     out.manifest.set("queue", "rows_max", waiting.max(rows_max) as i64);
     let raised = if waiting < rows_max { " It must hold one full batch, so it is more." } else { "" };
     note_number(
