@@ -105,7 +105,7 @@ impl<O: Outlet> Batcher<O> {
         }
         let knobs = differences(&before, &policy);
         let generation = self.scheduler.set_policy(model, policy).map_err(SetPolicyError::Stranded)?;
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in self.recorders.each() {
             recorder.policy(model, &self.scheduler);
         }
         let change = PolicyChange { at: now, by: ChangedBy::Operator, knobs, generation };

@@ -10,6 +10,7 @@ mod flights;
 mod keeping;
 mod live;
 mod recorder;
+mod rotation;
 mod waits;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
 use recorder::Recorder;
+use rotation::Recorders;
 use waits::Waits;
 
 /// How packed batches leave and ended requests are told. The real one is threads; a test's is a list.
@@ -87,8 +89,7 @@ pub struct Batcher<O> {
     live: Live,
     /// What became of the last batches.
     kept: Kept,
-    /// While a capture is on.
-    recorder: Option<Box<Recorder>>,
+    recorders: Recorders,
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
@@ -125,7 +126,7 @@ impl<O: Outlet> Batcher<O> {
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             kept: Kept::default(),
-            recorder: None,
+            recorders: Recorders::default(),
             telemetry,
             audit_at: Moment::ZERO,
         };
@@ -145,7 +146,7 @@ impl<O: Outlet> Batcher<O> {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
             ToBatcher::Finished(finished) => self.take_finished(now, finished, false),
             ToBatcher::Drain => {
-                if let Some(recorder) = &mut self.recorder {
+                for recorder in self.recorders.each() {
                     recorder.drain(self.scheduler.log());
                 }
                 self.scheduler.drain();
@@ -159,7 +160,7 @@ impl<O: Outlet> Batcher<O> {
 
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in self.recorders.each() {
             recorder.turn(now, self.scheduler.log());
         }
         self.choose_edges(now);
@@ -170,6 +171,7 @@ impl<O: Outlet> Batcher<O> {
         self.mail_ends();
         self.publish();
         self.dump(now);
+        self.rotate(now);
         self.audit(now);
         let wakes = [self.scheduler.poll_timeout(now), self.flights.next(), self.settle_capture(now)];
         wakes.into_iter().flatten().min()
@@ -178,16 +180,21 @@ impl<O: Outlet> Batcher<O> {
     /// Begins to record. A capture that is still on ends: whoever read it has gone, or there would be no other.
     fn start_capture(&mut self, now: Moment, time: Duration, sink: Sink) {
         self.end_capture(CaptureEnd::ReaderGone);
-        let names: Vec<String> = self.forms.iter().map(|form| form.contract.name.clone()).collect();
+        let names = self.names();
         match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, sink) {
-            Ok(recorder) => self.recorder = Some(Box::new(recorder)),
+            Ok(recorder) => self.recorders.capture = Some(Box::new(recorder)),
             Err(end) => self.telemetry.capture_ended(end as usize),
         }
     }
 
+    /// Of all models, by their handles.
+    fn names(&self) -> Vec<String> {
+        self.forms.iter().map(|form| form.contract.name.clone()).collect()
+    }
+
     /// When the recorder wants the next turn.
     fn settle_capture(&mut self, now: Moment) -> Option<Moment> {
-        match self.recorder.as_mut()?.settle(now, self.scheduler.log()) {
+        match self.recorders.capture.as_mut()?.settle(now, self.scheduler.log()) {
             Ok(again) => Some(again),
             Err(end) => {
                 self.end_capture(end);
@@ -197,7 +204,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn end_capture(&mut self, end: CaptureEnd) {
-        if let Some(recorder) = self.recorder.take() {
+        if let Some(recorder) = self.recorders.capture.take() {
             let end = recorder.end(end, self.scheduler.log());
             self.telemetry.capture_ended(end as usize);
         }
@@ -222,7 +229,7 @@ impl<O: Outlet> Batcher<O> {
         }
         for key in burst.cancelled {
             let waits = self.ticket_of(key);
-            if let Some(recorder) = &mut self.recorder {
+            for recorder in self.recorders.each() {
                 recorder.cancel(now, key, waits, self.scheduler.log());
             }
             if let Some(id) = waits
@@ -238,7 +245,7 @@ impl<O: Outlet> Batcher<O> {
     fn cancel_part(&mut self, now: Moment, id: TicketId, with: Option<TicketId>) {
         if self.scheduler.handle_cancel(id) {
             self.held[id.index()] = None;
-            if let Some(recorder) = &mut self.recorder {
+            for recorder in self.recorders.each() {
                 recorder.cancel_part(now, id, with, self.scheduler.log());
             }
         }
@@ -303,11 +310,11 @@ impl<O: Outlet> Batcher<O> {
             class: request.class,
             tenant: request.tenant,
         };
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in self.recorders.each() {
             recorder.arrival(now, &arrival, request.key, self.scheduler.log());
         }
         let id = self.scheduler.handle_arrival(now, arrival)?;
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in self.recorders.each() {
             recorder.admitted(id);
         }
         if self.held.len() <= id.index() {
@@ -327,7 +334,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
-        if let Some(recorder) = &mut self.recorder {
+        for recorder in self.recorders.each() {
             let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
