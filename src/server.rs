@@ -808,6 +808,7 @@ fn start_batcher(
     if let Some(dumps) = dumps {
         let watch = BreachWatch::new(recorder.breach, recorder.interval, plan.contracts.len());
         batcher.keep_dumps(watch, dumps);
+        batcher.keep_trace(recorder.trace_bytes_max as usize);
     }
     let spin = plan.config.frontend.spin;
     spawn_thread("ferry-batcher".into(), &plan.events, move || batcher::run_thread(batcher, mailbox, spin))

@@ -108,9 +108,11 @@ impl<O: Outlet> Batcher<O> {
 
     /// The turn is over: hands a copy on, if one is due.
     pub(super) fn dump(&mut self, now: Moment) {
-        let (Some(why), Some((_, dumps))) = (self.kept.due.take(), &self.kept.dumps) else { return };
+        let Some(why) = self.kept.due.take() else { return };
+        let traces = self.recorders.whole(self.scheduler.log());
+        let Some((_, dumps)) = &self.kept.dumps else { return };
         let unix_ms = clock::unix_time(now).as_millis() as u64;
-        let dump = Dump { why, unix_ms, records: self.batches(usize::MAX, Moment::ZERO), trace: None };
+        let dump = Dump { why, unix_ms, records: self.batches(usize::MAX, Moment::ZERO), traces };
         if dumps.try_send(dump).is_err() {
             tracing::warn!(why = why.name(), "the flight recorder was not kept: the one before is still being written");
         }

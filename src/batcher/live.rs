@@ -146,7 +146,7 @@ impl<O: Outlet> Batcher<O> {
             return Ok(self.scheduler.generation(model));
         }
         let generation = self.scheduler.set_policy(model, policy)?;
-        for recorder in &mut self.recorders {
+        for recorder in self.recorders.each() {
             recorder.policy(model, &self.scheduler);
         }
         Ok(generation)

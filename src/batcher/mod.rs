@@ -11,6 +11,7 @@ mod flights;
 mod keeping;
 mod live;
 mod recorder;
+mod rotation;
 mod times;
 mod trial;
 mod waits;
@@ -37,6 +38,7 @@ use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
 use recorder::{Recorder, Tap};
+use rotation::Recorders;
 use times::Times;
 use waits::Waits;
 
@@ -93,8 +95,7 @@ pub struct Batcher<O> {
     live: Live,
     /// What became of the last batches.
     kept: Kept,
-    /// Who records: a capture, the shadow schedulers, both or, mostly, nobody.
-    recorders: Vec<Recorder>,
+    recorders: Recorders,
     times: Times,
     accounts: Accounts,
     telemetry: Arc<Telemetry>,
@@ -135,7 +136,7 @@ impl<O: Outlet> Batcher<O> {
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             kept: Kept::default(),
-            recorders: Vec::new(),
+            recorders: Recorders::default(),
             telemetry,
             audit_at: Moment::ZERO,
         };
@@ -155,7 +156,7 @@ impl<O: Outlet> Batcher<O> {
             ToBatcher::Burst(burst) => self.take_burst(now, burst),
             ToBatcher::Finished(finished) => self.take_finished(now, finished, false),
             ToBatcher::Drain => {
-                for recorder in &mut self.recorders {
+                for recorder in self.recorders.each() {
                     recorder.drain(self.scheduler.log());
                 }
                 self.scheduler.drain();
@@ -184,7 +185,7 @@ impl<O: Outlet> Batcher<O> {
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.begin(now);
         self.conduct_trial(now);
-        for recorder in &mut self.recorders {
+        for recorder in self.recorders.each() {
             recorder.turn(now, self.scheduler.log());
         }
         self.choose_edges(now);
@@ -195,6 +196,7 @@ impl<O: Outlet> Batcher<O> {
         self.mail_ends();
         self.publish();
         self.dump(now);
+        self.rotate(now);
         self.audit(now);
         let asked_again = self.scheduler.poll_timeout(now);
         self.times.turned(now, self.scheduler.waits(), asked_again);
@@ -205,22 +207,27 @@ impl<O: Outlet> Batcher<O> {
 
     /// Begins to record. Whoever recorded for the same reader ends: that one has gone, or there would be no other.
     fn start_recorder(&mut self, now: Moment, time: Duration, (by, sink): (Tap, Sink)) {
-        if let Some(at) = self.recorders.iter().position(|recorder| recorder.by == by) {
+        if let Some(at) = self.recorders.read.iter().position(|recorder| recorder.by == by) {
             self.end_recorder(at, CaptureEnd::ReaderGone);
         }
-        let names: Vec<String> = self.forms.iter().map(|form| form.contract.name.clone()).collect();
+        let names = self.names();
         match Recorder::start(&self.scheduler, &names, self.tickets.len(), now, time, (by, sink)) {
-            Ok(recorder) => self.recorders.push(recorder),
+            Ok(recorder) => self.recorders.read.push(recorder),
             Err(end) if by == Tap::Capture => self.telemetry.capture_ended(end as usize),
             Err(_) => {}
         }
+    }
+
+    /// Of all models, by their handles.
+    fn names(&self) -> Vec<String> {
+        self.forms.iter().map(|form| form.contract.name.clone()).collect()
     }
 
     /// When a recorder wants the next turn.
     fn settle_recorders(&mut self, now: Moment) -> Option<Moment> {
         let mut next: Option<Moment> = None;
         let mut at = 0;
-        while let Some(recorder) = self.recorders.get_mut(at) {
+        while let Some(recorder) = self.recorders.read.get_mut(at) {
             match recorder.settle(now, self.scheduler.log()) {
                 Ok(again) => {
                     next = Some(next.map_or(again, |next| next.min(again)));
@@ -233,13 +240,13 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn end_recorders(&mut self, end: CaptureEnd) {
-        while !self.recorders.is_empty() {
+        while !self.recorders.read.is_empty() {
             self.end_recorder(0, end);
         }
     }
 
     fn end_recorder(&mut self, at: usize, end: CaptureEnd) {
-        let recorder = self.recorders.swap_remove(at);
+        let recorder = self.recorders.read.swap_remove(at);
         let by = recorder.by;
         let end = recorder.end(end, self.scheduler.log());
         // Of stretches for the shadow schedulers, their thread says what became of them.
@@ -272,7 +279,7 @@ impl<O: Outlet> Batcher<O> {
         }
         for key in burst.cancelled {
             let waits = self.ticket_of(key);
-            for recorder in &mut self.recorders {
+            for recorder in self.recorders.each() {
                 recorder.cancel(now, key, waits, self.scheduler.log());
             }
             if let Some(id) = waits
@@ -294,7 +301,7 @@ impl<O: Outlet> Batcher<O> {
             if let Some(running) = &mut self.live.trial {
                 running.trial.meter.cancelled(id);
             }
-            for recorder in &mut self.recorders {
+            for recorder in self.recorders.each() {
                 recorder.cancel_part(now, id, with, self.scheduler.log());
             }
         }
@@ -359,7 +366,7 @@ impl<O: Outlet> Batcher<O> {
             class: request.class,
             tenant: request.tenant,
         };
-        for recorder in &mut self.recorders {
+        for recorder in self.recorders.each() {
             recorder.arrival(now, &arrival, request.key, self.scheduler.log());
         }
         let outcome = self.scheduler.handle_arrival(now, arrival);
@@ -367,7 +374,7 @@ impl<O: Outlet> Batcher<O> {
             running.arrived(now, arrival.model, arrival.deadline, outcome.as_ref().ok().copied());
         }
         let id = outcome?;
-        for recorder in &mut self.recorders {
+        for recorder in self.recorders.each() {
             recorder.admitted(id);
         }
         if self.held.len() <= id.index() {
@@ -387,7 +394,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
-        for recorder in &mut self.recorders {
+        for recorder in self.recorders.each() {
             let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));

@@ -10,7 +10,8 @@
 use std::time::Duration;
 
 use crate::capture::{
-    CHECKPOINT_EVERY, Cancelled, CaptureEnd, Done, Ended, Event, Header, PolicyChange, Sink, Writer, knobs_of,
+    CHECKPOINT_EVERY, Cancelled, CaptureEnd, Done, Ended, Event, Header, PolicyChange, Sink, Writer, end_chunk,
+    knobs_of,
 };
 use crate::scheduler::decision::DecisionLog;
 use crate::scheduler::{Arrival, Scheduler, TicketId, state};
@@ -24,6 +25,8 @@ pub const FLUSH: Duration = Duration::from_secs(1);
 pub enum Tap {
     Capture,
     Shadow,
+    /// The last seconds, in memory, for a dump.
+    Dump,
 }
 
 pub struct Recorder {
@@ -52,7 +55,7 @@ impl Recorder {
         shards: usize,
         now: Moment,
         time: Duration,
-        (by, sink): (Tap, Sink),
+        (by, mut sink): (Tap, Sink),
     ) -> Result<Recorder, CaptureEnd> {
         let header = Header::of(scheduler, names, now);
         let Some(state) = scheduler.save() else {
@@ -193,6 +196,18 @@ impl Recorder {
             Some(end) => Err(end),
             None => Ok(self.flush_at.min(self.until)),
         }
+    }
+
+    /// Bytes in memory.
+    pub fn kept_bytes(&self) -> usize {
+        self.sink.kept().len()
+    }
+
+    /// The trace of what has been recorded in memory so far, whole. Between turns; recording goes on.
+    pub fn whole(&mut self, log: &DecisionLog) -> Vec<u8> {
+        self.flush(log);
+        let last = end_chunk(Ended { end: CaptureEnd::Complete, chunks: self.writer.chunks() });
+        [self.sink.kept(), &last].concat()
     }
 
     /// Ends the capture with what has been recorded so far. Returns why it really ended.

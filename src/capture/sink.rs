@@ -1,4 +1,5 @@
-//! From the batcher to whoever reads a capture: a bounded row of chunks, and the word why there are no more.
+//! From the batcher to whoever reads a capture: a bounded row of chunks, and the word why there are no more. Or to nobody yet:
+//! memory, for what is kept of the last seconds.
 
 use std::sync::{Arc, OnceLock};
 
@@ -15,7 +16,15 @@ pub struct Ended {
 
 /// Where the batcher puts chunks. Never waits.
 #[derive(Debug)]
-pub struct Sink {
+pub enum Sink {
+    Row(Row),
+    /// All that came so far.
+    Memory(Vec<u8>),
+}
+
+/// The writing end of a row of chunks.
+#[derive(Debug)]
+pub struct Row {
     chunks: flume::Sender<Bytes>,
     ended: Arc<OnceLock<Ended>>,
 }
@@ -30,22 +39,38 @@ pub struct Source {
 pub fn channel() -> (Sink, Source) {
     let (sender, receiver) = flume::bounded(CHUNKS_MAX);
     let ended = Arc::new(OnceLock::new());
-    (Sink { chunks: sender, ended: Arc::clone(&ended) }, Source { chunks: receiver, ended })
+    (Sink::Row(Row { chunks: sender, ended: Arc::clone(&ended) }), Source { chunks: receiver, ended })
 }
 
 impl Sink {
     /// Hands bytes over, or says why that cannot be.
-    pub fn send(&self, bytes: Vec<u8>) -> Result<(), CaptureEnd> {
-        self.chunks.try_send(Bytes::from(bytes)).map_err(|error| match error {
-            flume::TrySendError::Full(_) => CaptureEnd::ReaderSlow,
-            flume::TrySendError::Disconnected(_) => CaptureEnd::ReaderGone,
-        })
+    pub fn send(&mut self, bytes: Vec<u8>) -> Result<(), CaptureEnd> {
+        match self {
+            Sink::Memory(kept) => {
+                kept.extend_from_slice(&bytes);
+                Ok(())
+            }
+            Sink::Row(row) => row.chunks.try_send(Bytes::from(bytes)).map_err(|error| match error {
+                flume::TrySendError::Full(_) => CaptureEnd::ReaderSlow,
+                flume::TrySendError::Disconnected(_) => CaptureEnd::ReaderGone,
+            }),
+        }
+    }
+
+    /// What is in memory.
+    pub fn kept(&self) -> &[u8] {
+        match self {
+            Sink::Memory(kept) => kept,
+            Sink::Row(_) => &[],
+        }
     }
 
     /// Nothing more comes.
     pub fn end(self, ended: Ended) {
         // Before the sender goes: whoever sees the row end finds the reason.
-        let _ = self.ended.set(ended);
+        if let Sink::Row(row) = self {
+            let _ = row.ended.set(ended);
+        }
     }
 }
 

@@ -160,6 +160,8 @@ pub struct Recorder {
     /// Least time between two files.
     pub interval: Duration,
     pub files_max: u32,
+    /// Memory for the scheduler's last inputs, kept with such a file; 0: none are recorded.
+    pub trace_bytes_max: u64,
 }
 
 /// Where metrics and traces are sent by OTLP.
@@ -274,6 +276,7 @@ impl Config {
                 breach: BreachRule::P99,
                 interval: Duration::from_secs(60),
                 files_max: 8,
+                trace_bytes_max: 0,
             },
             otel: Otel {
                 endpoint: None,

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! DIR/ferry-<milliseconds since 1970>-<why>.json       trace events (trace.rs)
-//! DIR/ferry-<milliseconds since 1970>-<why>.ferrytrc   the scheduler's inputs, where they are recorded: for `ferry replay`
+//! DIR/ferry-<milliseconds since 1970>-<why>.ferrytrc   the scheduler's inputs, where they are recorded, for `ferry replay`:
+//!                                                      up to the dump, and …-before.ferrytrc the stretch before that
 //! ```
 //!
 //! Always true
@@ -24,8 +25,8 @@ pub struct Dump {
     /// Milliseconds since 1970.
     pub unix_ms: u64,
     pub records: Vec<BatchRecord>,
-    /// A whole trace of the scheduler's inputs.
-    pub trace: Option<Vec<u8>>,
+    /// Whole traces of the scheduler's inputs, the newest first: at most two.
+    pub traces: Vec<Vec<u8>>,
 }
 
 /// Writes dumps.
@@ -39,7 +40,8 @@ pub struct DumpFiles {
 }
 
 const JSON: &str = "json";
-const TRACE: &str = "ferrytrc";
+/// Endings of traces, the newest first.
+const TRACES: [&str; 2] = [".ferrytrc", "-before.ferrytrc"];
 
 impl DumpFiles {
     /// Writes what comes until there is nobody to send any more. What cannot be written is told in the log.
@@ -66,8 +68,8 @@ impl DumpFiles {
         fs::create_dir_all(&self.directory)?;
         let stem = format!("ferry-{:015}-{}", dump.unix_ms, dump.why.name());
         let file = self.directory.join(format!("{stem}.{JSON}"));
-        if let Some(trace) = &dump.trace {
-            replace(&self.directory.join(format!("{stem}.{TRACE}")), trace)?;
+        for (trace, ending) in dump.traces.iter().zip(TRACES) {
+            replace(&self.directory.join(format!("{stem}{ending}")), trace)?;
         }
         let why = format!("{}: {}", dump.why.name(), self.name(dump.why));
         replace(&file, &trace::to_json(&dump.records, &self.names, &why))?;
@@ -85,9 +87,11 @@ impl DumpFiles {
         stems.sort();
         for stem in stems.iter().take(stems.len().saturating_sub(self.files_max)) {
             fs::remove_file(self.directory.join(format!("{stem}.{JSON}")))?;
-            match fs::remove_file(self.directory.join(format!("{stem}.{TRACE}"))) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+            for ending in TRACES {
+                match fs::remove_file(self.directory.join(format!("{stem}{ending}"))) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                    _ => {}
+                }
             }
         }
         Ok(())
@@ -123,8 +127,8 @@ mod tests {
             fs::write(files.directory.join(name), "mine").expect("writes");
         }
         for unix_ms in [5, 3_000, 40] {
-            let trace = (unix_ms != 40).then(|| vec![1, 2]);
-            let dump = Dump { why: Why::Slo(ModelHandle(0)), unix_ms, records: vec![record(1, 0)], trace };
+            let traces = if unix_ms == 40 { Vec::new() } else { vec![vec![1, 2], vec![3]] };
+            let dump = Dump { why: Why::Slo(ModelHandle(0)), unix_ms, records: vec![record(1, 0)], traces };
             let file = files.write(&dump).expect("there is room");
             let json: serde_json::Value =
                 serde_json::from_slice(&fs::read(file).unwrap_or_else(|_| b"null".to_vec())).expect("JSON");
@@ -138,6 +142,7 @@ mod tests {
         let expected = [
             "ferry-000000000000001-other.json",
             "ferry-000000000000040-slo.json",
+            "ferry-000000000003000-slo-before.ferrytrc",
             "ferry-000000000003000-slo.ferrytrc",
             "ferry-000000000003000-slo.json",
             "ferry-1-slo.json",
@@ -150,7 +155,7 @@ mod tests {
     fn where_there_is_no_directory_to_be_made_the_error_is_told() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let files = DumpFiles { directory: file.path().join("below"), files_max: 1, names: Vec::new() };
-        let dump = Dump { why: Why::Panic(ModelHandle(3)), unix_ms: 1, records: Vec::new(), trace: None };
+        let dump = Dump { why: Why::Panic(ModelHandle(3)), unix_ms: 1, records: Vec::new(), traces: Vec::new() };
         assert!(files.write(&dump).is_err());
     }
 }

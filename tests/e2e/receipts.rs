@@ -109,6 +109,29 @@ fn a_request_in_parts_has_the_receipt_of_its_last_and_items_have_none() {
     assert!(receipt_of(&end).rows < rows);
 }
 
+/// What a receipt does not have is the way there and back: sockets, and the wake-ups of both ends. How long that is, is printed and
+/// not asserted: `cargo nextest run --no-capture -E 'test(way_there)'`.
+#[test]
+fn what_a_caller_sees_is_its_receipt_and_the_way_there_and_back() {
+    let server = Server::shared();
+    let mut raw = server.connect();
+    let echo = raw.handle("echo");
+    let ask = with_receipt(Ask::floats(echo, &[1.0; 64]));
+    let mut ways: Vec<u64> = (0..500)
+        .map(|_| {
+            let sent_at = ferry::clock::now();
+            let (result, _) = raw.round(&ask).expect_result();
+            let seen = ferry::clock::now().since(sent_at).as_nanos() as u64;
+            receipt_of(&result);
+            let inside = result.timings.expect("it comes with the receipt").total_ns();
+            assert!(inside <= seen, "{inside} ns in the server, {seen} ns as seen from here");
+            seen - inside
+        })
+        .collect();
+    ways.sort_unstable();
+    println!("seen minus receipt: least {} ns, median {} ns, 90 % {} ns", ways[0], ways[250], ways[450]);
+}
+
 #[test]
 fn every_reply_names_the_generation_of_the_policy_that_decided_its_batch() {
     let server = Server::start(&[]);

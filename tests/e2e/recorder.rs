@@ -147,6 +147,45 @@ fn a_panic_and_a_missed_objective_keep_the_recorder_by_themselves() {
     server.wait_until_at_rest();
 }
 
+/// The newest file with this ending.
+fn newest(directory: &Path, ending: &str) -> Option<std::path::PathBuf> {
+    let entries = std::fs::read_dir(directory).ok()?;
+    let paths = entries.map(|entry| entry.expect("lists").path());
+    paths.filter(|path| path.to_string_lossy().ends_with(ending)).max()
+}
+
+/// Goal: what led to an incident can be decided again. Method: traffic of several models, more than a small trace holds, so that
+/// traces follow one another; then a panic; both traces of its dump are replayed.
+#[test]
+fn what_led_to_a_dump_is_replayed_decision_for_decision() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let at = format!("recorder.directory={}", toml::Value::String(directory.path().display().to_string()));
+    let server = Server::start(&[&at, "recorder.breach=off", "recorder.trace_bytes_max=20000"]);
+    let mut raw = server.connect();
+    let (faulty, echo, queued) = (raw.handle("faulty"), raw.handle("echo"), raw.handle("queued"));
+    for round in 0..250u32 {
+        let mut ids = Vec::new();
+        for at in 0..60 {
+            let len = 1 + (round * 7 + at * 13) % 900;
+            let values = vec![0.5; len as usize];
+            ids.push(raw.ask(&Ask::floats(if at % 3 == 0 { queued } else { echo }, &values)));
+        }
+        ids.iter().for_each(|_| drop(raw.recv().expect_result()));
+    }
+    raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
+    wait_until("the panic is kept", || kept(directory.path()).len() == 1);
+    for ending in ["panic.ferrytrc", "panic-before.ferrytrc"] {
+        let trace = newest(directory.path(), ending).unwrap_or_else(|| panic!("no {ending}"));
+        let bytes = std::fs::metadata(&trace).expect("it is there").len();
+        assert!(bytes < 250_000, "{ending} has {bytes} bytes: half of the memory, a chunk and the scheduler's state");
+        let (status, told) = ferry(&["replay", &trace.display().to_string(), "--json"]);
+        assert_eq!(status, Some(0), "{ending}: {told}");
+        let told: Value = serde_json::from_str(&told).unwrap_or_else(|error| panic!("{error}: {told}"));
+        assert_eq!(told["equal"], true, "{ending}: {told}");
+        assert!(number(&told["replay"]["requests"]) > 100.0, "{ending}: {told}");
+    }
+}
+
 #[test]
 fn explain_tells_one_request_and_what_the_server_remembers() {
     let server = Server::start(&[]);
