@@ -73,6 +73,8 @@ impl Accounts {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::telemetry::ModelLabels;
     use crate::vocab::{ModelHandle, Moment, SealReason};
@@ -103,6 +105,9 @@ mod tests {
             squares_real: 0,
             reason: SealReason::Full,
             sealed_at: Moment(0),
+            generation: 1,
+            predicted: 0,
+            objective: Duration::ZERO,
         };
         // A short row, the long one, and two of the nameless.
         let members = [(TenantId(1), 1, 5), (TenantId(2), 1, 10), (TenantId(0), 1, 3), (TenantId(0), 1, 3)];

@@ -363,11 +363,11 @@ mod tests {
         let (board, mailbox, thread) = start();
         board.set(MODEL, vec![hold("0"), hold("2")]);
         next(&mailbox).end(Ended { end: CaptureEnd::ReaderSlow, chunks: 0 });
-        let second = next(&mailbox);
+        let mut second = next(&mailbox);
         assert_eq!((board.panel(MODEL).lost, board.panel(MODEL).settings.len()), (1, 2));
         second.send(b"this is no trace".to_vec()).expect("somebody reads");
         second.end(Ended { end: CaptureEnd::Complete, chunks: 1 });
-        let third = next(&mailbox);
+        let mut third = next(&mailbox);
         let trouble = board.panel(MODEL).trouble.expect("it is told");
         assert!(trouble.contains("not a trace"), "{trouble}");
         // Asked for something else in the middle of a stretch: that begins anew.
