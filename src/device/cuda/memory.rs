@@ -126,7 +126,11 @@ impl HostMemory for CudaHost {
 }
 
 /// A point in a stream.
-pub struct CudaEvent(pub(super) driver::CudaEvent, Live);
+pub struct CudaEvent(
+    pub(super) driver::CudaEvent,
+    #[allow(dead_code)] // it counts by being there
+    Live,
+);
 
 impl CudaEvent {
     pub(super) fn new(context: &Arc<CudaContext>) -> Result<CudaEvent, Fault> {
