@@ -33,6 +33,23 @@ impl Telemetry {
         places.filter(is_shown).map(|place| self.live_model_json(place)).collect()
     }
 
+    /// What the rows of each tenant took since the start, by name; those for whom nothing ran are left out.
+    pub fn live_tenants_json(&self) -> Value {
+        let tenants = self.tenants.iter().enumerate();
+        let told = tenants.filter(|(_, tenant)| tenant.executor_nanos.get() > 0).map(|(place, tenant)| {
+            let cells = |of: fn(&super::counters::TenantCells) -> u64| -> u64 {
+                self.models.iter().map(|model| of(&model.tenants[place])).sum()
+            };
+            let took = json!({
+                "executor_seconds": tenant.executor_nanos.get() as f64 / 1e9,
+                "cells_real": cells(|cells| cells.real.get()),
+                "cells_padding": cells(|cells| cells.padding.get()),
+            });
+            (self.tenant_name(place).to_owned(), took)
+        });
+        told.collect::<Map<_, _>>().into()
+    }
+
     fn accepted(&self, place: usize) -> u64 {
         self.shards.iter().map(|shard| shard.models[place].accepted.get()).sum()
     }

@@ -169,6 +169,7 @@ async fn snapshot(shared: &Shared) -> Value {
         "connections": telemetry.connections(),
         "stats": telemetry.stats_json(),
         "models": telemetry.live_models_json(),
+        "tenants": telemetry.live_tenants_json(),
         "batcher": batcher,
     })
 }
