@@ -577,7 +577,8 @@ mod tests {
 
     #[test]
     fn each_contradiction_of_a_manifest_has_its_finding_and_no_other() {
-        let table: &[(&str, &str, &[(&str, &str)])] = &[
+        type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+        let table: &[Case<'_>] = &[
             ("nothing to say", QUIET, &[]),
             (
                 "a window longer than the deadline",
