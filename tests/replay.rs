@@ -101,3 +101,74 @@ fn a_tenant_that_floods_leaves_the_others_most_of_theirs() {
     assert!(flood < others, "{flood:.3}");
     const { assert!(ON_TIME == 0.99) };
 }
+
+/// A library of traces of a real server: minilm packed, minilm padded under two tenants at its limit, and buckets beside digits.
+mod the_gate {
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+
+    use serde_json::Value;
+
+    const FERRY: &str = env!("CARGO_BIN_EXE_ferry");
+
+    fn library() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/traces/gate.json")
+    }
+
+    fn gate(file: &Path, more: &[&str]) -> (Option<i32>, Value) {
+        let output = Command::new(FERRY).args(["replay", "--json", "--gate"]).arg(file).args(more).output();
+        let output = output.expect("the binary runs");
+        let value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("{error}: {}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+        });
+        (output.status.code(), value)
+    }
+
+    /// A change of the scheduler that makes one of these traces worse fails here. If it is meant: `ferry replay --gate
+    /// tests/traces/gate.json --write`, and a line in the commit about what moved and why.
+    #[test]
+    fn no_trace_of_the_library_comes_to_less_than_before() {
+        let (status, result) = gate(&library(), &[]);
+        assert_eq!((status, &result["passed"]), (Some(0), &true.into()), "{result:#}");
+        assert!(result["traces"].as_array().expect("a list").len() >= 3);
+    }
+
+    /// Figures that another build had, better than ours.
+    #[test]
+    fn a_figure_that_got_worse_fails_it_and_is_named() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let folder = library().parent().expect("it is in a folder").to_owned();
+        let text = std::fs::read_to_string(library()).expect("it is there");
+        let mut kept: Value = serde_json::from_str(&text).expect("JSON");
+        for name in kept["traces"].as_object().expect("traces").keys() {
+            std::fs::copy(folder.join(name), directory.path().join(name)).expect("copies");
+        }
+        let minilm = &mut kept["traces"]["packed.trace"]["models"]["minilm"];
+        minilm["p99_ms"] = (minilm["p99_ms"].as_f64().expect("a number") * 0.8).into();
+        let file = directory.path().join("gate.json");
+        std::fs::write(&file, kept.to_string()).expect("writes");
+        let (status, result) = gate(&file, &[]);
+        assert_eq!((status, &result["passed"]), (Some(1), &false.into()));
+        let worse: Vec<&str> = result["traces"]
+            .as_array()
+            .expect("a list")
+            .iter()
+            .flat_map(|trace| trace["regressions"].as_array().expect("a list"))
+            .map(|text| text.as_str().expect("a text"))
+            .collect();
+        assert_eq!(worse.len(), 1, "{worse:?}");
+        assert!(worse[0].starts_with("minilm: p99_ms was "), "{worse:?}");
+        // Written anew, it passes again.
+        assert_eq!(gate(&file, &["--write"]).0, Some(0));
+        assert_eq!(gate(&file, &[]).0, Some(0));
+    }
+
+    #[test]
+    fn another_build_that_decides_alike_differs_nowhere() {
+        let (status, result) = gate(&library(), &["--against", FERRY]);
+        assert_eq!(status, Some(0));
+        for trace in result["traces"].as_array().expect("a list") {
+            assert_eq!((&trace["decisions_equal"], &trace["first_difference"]), (&true.into(), &Value::Null));
+        }
+    }
+}

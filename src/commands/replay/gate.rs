@@ -127,8 +127,8 @@ fn show(
     has_other: bool,
 ) {
     let verdict = if worse.is_empty() { "passed" } else { "FAILED" };
-    let same = if before.hash == after.hash { "the same decisions" } else { "other decisions" };
-    println!("{name}: {verdict}; {} decisions, {same} as before", after.decisions);
+    let same = if before.hash == after.hash { "the same as before" } else { "others than before" };
+    println!("{name}: {verdict}; {} decisions, {same}", after.decisions);
     for (model, figures) in &after.models {
         println!(
             "  {model}: {} requests, {:.2} % on time, p50 {:.3} ms, p99 {:.3} ms, waste {:.2} %, fill {:.2} %",
