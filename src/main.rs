@@ -54,7 +54,23 @@ enum Command {
     Devices(commands::devices::Args),
 }
 
+/// Who reads the output may stop: `ferry … | head` is no failure to report. Rust's own answer to a closed pipe is a panic.
+fn end_quietly_when_nobody_reads() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let message = panic.payload_as_str().unwrap_or_default();
+        if message.starts_with("failed printing to stdout") && message.contains("Broken pipe") {
+            std::process::exit(EXIT_PIPE);
+        }
+        report(panic);
+    }));
+}
+
+/// What a shell shows of a program that ended by SIGPIPE.
+const EXIT_PIPE: i32 = 141;
+
 fn main() -> ExitCode {
+    end_quietly_when_nobody_reads();
     match Cli::parse().command {
         Command::Serve(args) => commands::serve::run(args),
         Command::Load(args) => commands::load::run(args),
