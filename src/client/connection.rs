@@ -15,7 +15,7 @@
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -152,6 +152,20 @@ pub(super) struct Connection {
     observer: Option<Arc<dyn Observer>>,
 }
 
+/// Connecting anew after a signal, at most so often.
+const INTERRUPTED_MAX: u32 = 8;
+
+/// Connects. A signal that is handled interrupts that, and is no reason to give up.
+fn connect(addr: &SocketAddr, timeout: Duration) -> std::io::Result<TcpStream> {
+    let mut interrupted = 0;
+    loop {
+        match TcpStream::connect_timeout(addr, timeout) {
+            Err(error) if error.kind() == ErrorKind::Interrupted && interrupted < INTERRUPTED_MAX => interrupted += 1,
+            outcome => return outcome,
+        }
+    }
+}
+
 /// Connects, sends the hello and waits for its answer. What arrived behind that is given back too. The stream blocks.
 pub(crate) fn open(
     addr: impl ToSocketAddrs,
@@ -161,7 +175,7 @@ pub(crate) fn open(
     let mut last = None;
     let mut stream = None;
     for addr in addr.to_socket_addrs().map_err(io)? {
-        match TcpStream::connect_timeout(&addr, options.connect_timeout) {
+        match connect(&addr, options.connect_timeout) {
             Ok(connected) => {
                 stream = Some(connected);
                 break;

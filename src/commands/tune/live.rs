@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -159,7 +160,14 @@ impl Drop for Guard {
 }
 
 /// Ends the process when it is told to, behind putting back. The lock is kept: nothing is set any more.
-fn put_back_on_signals(held: &Arc<Held>) -> Result<signal_hook::iterator::Handle, Failure> {
+///
+/// The flag says that a signal has come, from the moment on that it interrupts anything.
+fn put_back_on_signals(held: &Arc<Held>) -> Result<(signal_hook::iterator::Handle, Arc<AtomicBool>), Failure> {
+    let told = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&told))
+            .map_err(|error| format!("signals cannot be awaited: {error}"))?;
+    }
     let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| format!("signals cannot be awaited: {error}"))?;
     let (handle, held) = (signals.handle(), Arc::clone(held));
     std::thread::spawn(move || {
@@ -173,7 +181,7 @@ fn put_back_on_signals(held: &Arc<Held>) -> Result<signal_hook::iterator::Handle
             std::process::exit(128 + signal);
         }
     });
-    Ok(handle)
+    Ok((handle, told))
 }
 
 /// What one run measured.
@@ -211,24 +219,35 @@ pub fn confirm(args: &Args, addr: &str, found: &Found<'_>, load: &Load, slo: Dur
     bar.set_style(style.expect("the template is valid"));
     {
         let guard = Guard(Arc::clone(&held));
-        let signals = put_back_on_signals(&held)?;
-        for round in 0..args.confirm_rounds {
-            let count = candidates.len();
-            for turn in 0..count {
-                let at = if round % 2 == 0 { turn } else { count - 1 - turn };
-                let candidate = &mut candidates[at];
-                bar.set_message(format!("setting {}", candidate.at));
-                bar.inc(1);
-                if candidate.refused.is_some() {
-                    continue;
+        let (signals, told) = put_back_on_signals(&held)?;
+        let mut measure_all = || -> Result<(), Failure> {
+            for round in 0..args.confirm_rounds {
+                let count = candidates.len();
+                for turn in 0..count {
+                    let at = if round % 2 == 0 { turn } else { count - 1 - turn };
+                    let candidate = &mut candidates[at];
+                    bar.set_message(format!("setting {}", candidate.at));
+                    bar.inc(1);
+                    if candidate.refused.is_some() {
+                        continue;
+                    }
+                    if let Err(why) = guard.0.set(&candidate.knobs)? {
+                        candidate.refused = Some(why);
+                        continue;
+                    }
+                    candidate.runs.push(measure(args, addr, load, slo)?);
                 }
-                if let Err(why) = guard.0.set(&candidate.knobs)? {
-                    candidate.refused = Some(why);
-                    continue;
-                }
-                candidate.runs.push(measure(args, addr, load, slo)?);
+            }
+            Ok(())
+        };
+        let outcome = measure_all();
+        if outcome.is_err() && told.load(Ordering::SeqCst) {
+            // What failed was interrupted by the signal: the thread that waits for it puts back and ends the process.
+            loop {
+                std::thread::park();
             }
         }
+        outcome?;
         drop(guard);
         signals.close();
     }
