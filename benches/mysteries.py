@@ -23,11 +23,11 @@ MYSTERIES = {
         "loads": [["--rate", "20"]],
     },
     "a budget that is too small for the lengths": {
-        "edits": {"minilm": {"batching": {"padded_cells_max": 256, "rows_max": 64}}},
-        "loads": [["--rate", "150"]],
+        "edits": {"minilm": {"batching": {"padded_cells_max": 256, "rows_max": 64, "layout": '"padded"'}}},
+        "loads": [["--rate", "200"]],
     },
     "callers with too few requests in flight": {
-        "edits": {"minilm": {"batching": {"policy": '"window"', "queue_delay_max_us": 50000, "rows_max": 32}}},
+        "edits": {"minilm": {"batching": {"policy": '"window"', "queue_delay_max_us": 50000}}},
         "loads": [["--concurrency", "4"]],
     },
     "a noisy tenant": {
@@ -65,7 +65,11 @@ def tuned(trace):
     if done.returncode != 0:
         return done.stderr.strip().splitlines()[-1]
     document = json.loads(done.stdout)
-    return json.dumps(document.get("chosen", {}).get("set", document.get("chosen")))[:300]
+    point = next(point for point in document["points"] if point["id"] == document["chosen"])
+    present = next(point for point in document["points"] if point["id"] == document["present"])
+    changes = [text.strip() for mark, text in point["diff"] if mark == "+"] or ["what is there"]
+    p99 = [candidate["predicted"]["p99_ms"] for candidate in (present, point)]
+    return f"{', '.join(changes)}; p99 {p99[0]:.0f} ms now, {p99[1]:.0f} ms predicted"
 
 
 def main():

@@ -25,7 +25,7 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 from server import FERRY, Server, machine  # noqa: E402
 
-A = {"policy": "cost", "queue_delay_max_us": "auto", "rows_max": "64", "cells_max": "512"}
+A = {"policy": "cost", "queue_delay_max_us": "auto", "rows_max": "64", "cells_max": "256"}
 SETTINGS = {
     "A": {},
     "window of 20 ms": {"policy": "window", "queue_delay_max_us": "20000"},
