@@ -33,6 +33,11 @@ const OCCURS_MIN: f64 = 0.5;
 const FULL_LOW: f64 = 0.01;
 const FULL_HIGH: f64 = 0.9;
 const DEVIATIONS: f64 = 3.0;
+/// Rows of a mean batch, as a share of the most that ever waited, above which nobody else was to come. Callers that do not wait
+/// for answers bring, in some batch of fifty, twice as many as in the mean, or the mean is far above what fills a batch.
+const ALL_THERE: f64 = 0.85;
+/// Share of the cells in rows that no other fits beside, above which the budget is called small.
+const ALONE_HIGH: f64 = 0.2;
 
 /// What recently came of one model's requests, under its present policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -41,6 +46,8 @@ pub struct Observed {
     pub span: Duration,
     /// Rows that went into batches or were given up.
     pub rows: u64,
+    /// Those that went into batches.
+    pub batched: u64,
     /// Batches by reason, in the order of [`SealReason::ALL`].
     pub closed: [u64; SealReason::ALL.len()],
     /// Most rows that waited at once when something was decided.
@@ -68,6 +75,7 @@ impl Observed {
                     let place = SealReason::ALL.iter().position(|known| *known == reason);
                     observed.closed[place.expect("ALL has every reason")] += 1;
                     observed.rows += u64::from(decision.rows);
+                    observed.batched += u64::from(decision.rows);
                 }
                 Verdict::Shed => observed.rows += u64::from(decision.rows),
                 Verdict::Held | Verdict::Refused => {}
@@ -139,6 +147,8 @@ pub enum Kind {
     CellsMaxNeverReached,
     RowsMaxNeverReached,
     BucketsUnused,
+    LongestRowsRunAlone,
+    HeldInVain,
     DelayAboveSlo,
     HardlyEverFull,
     NearlyAlwaysFull,
@@ -154,6 +164,8 @@ impl Kind {
             Kind::CellsMaxNeverReached => "cells_max_never_reached",
             Kind::RowsMaxNeverReached => "rows_max_never_reached",
             Kind::BucketsUnused => "buckets_unused",
+            Kind::LongestRowsRunAlone => "longest_rows_run_alone",
+            Kind::HeldInVain => "held_in_vain",
             Kind::DelayAboveSlo => "delay_above_slo",
             Kind::HardlyEverFull => "hardly_ever_full",
             Kind::NearlyAlwaysFull => "nearly_always_full",
@@ -196,8 +208,8 @@ pub struct Lint {
 /// Looks at a model.
 pub fn lint(facts: &Facts) -> Lint {
     let shapes = shapes(&facts.policy, &facts.lengths);
-    let rules = [window, in_flight, queue, cells_max, rows_max, buckets, slo, full]
-        as [fn(&Facts, &[Shape]) -> Option<Finding>; 8];
+    let rules = [window, in_flight, queue, cells_max, rows_max, buckets, alone, held_in_vain, slo, full]
+        as [fn(&Facts, &[Shape]) -> Option<Finding>; 10];
     Lint {
         attainable: attainable(facts, &shapes),
         findings: rules.iter().filter_map(|rule| rule(facts, &shapes)).collect(),
@@ -252,13 +264,18 @@ fn mean_row(facts: &Facts, shapes: &[Shape]) -> f64 {
     shapes.iter().map(|shape| shape.share * facts.fit.row(shape.len)).sum()
 }
 
+/// Rows that fill a batch, in the mean over the lengths that come. `None`: none came.
+fn mean_room(shapes: &[Shape]) -> Option<f64> {
+    let shares: f64 = shapes.iter().map(|shape| shape.share).sum();
+    (shares > 0.0).then(|| shapes.iter().map(|shape| shape.share * f64::from(shape.room)).sum::<f64>() / shares)
+}
+
 fn attainable(facts: &Facts, shapes: &[Shape]) -> Option<Attainable> {
     let rate = facts.observed.rate();
-    if rate == 0.0 || shapes.is_empty() {
+    if rate == 0.0 {
         return None;
     }
-    let shares: f64 = shapes.iter().map(|shape| shape.share).sum();
-    let room = shapes.iter().map(|shape| shape.share * f64::from(shape.room)).sum::<f64>() / shares;
+    let room = mean_room(shapes)?;
     let in_flight = facts.in_flight_max.map_or(f64::INFINITY, |rows| rows as f64);
     Some(Attainable {
         rows: expected_rows(facts, rate, mean_row(facts, shapes), room).min(in_flight),
@@ -381,6 +398,55 @@ fn buckets(facts: &Facts, shapes: &[Shape]) -> Option<Finding> {
     found(Kind::BucketsUnused, knob, message)
 }
 
+/// A padded batch of one row pays all that a batch costs for itself. End to end, short rows fill it up.
+fn alone(facts: &Facts, shapes: &[Shape]) -> Option<Finding> {
+    let Policy { rows_max, cells_max, layout, .. } = &facts.policy;
+    if *layout == Layout::Packed || *rows_max < 2 || facts.lengths.rows() < ROWS_MIN {
+        return None;
+    }
+    let cells = |shape: &Shape| shape.share * f64::from(shape.len);
+    let all: f64 = shapes.iter().map(cells).sum();
+    let longest = shapes.last()?.len;
+    let (rows, of_them) = shapes
+        .iter()
+        .filter(|shape| shape.room == 1)
+        .fold((0.0, 0.0), |(rows, sum), shape| (rows + shape.share, sum + cells(shape)));
+    if all == 0.0 || of_them / all < ALONE_HIGH {
+        return None;
+    }
+    let message = format!(
+        "cells_max is {cells_max}: no other row fits beside one that is longer than {}. That is so for {:.0} % of the rows, which \
+         bring {:.0} % of the cells; {} would hold two of the longest that comes",
+        cells_max / 2,
+        100.0 * rows,
+        100.0 * of_them / all,
+        2 * u64::from(longest),
+    );
+    found(Kind::LongestRowsRunAlone, "cells_max", message)
+}
+
+/// Callers that wait for answers before they send more: what is held is all there is, and its wait keeps the rest from coming.
+fn held_in_vain(facts: &Facts, shapes: &[Shape]) -> Option<Finding> {
+    let Facts { policy, observed, .. } = facts;
+    let window = policy.queue_delay_max.filter(|window| !window.is_zero())?;
+    let (share, batches) = (observed.share(SealReason::QueueDelay), observed.batches());
+    let mean = observed.batched as f64 / batches.max(1) as f64;
+    let peak = observed.waiting_peak;
+    let room = mean_room(shapes)?;
+    // One row at a time is what few requests look like, whoever sends them.
+    let all_there = peak >= 2 && mean >= ALL_THERE * f64::from(peak) && f64::from(peak) < room;
+    if batches < SHARE_BATCHES_MIN || share < FULL_HIGH || !all_there {
+        return None;
+    }
+    let message = format!(
+        "{:.1} % of the last {batches} batches were held for all of {:.3} ms and had {mean:.1} rows in the mean, and never more than \
+         {peak} were there: callers wait for these answers before they send more",
+        100.0 * share,
+        millis(window),
+    );
+    found(Kind::HeldInVain, "queue_delay_max_us", message)
+}
+
 fn slo(facts: &Facts, _: &[Shape]) -> Option<Finding> {
     let window = facts.policy.queue_delay_max.filter(|window| *window > facts.policy.slo)?;
     let message = format!(
@@ -452,6 +518,10 @@ mod tests {
             observed.closed[place] = *batches;
         }
         observed
+    }
+
+    fn delayed_only(batches: u64) -> [(SealReason, u64); 1] {
+        [(SealReason::QueueDelay, batches)]
     }
 
     fn lengths(lens: &[(u32, u32)]) -> LengthHistogram {
@@ -543,7 +613,14 @@ mod tests {
                 &[(Kind::RowsMaxAboveQueue, "queue_rows_max")],
             ),
             ("rows before cells", &|facts| facts.policy.cells_max = 513, &[(Kind::CellsMaxNeverReached, "cells_max")]),
-            ("cells before rows", &|facts| facts.policy.cells_max = 127, &[(Kind::RowsMaxNeverReached, "rows_max")]),
+            (
+                "cells before rows",
+                &|facts| {
+                    facts.lengths = lengths(&[(10, 1000), (60, 50)]);
+                    facts.policy.cells_max = 127;
+                },
+                &[(Kind::RowsMaxNeverReached, "rows_max")],
+            ),
             (
                 "short rows only",
                 &|facts| facts.lengths = lengths(&[(10, 1000)]),
@@ -575,6 +652,40 @@ mod tests {
                 &[],
             ),
             ("too little seen for lengths", &|facts| facts.lengths = lengths(&[(60, 99)]), &[]),
+            (
+                "callers that wait for answers: what is held is all there is",
+                &|facts| {
+                    facts.observed = Observed { batched: 450, waiting_peak: 5, ..closed(&delayed_only(100), 10_000.0) };
+                },
+                &[(Kind::HeldInVain, "queue_delay_max_us"), (Kind::HardlyEverFull, "queue_delay_max_us")],
+            ),
+            (
+                "callers that do not: in some batch were twice as many as in the mean",
+                &|facts| {
+                    facts.observed = Observed { batched: 250, waiting_peak: 5, ..closed(&delayed_only(100), 10_000.0) };
+                },
+                &[(Kind::HardlyEverFull, "queue_delay_max_us")],
+            ),
+            (
+                "callers that wait for answers, one at a time",
+                &|facts| {
+                    facts.observed = Observed { batched: 100, waiting_peak: 1, ..closed(&delayed_only(100), 10_000.0) };
+                },
+                &[(Kind::HardlyEverFull, "queue_delay_max_us")],
+            ),
+            (
+                "padded rows that no other fits beside",
+                &|facts| facts.policy.cells_max = 100,
+                &[(Kind::RowsMaxNeverReached, "rows_max"), (Kind::LongestRowsRunAlone, "cells_max")],
+            ),
+            (
+                "the same end to end",
+                &|facts| {
+                    facts.policy.cells_max = 100;
+                    facts.policy.layout = Layout::Packed;
+                },
+                &[],
+            ),
             (
                 "held for longer than a request may take",
                 &|facts| facts.policy.slo = us(1999),
@@ -691,7 +802,8 @@ mod tests {
             decision(75.0, Verdict::Refused, 9),
         ];
         let observed = Observed::of(log.iter(), ModelHandle(1), 2, second(100.0));
-        assert_eq!((observed.rows, observed.batches(), observed.waiting_peak), (5, 1, 10));
+        assert_eq!((observed.rows, observed.batched), (5, 3));
+        assert_eq!((observed.batches(), observed.waiting_peak), (1, 10));
         assert_eq!(observed.span, RECENT, "the first was longer ago");
         assert_eq!(observed.mostly(), Some((SealReason::Idle, 1.0)));
         let observed = Observed::of(log[2..].iter(), ModelHandle(1), 2, second(81.0));

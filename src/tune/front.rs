@@ -47,12 +47,15 @@ pub const SPARE: f64 = 0.1;
 const GOODPUT_EQUAL: f64 = 0.01;
 const DEVICE_EQUAL: f64 = 0.02;
 const P99_EQUAL: f64 = 0.05;
+/// Executors that are idle for more than this share of the time have time to give for a lower latency.
+const BUSY: f64 = 0.5;
 
 /// How the choice is made, for people.
 pub const RULE: &str = "Of the settings that answer 99 % of the requests in time, with a p99 of at most 90 % of the SLO, those \
-                        within 1 % of the best goodput; of these those within 2 % of the least executor time a request; of \
-                        these those within 5 % of the lowest p99; of these the one that changes the fewest knobs. If none holds \
-                        the SLO: the same of all, but for the executor time.";
+                        within 1 % of the best goodput; of these, if executors are busy for half of the time or more with \
+                        any of them, those within 2 % of the least executor time a request; of these those within 5 % of the \
+                        lowest p99; of these the one that changes the fewest knobs. If none holds the SLO: the same of all, but \
+                        for the executor time.";
 
 /// The chosen one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,7 +85,8 @@ pub fn ranked(all: &[Predicted], slo_ms: f64, changes: &[usize]) -> Vec<usize> {
             let least = |equal: &[usize], of: fn(&Predicted) -> f64| {
                 equal.iter().map(|at| of(&all[*at])).fold(f64::INFINITY, f64::min)
             };
-            if by_device {
+            // Time that nobody else wants is not worth a caller's wait.
+            if by_device && least(&equal, |predicted| predicted.utilization) >= BUSY {
                 let least = least(&equal, |predicted| predicted.device_us);
                 equal.retain(|at| all[*at].device_us <= (1.0 + DEVICE_EQUAL) * least);
             }
@@ -189,6 +193,9 @@ mod tests {
             Choice { at: 2, holds: true },
             "and not where its p99 is a third longer"
         );
+        // The same on executors that are idle most of the time: p99 instead of executor time.
+        let idle: Vec<Predicted> = all.iter().map(|of| Predicted { utilization: 0.49, ..*of }).collect();
+        assert_eq!(of(&idle, &[0, 2, 1, 0, 0, 0]), Choice { at: 4, holds: true });
         // Nothing holds: the highest goodput, whatever it takes; of equals the lowest p99.
         let all = [predicted(200.0, 10.0, 1.0), predicted(300.0, 11.0, 9.0), predicted(250.0, 10.95, 10.0)];
         assert_eq!(of(&all, &[0, 1, 1]), Choice { at: 2, holds: false });

@@ -86,6 +86,9 @@ pub struct Given<'a> {
 /// Shares of the executors below which a model hardly runs beside busy others.
 const SHARE_TINY: f64 = 0.01;
 
+/// A canary that looks at more than one row in so many costs what people notice.
+const CANARY_EVERY_LOW: u32 = 20;
+
 /// Everything there is to say: of the server first, then model by model.
 pub fn findings(given: &Given<'_>) -> Vec<Finding> {
     let mut found = Found { model: None, findings: Vec::new() };
@@ -155,6 +158,18 @@ fn machine(given: &Given<'_>, found: &mut Found) {
             "spin_without_core",
             "frontend.spin_us",
             "frontend.spin_us keeps a core busy that executors need; every core already has a thread".into(),
+        );
+    }
+    let canary = config.executor.canary_every;
+    if (1..=CANARY_EVERY_LOW).contains(&canary) {
+        found.warn(
+            "canary_often",
+            "executor.canary_every",
+            format!(
+                "one row in {canary} is computed once more, alone, behind its batch: up to {:.0} % more rows, each as a batch \
+                 of its own, while the next batch waits; one in 1000 finds the same faults later",
+                100.0 / f64::from(canary)
+            ),
         );
     }
     if let Some(physical) = given.physical_bytes.filter(|physical| given.memory_bytes > *physical) {
@@ -488,7 +503,7 @@ impl Model<'_> {
         }
         if batching.rows_at(longest) == 1 {
             found.note(
-                "longest_rows_run_alone",
+                Kind::LongestRowsRunAlone.code(),
                 "batching.padded_cells_max",
                 format!(
                     "a budget of {budget} cells holds one row of {longest}: rows longer than {} never share a batch",
@@ -630,6 +645,7 @@ mod tests {
             (&["threads.executors=8"], ("threads_above_cores", "threads.executors")),
             (&["executor.threads=3"], ("executor_threads_above_cores", "executor.threads")),
             (&["threads.executors=6", "frontend.spin_us=10"], ("spin_without_core", "frontend.spin_us")),
+            (&["executor.canary_every=20"], ("canary_often", "executor.canary_every")),
             (&["executor.device=\"cuda:0,1\"", "threads.executors=3"], ("executors_uneven", "threads.executors")),
             (&["queue.rows_max=24"], ("queue_rows_below_batches", "queue.rows_max")),
             (&["queue.rows_max=7"], ("rows_max_above_queue", "queue.rows_max")),
