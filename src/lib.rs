@@ -18,38 +18,71 @@
 //! Beside the path: [`config`], [`import`] (settings of other servers), [`telemetry`], [`timeline`], [`otel`], [`control`], [`learned`],
 //! [`trial`], [`shadow`], [`live`], [`clock`], [`vocab`], [`mail`]. [`server`] builds and joins all of it. [`capture`], [`replay`] and
 //! [`tune`] run the scheduler again in virtual time. [`client`] and [`load`] are the other end of the wire; the commands are in the binary.
+// `device` alone may allow it, file by file. The others cannot, whatever they write: a lint that is forbidden is not allowed again.
 #![deny(unsafe_code)]
 
+#[forbid(unsafe_code)]
 pub mod batcher;
+#[forbid(unsafe_code)]
 pub mod capture;
+#[forbid(unsafe_code)]
 pub mod client;
+#[forbid(unsafe_code)]
 pub mod clock;
+#[forbid(unsafe_code)]
 pub mod config;
+#[forbid(unsafe_code)]
 pub mod contract;
+#[forbid(unsafe_code)]
 pub mod control;
 pub mod device;
+#[forbid(unsafe_code)]
 pub mod executor;
+#[forbid(unsafe_code)]
 pub mod frontend;
+#[forbid(unsafe_code)]
 pub mod gpu;
+#[forbid(unsafe_code)]
 pub mod import;
+#[forbid(unsafe_code)]
 pub mod kernels;
+#[forbid(unsafe_code)]
 pub mod learned;
+#[forbid(unsafe_code)]
 pub mod live;
+#[forbid(unsafe_code)]
 pub mod load;
+#[forbid(unsafe_code)]
 pub mod mail;
+#[forbid(unsafe_code)]
 pub mod mailbox;
+#[forbid(unsafe_code)]
 pub mod models;
+#[forbid(unsafe_code)]
 pub mod otel;
+#[forbid(unsafe_code)]
 pub mod replay;
+#[forbid(unsafe_code)]
 pub mod scatter;
+#[forbid(unsafe_code)]
 pub mod scheduler;
+#[forbid(unsafe_code)]
 pub mod server;
+#[forbid(unsafe_code)]
 pub mod shadow;
+#[forbid(unsafe_code)]
 pub mod telemetry;
+#[forbid(unsafe_code)]
 pub mod timeline;
+#[forbid(unsafe_code)]
 pub mod tokenize;
+#[forbid(unsafe_code)]
 pub mod tokenizers;
+#[forbid(unsafe_code)]
 pub mod trial;
+#[forbid(unsafe_code)]
 pub mod tune;
+#[forbid(unsafe_code)]
 pub mod vocab;
+#[forbid(unsafe_code)]
 pub mod wire;

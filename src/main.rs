@@ -1,6 +1,7 @@
 //! Arguments, and which command they name. No logic.
 //!
 //! Exit status: 0 success, 1 the work failed, 2 wrong use, 78 the configuration or the machine does not allow it.
+#![forbid(unsafe_code)]
 
 mod commands;
 

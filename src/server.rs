@@ -1042,7 +1042,14 @@ impl ServerHandle {
             }
             self.nudge_stalled_shards();
         }
+        let telemetry = Arc::clone(&self.telemetry);
         self.end_threads(&ending);
+        // Every shard has ended, so nothing moves any more.
+        let ledger = telemetry.ledger();
+        tracing::info!("ledger: {ledger}");
+        if ending == Ending::Drained && ledger.in_flight() != 0 {
+            ending = Ending::Fault(format!("the ledger does not add up: {ledger}"));
+        }
         ending
     }
 

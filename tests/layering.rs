@@ -165,6 +165,20 @@ fn every_room_is_in_the_table() {
 }
 
 #[test]
+fn no_room_but_device_can_allow_unsafe_code() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let lib = std::fs::read_to_string(src.join("lib.rs")).expect("a library");
+    let lines: Vec<&str> = lib.lines().collect();
+    for (at, line) in lines.iter().enumerate() {
+        let Some(room) = line.strip_prefix("pub mod ").and_then(|rest| rest.strip_suffix(';')) else { continue };
+        assert_eq!(lines[at - 1] == "#[forbid(unsafe_code)]", room != "device", "room {room}");
+    }
+    assert!(lib.contains("#![deny(unsafe_code)]"));
+    let main = std::fs::read_to_string(src.join("main.rs")).expect("a program");
+    assert!(main.contains("#![forbid(unsafe_code)]"), "the commands, too");
+}
+
+#[test]
 fn only_the_frontend_knows_glommio() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for (room, _) in ALLOWED.iter().filter(|(room, _)| *room != "frontend") {

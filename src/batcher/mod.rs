@@ -29,7 +29,7 @@ use crate::executor::worker::Worker;
 use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Books, Telemetry};
 use crate::trial::Outcome;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
 use accounts::Accounts;
@@ -514,7 +514,7 @@ impl<O: Outlet> Batcher<O> {
         }
         self.audit_at = now + AUDIT_EVERY;
         let outcome = self.scheduler.audit();
-        self.telemetry.audited(outcome.is_ok());
+        self.telemetry.audited(Books::Scheduler, outcome.is_ok());
         if let Err(message) = outcome {
             tracing::error!(message, "the scheduler's books do not add up");
         }

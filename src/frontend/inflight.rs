@@ -141,7 +141,13 @@ impl InFlight {
         self.iter(owner).next().map(|(key, _)| key)
     }
 
-    fn iter<'a>(&'a self, owner: &Owned) -> impl Iterator<Item = (TicketKey, &'a Waiting)> {
+    /// Every live ticket, by slots and not by lists.
+    pub fn live(&self) -> impl Iterator<Item = &Waiting> {
+        self.slots.iter().filter_map(|slot| slot.waiting.as_ref())
+    }
+
+    /// The connection's live tickets, the newest first.
+    pub fn iter<'a>(&'a self, owner: &Owned) -> impl Iterator<Item = (TicketKey, &'a Waiting)> {
         let mut at = owner.head;
         std::iter::from_fn(move || {
             let slot = self.slots.get(at as usize)?;

@@ -7,10 +7,11 @@
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
 //! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
-//! inflight.rs, traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+//! inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
 pub mod connection;
 pub mod inflight;
+pub mod ledger;
 pub mod preflight;
 pub mod session;
 pub mod shard;
@@ -53,6 +54,32 @@ pub struct Options {
     pub panic_on_request_id: Option<u64>,
     /// Test hook: a request with this id ends its shard with a panic.
     pub panic_shard_on_request_id: Option<u64>,
+}
+
+#[cfg(test)]
+impl Options {
+    /// Nothing is refused or too late.
+    pub(crate) fn unbounded() -> Options {
+        let long = Duration::from_secs(3600);
+        Options {
+            connections_max: u32::MAX,
+            credit_requests: u32::MAX,
+            credit_bytes: u64::MAX,
+            payload_bytes_max: 1 << 30,
+            output_bytes_max: 1 << 30,
+            output_bytes_total_max: u64::MAX,
+            receiving_bytes_max: u64::MAX,
+            in_flight_max: u32::MAX,
+            hello_timeout: long,
+            frame_timeout: long,
+            stall_timeout: long,
+            idle_timeout: long,
+            spin: Duration::ZERO,
+            tracing: None,
+            panic_on_request_id: None,
+            panic_shard_on_request_id: None,
+        }
+    }
 }
 
 /// What connections are told about models, made once.

@@ -71,9 +71,11 @@ pub struct State {
     tokenizer: Option<Sender<Request>>,
     chunk: BytesMut,
     /// Bytes of frames that have begun and not ended, of all connections.
-    receiving: u64,
+    pub(super) receiving: u64,
     /// Bytes that could not be written yet, of all connections.
-    unsent: u64,
+    pub(super) unsent: u64,
+    /// When the books are recomputed next.
+    pub(super) audit_at: Moment,
     dirty: Vec<u32>,
     burst: Burst,
     /// Cancels that found the batcher's mailbox full; they travel with the next message.
@@ -108,6 +110,7 @@ impl State {
             chunk: BytesMut::new(),
             receiving: 0,
             unsent: 0,
+            audit_at: Moment::ZERO,
             dirty: Vec::new(),
             burst: Burst::default(),
             cancels_left: Vec::new(),
@@ -601,6 +604,7 @@ impl State {
 
     /// Ends what has taken too long. Runs a few times a second.
     pub fn housekeep(&mut self, now: Moment) {
+        self.audit_when_due(now);
         let options = &self.options;
         let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
@@ -687,25 +691,7 @@ mod tests {
     const MIB: usize = 1 << 20;
 
     fn state(output_bytes_total_max: u64) -> State {
-        let long = Duration::from_secs(3600);
-        let options = Options {
-            connections_max: 10,
-            credit_requests: 1,
-            credit_bytes: 1,
-            payload_bytes_max: 1,
-            output_bytes_max: 1 << 30,
-            output_bytes_total_max,
-            receiving_bytes_max: 1,
-            in_flight_max: 1,
-            hello_timeout: long,
-            frame_timeout: long,
-            stall_timeout: long,
-            idle_timeout: long,
-            spin: Duration::ZERO,
-            panic_on_request_id: None,
-            panic_shard_on_request_id: None,
-            tracing: None,
-        };
+        let options = Options { output_bytes_total_max, ..Options::unbounded() };
         State::new(0, options, Arc::new(Catalog::new(&[])), Telemetry::new(&[], 1, 1), mailbox(1).0, None)
     }
 

@@ -244,6 +244,12 @@ impl ShardMetrics {
         self.unsent_bytes.set(unsent);
     }
 
+    /// Accepted and not finished of one model. Only the shard itself may believe it: others may read it in the middle of a burst.
+    pub fn owed_of(&self, model: ModelHandle) -> i64 {
+        let model = self.model(Some(model));
+        model.accepted.get() as i64 - model.finished.sum() as i64
+    }
+
     pub fn accepted_total(&self) -> u64 {
         self.models.iter().map(|model| model.accepted.get()).sum()
     }

@@ -15,7 +15,8 @@ use prometheus_client::encoding::DescriptorEncoder;
 use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
-    CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShardMetrics, Telemetry,
+    Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShardMetrics,
+    Telemetry,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -65,9 +66,11 @@ impl Telemetry {
         list.open("ferry_limit", "A bound of the configuration, by its key", Kind::Gauge, |family| {
             limits.iter().for_each(|(key, value)| family.add([("key", key)], *value));
         });
-        list.open("ferry_audits", "The scheduler's books were recomputed", Kind::Counter, |family| {
-            for (outcome, count) in ["ok", "drift"].iter().zip(&self.audits) {
-                family.add([("outcome", outcome)], count.get());
+        list.open("ferry_audits", "Books were recomputed", Kind::Counter, |family| {
+            for (books, counts) in Books::ALL.iter().zip(&self.audits) {
+                for (outcome, count) in ["ok", "drift"].iter().zip(counts) {
+                    family.add([("books", books.name()), ("outcome", outcome)], count.get());
+                }
             }
         });
         list.open("ferry_captures", "Captures that ended, by how", Kind::Counter, |family| {

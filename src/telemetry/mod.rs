@@ -63,7 +63,7 @@
 //! | `ferry_live_bytes` | gauge | kind | bytes held now: unfinished frames, unsent answers, device and pinned buffers |
 //! | `ferry_otel_exports_total` | counter | signal, outcome | messages to the receiver of OpenTelemetry: taken (`ok`), or not (`failed`; spans are tried again) |
 //! | `ferry_otel_dropped_total` | counter | what | lost on the way there: `records` of requests that found the queue full, `spans` that nobody took for long or that were turned down |
-//! | `ferry_audits_total` | counter | outcome | times that the scheduler's books were recomputed: ok, or drift |
+//! | `ferry_audits_total` | counter | books, outcome | times that books were recomputed, the scheduler's or a shard's: ok, or drift, which is an alarm |
 //! | `ferry_process_resident_bytes` | gauge | | memory of the process, read at the scrape |
 //! | `ferry_process_open_fds` | gauge | | open files of the process, read at the scrape |
 //! | `ferry_process_threads` | gauge | | threads of the process, read at the scrape |
@@ -104,7 +104,7 @@ use std::sync::{Arc, OnceLock};
 use prometheus_client::registry::Registry;
 
 use crate::clock;
-use crate::vocab::{ModelHandle, Moment};
+use crate::vocab::{Code, ModelHandle, Moment};
 
 /// Models with a label of their own. The rest is counted together as "other": a directory of thousands of models
 /// must not make a scrape of a hundred thousand lines.
@@ -144,13 +144,58 @@ pub struct Telemetry {
     limits: OnceLock<Vec<(String, u64)>>,
     installation: OnceLock<Installation>,
     otel: OtelMetrics,
-    /// Without and with drift.
-    audits: [counters::Count; 2],
+    /// By [`Books`]: without and with drift.
+    audits: [[counters::Count; 2]; Books::ALL.len()],
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
     answered: OnceLock<stamps::Stamps>,
     shadow: ShadowMetrics,
+}
+
+/// Whose books are recomputed while the server runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Books {
+    /// What waits, by the scheduler's tickets.
+    Scheduler,
+    /// What is owed to callers, by a shard's table.
+    Shard,
+}
+
+impl Books {
+    pub const ALL: [Books; 2] = [Books::Scheduler, Books::Shard];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Books::Scheduler => "scheduler",
+            Books::Shard => "shard",
+        }
+    }
+}
+
+/// What became of all that was accepted: `accepted = Σ finished + in flight`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ledger {
+    pub accepted: u64,
+    /// Outcomes that came, by their numbers.
+    pub finished: Vec<(Code, u64)>,
+}
+
+impl Ledger {
+    /// What is still owed; negative if more ended than was accepted.
+    pub fn in_flight(&self) -> i64 {
+        self.finished.iter().fold(self.accepted as i64, |left, (_, count)| left - *count as i64)
+    }
+}
+
+impl std::fmt::Display for Ledger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} accepted =", self.accepted)?;
+        for (code, count) in &self.finished {
+            write!(f, " {count} {code} +")?;
+        }
+        write!(f, " {} in flight", self.in_flight())
+    }
 }
 
 /// How a capture can end, in the order of their numbers.
@@ -211,9 +256,18 @@ impl Telemetry {
         self.tenants[place].name.get().map_or(OTHER, String::as_str)
     }
 
-    /// The scheduler's books were recomputed, and added up or not.
-    pub fn audited(&self, adds_up: bool) {
-        self.audits[usize::from(!adds_up)].add(1);
+    /// Books were recomputed, and added up or not.
+    pub fn audited(&self, books: Books, adds_up: bool) {
+        self.audits[books as usize][usize::from(!adds_up)].add(1);
+    }
+
+    /// What became of all that was accepted.
+    pub fn ledger(&self) -> Ledger {
+        let models = || self.shards.iter().flat_map(|shard| &shard.models);
+        // Outcomes first: what is accepted in between is in flight.
+        let by_code = |code: &Code| (*code, models().map(|model| model.finished.of(*code).get()).sum::<u64>());
+        let finished = Code::ALL.iter().map(by_code).filter(|(_, count)| *count > 0).collect();
+        Ledger { finished, accepted: models().map(|model| model.accepted.get()).sum() }
     }
 
     pub fn shadow(&self) -> &ShadowMetrics {
@@ -402,7 +456,7 @@ mod tests {
 
     use super::waterfall::{Part, Parts, View};
     use super::*;
-    use crate::vocab::{Code, SealReason};
+    use crate::vocab::SealReason;
 
     const MODEL: ModelHandle = ModelHandle(0);
 

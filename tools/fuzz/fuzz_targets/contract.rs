@@ -7,9 +7,9 @@
 
 use std::sync::LazyLock;
 
-use ferry_fuzz::contract::{Contract, Dim};
-use ferry_fuzz::vocab::{Code, Executed};
-use ferry_fuzz::wire::message::{Infer, List, TensorMeta, decode_exact};
+use ferry::contract::{Contract, Dim};
+use ferry::vocab::{Code, Executed};
+use ferry::wire::message::{Infer, List, TensorMeta, decode_exact};
 use libfuzzer_sys::fuzz_target;
 
 static CONTRACTS: LazyLock<Vec<Contract>> = LazyLock::new(|| {

@@ -5,11 +5,11 @@
 //! no random input has the right ones: otherwise nothing behind the header would ever be reached.
 #![no_main]
 
-use ferry_fuzz::wire::decoder::Step;
-use ferry_fuzz::wire::message::{
+use ferry::wire::decoder::Step;
+use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, Infer, InferResult, decode_exact, encode_into,
 };
-use ferry_fuzz::wire::{Decoder, HEADER_LEN, Header, Kind, Limits};
+use ferry::wire::{Decoder, HEADER_LEN, Header, Kind, Limits};
 use libfuzzer_sys::fuzz_target;
 
 const DECODER_LIMITS: Limits = Limits { metadata_bytes: Limits::METADATA_CEILING, payload_bytes: 1 << 16 };
