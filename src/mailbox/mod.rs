@@ -4,32 +4,23 @@
 //! - A full mailbox gives the message back to its sender; nothing blocks and nothing is lost.
 //! - A task that waits is woken once per idle phase, not once per message: it arms the bell, looks again, then sleeps.
 //!
-//! Why the bell cannot be missed: the receiver arms it before it looks into the queue, the sender looks at it after it
-//! put a message in, and the queue's lock orders the two.
+//! Elsewhere: why the bell cannot be missed (bell.rs).
+
+mod bell;
+/// What bell.rs is made of; loom has its own.
+mod primitives {
+    pub(super) use std::sync::atomic::{AtomicBool, Ordering};
+
+    pub(super) use atomic_waker::AtomicWaker;
+}
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use atomic_waker::AtomicWaker;
-
 use crate::clock;
 use crate::vocab::Moment;
-
-#[derive(Debug, Default)]
-struct Bell {
-    armed: AtomicBool,
-    waker: AtomicWaker,
-}
-
-impl Bell {
-    fn ring(&self) {
-        if self.armed.load(Ordering::Acquire) && self.armed.swap(false, Ordering::AcqRel) {
-            self.waker.wake();
-        }
-    }
-}
+use bell::Bell;
 
 /// Rings when a sender goes: the last one leaves nothing behind that could wake the receiver.
 #[derive(Debug)]
@@ -135,17 +126,7 @@ impl<T> Receiver<T> {
 
     /// For a task: ready when a message is there or no sender is left.
     pub fn poll_ready(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let ready = || !self.queue.is_empty() || self.queue.is_disconnected();
-        if ready() {
-            return Poll::Ready(());
-        }
-        self.bell.waker.register(cx.waker());
-        self.bell.armed.store(true, Ordering::SeqCst);
-        if ready() {
-            self.bell.armed.store(false, Ordering::Relaxed);
-            return Poll::Ready(());
-        }
-        Poll::Pending
+        self.bell.poll(cx, || !self.queue.is_empty() || self.queue.is_disconnected())
     }
 
     /// For a thread: waits for a message until `until`, for ever when that is `None`. Looks without sleeping for `spin`
@@ -214,7 +195,7 @@ impl<T> Awaited<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicUsize, Ordering};
     use std::task::{Wake, Waker};
 
     #[derive(Default)]
