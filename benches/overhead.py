@@ -3,8 +3,8 @@
 
     python3 benches/overhead.py A B [--rounds 8] [--seconds 4] [--model echo] [--depth 256] [--set-a KEY=VALUE]… [--set-b KEY=VALUE]…
 
-A and B are `ferry` binaries. In each round both serve, in turns (which goes first changes), and B's own load generator asks with as
-many requests in flight as --depth, on one connection. The load generator shares the machine: the server's CPU time a request is the
+A and B are `ferry` binaries. In each round both serve, in turns (which goes first changes), and each one's own load generator (they may speak different protocols) asks
+with as many requests in flight as --depth, on one connection. The load generator shares the machine: the server's CPU time a request is the
 figure to trust; requests per second say how much of it comes through. Ratios are of the medians, and of each round's pair.
 """
 
@@ -19,11 +19,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 import server as support  # noqa: E402
 
 
-def measure(binary, load_binary, given, sets):
+def measure(binary, given, sets):
     support.FERRY = binary
     with support.Server([given.model], sets) as server:
         warm = 1
-        command = [load_binary, "load", "--addr", server.data, "--model", given.model, "--concurrency", str(given.depth), "--connections",
+        command = [binary, "load", "--addr", server.data, "--model", given.model, "--concurrency", str(given.depth), "--connections",
                    "1", "--lengths", given.lengths, "--warmup", f"{warm}s", "--duration", f"{given.seconds}s", "--json"]
         before = server.cpu_seconds()
         report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -50,7 +50,7 @@ def main():
         pair = {}
         for side in ("ab", "ba")[at % 2]:
             place = "ab".index(side)
-            pair[side] = measure(given.binaries[place], given.binaries[1], given, [given.set_a, given.set_b][place])
+            pair[side] = measure(given.binaries[place], given, [given.set_a, given.set_b][place])
         rounds.append(pair)
         print(f"round {at + 1}: " + ", ".join(
             f"{side.upper()} {pair[side]['rps']:,.0f}/s {pair[side]['cpu_us']:.3f} us CPU p50 {pair[side]['p50_us']} us" for side in "ab"), flush=True)

@@ -30,11 +30,11 @@ impl Bell {
             return Poll::Ready(());
         }
         self.waker.register(cx.waker());
-        // A swap, which costs what a store does that others must see in order: it comes behind a ringer's swap that found the bell
-        // disarmed, in every order of this variable's values. With a store that follows too, but only from the rules for swaps.
+        // Swaps, not stores: each then comes behind a ringer's swap that went before it, by the rules for swaps alone, which loom knows
+        // better than what follows from them for stores. On x86 the first costs the same.
         self.armed.swap(true, Ordering::SeqCst);
         if look() {
-            self.armed.store(false, Ordering::Relaxed);
+            self.armed.swap(false, Ordering::AcqRel);
             return Poll::Ready(());
         }
         Poll::Pending

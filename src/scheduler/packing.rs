@@ -784,7 +784,7 @@ impl Queue<'_> {
                 let quiet = outlook.now.since(self.packer.last_arrival).as_nanos() as f64;
                 let gap = self.packer.gap.max(quiet);
                 let pays = self.cost.is_known() && self.packer.gap > 0.0 && (waiting + 1.0) * gap < gain;
-                let latest = latest - Duration::from_nanos(2 * gap as u64);
+                let latest = latest - Duration::from_nanos((gap as u64).saturating_mul(2));
                 if outlook.others_idle {
                     seal(SealReason::Idle)
                 } else if !pays {

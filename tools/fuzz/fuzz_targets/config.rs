@@ -22,12 +22,14 @@ fuzz_target!(|text: &str| {
         Err(errors) => assert!(!errors.to_string().is_empty()),
         Ok(config) => {
             let dump = config.to_toml();
-            let mut errors = Vec::new();
-            let sets: Vec<String> = ferry::config::file::read("dump", &dump, &mut errors)
-                .into_iter()
-                .map(|item| format!("{}={}", item.key, item.value.got()))
-                .collect();
-            assert!(errors.is_empty(), "{errors:?}");
+            let (mut table, mut sets) = (String::new(), Vec::new());
+            for line in dump.lines().filter(|line| !line.starts_with('#')) {
+                if let Some(name) = line.strip_prefix('[') {
+                    table = format!("{}.", name.trim_end_matches(']'));
+                } else if let Some((key, value)) = line.split_once(" = ") {
+                    sets.push(format!("{table}{key}={value}"));
+                }
+            }
             assert_eq!(Config::load_on(MACHINE, None, &sets).as_ref(), Ok(&config), "{dump}");
         }
     }

@@ -23,7 +23,7 @@ fuzz_target!(|input: &[u8]| {
             again[28..].copy_from_slice(&head[28..]);
             assert_eq!(&again, head, "one encoding per header");
         }
-        Err(error) => assert!(!error.to_string().is_empty()),
+        Err(error) => drop(format!("{error:?}")),
     }
     let number = |at: usize| rest.get(at).map_or(0, |byte| 1u32 << (byte % 28));
     let limits = Limits { metadata_bytes: number(0).min(Limits::METADATA_CEILING), payload_bytes: number(1) };

@@ -4,6 +4,8 @@
 //!
 //! bell.rs is the file of the server; the queue beside it is a stand-in with what matters of flume's: a lock around everything.
 
+#![cfg(test)]
+
 // The bell's own path for what it is made of.
 mod primitives {
     pub(super) use loom::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +27,6 @@ mod primitives {
 #[path = "../../../src/mailbox/bell.rs"]
 mod bell;
 
-#[cfg(test)]
 mod tests {
     use std::collections::VecDeque;
     use std::future::poll_fn;
@@ -81,9 +82,16 @@ mod tests {
         }
     }
 
+    /// Threads are interrupted at most so often, at every place: more takes minutes. What they do by themselves is not counted.
+    fn bounded() -> loom::model::Builder {
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model
+    }
+
     #[test]
     fn a_message_wakes_the_task_whenever_it_comes() {
-        loom::model(|| {
+        bounded().check(|| {
             let mailbox = Mailbox::with_senders(1);
             let sender = Arc::clone(&mailbox);
             let thread = thread::spawn(move || {
@@ -98,10 +106,7 @@ mod tests {
 
     #[test]
     fn of_two_senders_each_is_heard() {
-        let mut model = loom::model::Builder::new();
-        // More switches find nothing new within minutes.
-        model.preemption_bound = Some(3);
-        model.check(|| {
+        bounded().check(|| {
             let mailbox = Mailbox::with_senders(2);
             let threads: Vec<_> = (1..=2)
                 .map(|message| {
