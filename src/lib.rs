@@ -73,7 +73,11 @@ pub mod shadow;
 #[forbid(unsafe_code)]
 pub mod telemetry;
 #[forbid(unsafe_code)]
+pub mod tenants;
+#[forbid(unsafe_code)]
 pub mod timeline;
+#[forbid(unsafe_code)]
+pub mod tls;
 #[forbid(unsafe_code)]
 pub mod tokenize;
 #[forbid(unsafe_code)]

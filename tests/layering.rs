@@ -14,6 +14,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("mailbox", &["clock", "vocab"]),
     ("scheduler", &["vocab"]),
     ("telemetry", &["clock", "live", "vocab"]),
+    // Text and dates to who somebody is; files to what rustls wants.
+    ("tenants", &["vocab"]),
+    ("tls", &[]),
     ("timeline", &["vocab"]),
     ("config", &["timeline", "vocab", "wire"]),
     ("capture", &["scheduler", "vocab"]),
