@@ -22,6 +22,8 @@
 #![deny(unsafe_code)]
 
 #[forbid(unsafe_code)]
+pub mod access;
+#[forbid(unsafe_code)]
 pub mod batcher;
 #[forbid(unsafe_code)]
 pub mod capture;

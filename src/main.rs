@@ -13,6 +13,8 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "ferry", version)]
 struct Cli {
+    #[command(flatten)]
+    connection: commands::connection::ConnectionArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -53,6 +55,8 @@ enum Command {
     Import(commands::import::Args),
     /// Show what models could run on: the processor and the GPUs.
     Devices(commands::devices::Args),
+    /// Make tokens for callers.
+    Token(commands::token::TokenArgs),
 }
 
 /// Who reads the output may stop: `ferry … | head` is no failure to report. Rust's own answer to a closed pipe is a panic.
@@ -72,7 +76,12 @@ const EXIT_PIPE: i32 = 141;
 
 fn main() -> ExitCode {
     end_quietly_when_nobody_reads();
-    match Cli::parse().command {
+    let cli = Cli::parse();
+    if let Err(message) = commands::connection::set(&cli.connection) {
+        eprintln!("{message}");
+        return ExitCode::from(commands::EXIT_USE);
+    }
+    match cli.command {
         Command::Serve(args) => commands::serve::run(args),
         Command::Load(args) => commands::load::run(args),
         Command::Infer(args) => commands::infer::run(args),
@@ -90,5 +99,6 @@ fn main() -> ExitCode {
         Command::Top(args) => commands::top::run(&args),
         Command::Import(args) => commands::import::run(&args),
         Command::Devices(args) => commands::devices::run(&args),
+        Command::Token(args) => commands::token::run(&args),
     }
 }

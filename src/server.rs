@@ -17,6 +17,7 @@ use nix::sys::pthread::{Pthread, pthread_kill};
 use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
+use crate::access::{AccessFiles, OpenAccess};
 use crate::batcher::{self, Batcher, ExecutorLink, ThreadOutlet};
 use crate::clock;
 use crate::config::{Config, OtelProtocol, Place};
@@ -66,6 +67,8 @@ pub enum StartError {
         refusal: Refusal,
     },
     Thread(String),
+    /// Certificates or tenants cannot be used. Exit status 78.
+    Access(String),
     /// The device that batches should run on is not there, or has not enough memory. Exit status 78.
     Device(String),
 }
@@ -80,7 +83,9 @@ impl std::fmt::Display for StartError {
             StartError::Models(error) => error.fmt(f),
             StartError::NoModels(directory) => write!(f, "{directory} holds no model that can be served"),
             StartError::WarmUp { model, refusal } => write!(f, "model {model} failed its warm-up: {refusal}"),
-            StartError::Thread(message) | StartError::Device(message) => f.write_str(message),
+            StartError::Thread(message) | StartError::Device(message) | StartError::Access(message) => {
+                f.write_str(message)
+            }
         }
     }
 }
@@ -106,6 +111,8 @@ pub enum Ending {
 enum Event {
     Drain,
     Abort,
+    /// Read certificates and tenants again, though they look as before.
+    Reload,
     /// A thread ended: its name, and whether by a panic.
     Exit {
         thread: String,
@@ -122,6 +129,11 @@ impl Stopper {
     /// Accept nothing more, finish what was accepted, end.
     pub fn drain(&self) {
         let _ = self.0.send(Event::Drain);
+    }
+
+    /// Read certificates and tenants again now.
+    pub fn reload(&self) {
+        let _ = self.0.send(Event::Reload);
     }
 
     /// End now: answer what is unanswered with `executor_failed`.
@@ -194,6 +206,7 @@ pub struct ServerHandle {
     lifecycle: Arc<Lifecycle>,
     control: ControlHandle,
     drain_timeout: Duration,
+    access: Option<OpenAccess>,
 }
 
 /// Hooks that only tests use.
@@ -216,6 +229,7 @@ pub fn start(config: &Config) -> Result<ServerHandle, StartError> {
 
 pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, StartError> {
     preflight::run(&preflight_options(config)).map_err(StartError::Preflight)?;
+    let access = AccessFiles::of(config).map(AccessFiles::open).transpose().map_err(StartError::Access)?;
     let repository = {
         let threads = config.executor.threads as usize;
         let for_device = config.executor.device != Place::Cpu;
@@ -226,7 +240,7 @@ pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, Sta
         return Err(StartError::NoModels(config.models.display().to_string()));
     }
     install_nudge_handler()?;
-    build(config, &hooks, repository)
+    build(config, &hooks, repository, access)
 }
 
 fn preflight_options(config: &Config) -> preflight::PreflightOptions {
@@ -251,7 +265,12 @@ struct Plan<'a> {
     sim: Option<SimDevice>,
 }
 
-fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<ServerHandle, StartError> {
+fn build(
+    config: &Config,
+    hooks: &TestHooks,
+    repository: Repository,
+    access: Option<OpenAccess>,
+) -> Result<ServerHandle, StartError> {
     let models = &repository.models;
     let contracts: Vec<Arc<Contract>> = models.iter().map(|model| Arc::new(model.model.contract().clone())).collect();
     let groups: Vec<Group> = models.iter().map(|model| group_of(&model.manifest)).collect();
@@ -295,7 +314,8 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
     let texts = start_tokenizers(&plan, &mut others)?;
     let dumps = start_dumps(&plan, &mut others)?;
     let batcher = start_batcher(&plan, started, dumps, batcher_mailbox)?;
-    let options = frontend::Options { tracing, ..shard_options(config, hooks, in_flight_max) };
+    let shared = access.as_ref().map(|access| Arc::clone(&access.shared));
+    let options = frontend::Options { tracing, access: shared, ..shard_options(config, hooks, in_flight_max) };
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
     drop(reserved);
@@ -326,6 +346,7 @@ fn build(config: &Config, hooks: &TestHooks, repository: Repository) -> Result<S
         lifecycle,
         control,
         drain_timeout: config.drain_timeout,
+        access,
         skipped: repository.skipped,
     })
 }
@@ -934,6 +955,7 @@ fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> fron
         stall_timeout: limits.stall_timeout,
         idle_timeout: limits.idle_timeout,
         spin: limits.spin,
+        access: None,
         tracing: None,
         panic_on_request_id: hooks.panic_on_request_id,
         panic_shard_on_request_id: hooks.panic_shard_on_request_id,
@@ -1007,6 +1029,11 @@ impl ServerHandle {
                     ending = Ending::Aborted;
                     self.abort_shards();
                 }
+                Ok(Event::Reload) => {
+                    if let Some(access) = &mut self.access {
+                        access.reload(&self.telemetry);
+                    }
+                }
                 Ok(Event::Exit { thread, panicked }) => {
                     let shard = thread.starts_with("ferry-shard");
                     shards_left -= usize::from(shard);
@@ -1041,6 +1068,9 @@ impl ServerHandle {
                 self.abort_shards();
             }
             self.nudge_stalled_shards();
+            if let Some(access) = &mut self.access {
+                access.look(clock::now(), &self.telemetry);
+            }
         }
         let telemetry = Arc::clone(&self.telemetry);
         self.end_threads(&ending);

@@ -14,11 +14,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("mailbox", &["clock", "vocab"]),
     ("scheduler", &["vocab"]),
     ("telemetry", &["clock", "live", "vocab"]),
+    // Files of certificates and tenants, read and read again.
+    ("access", &["clock", "config", "frontend", "telemetry", "tenants", "tls", "vocab"]),
     // Text and dates to who somebody is; files to what rustls wants.
     ("tenants", &["vocab"]),
     ("tls", &[]),
     ("timeline", &["vocab"]),
-    ("config", &["timeline", "vocab", "wire"]),
+    ("config", &["timeline", "tls", "vocab", "wire"]),
     ("capture", &["scheduler", "vocab"]),
     ("trial", &["scheduler", "vocab"]),
     ("mail", &["capture", "contract", "executor", "mailbox", "scheduler", "timeline", "trial", "vocab"]),
@@ -63,7 +65,22 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("models", &["contract", "executor", "gpu", "kernels", "scheduler", "tokenize", "vocab"]),
     ("tokenize", &["models", "vocab"]),
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
-    ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
+    (
+        "frontend",
+        &[
+            "clock",
+            "contract",
+            "mail",
+            "mailbox",
+            "scatter",
+            "scheduler",
+            "telemetry",
+            "tenants",
+            "tls",
+            "vocab",
+            "wire",
+        ],
+    ),
     // It asks the batcher, and shows what the scheduler answers.
     (
         "control",
@@ -86,7 +103,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("learned", &["mail", "mailbox", "scheduler", "vocab"]),
     // A capture that nobody keeps, given to the scheduler in virtual time beside the one that serves.
     ("shadow", &["capture", "clock", "mail", "mailbox", "replay", "telemetry", "vocab"]),
-    ("client", &["clock", "contract", "vocab", "wire"]),
+    ("client", &["clock", "contract", "tls", "vocab", "wire"]),
     // Where executors' time goes is told by one module, whoever asks.
     ("replay", &["capture", "load", "scheduler", "telemetry", "vocab"]),
     // It chooses among what replays say of a policy; who runs them, and who measures, is the command.

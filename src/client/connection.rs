@@ -14,19 +14,17 @@
 //! Elsewhere: the protocol (session.rs), calls that wait (blocking.rs), which connection to use (pool.rs).
 
 use std::collections::HashMap;
-use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
-
-use nix::sys::socket::MsgFlags;
 
 use super::ClientError;
 use super::request::{Request, Response, Rows};
 use super::session::{Event, ModelEntry, ModelInfo, SendError, ServerStats, Session, SessionOptions};
 use super::slot::{Slot, lock};
+use super::stream::{ClientTls, Stream};
 use crate::clock;
 use crate::vocab::{Code, Executed, Moment};
 use crate::wire::Limits;
@@ -39,6 +37,8 @@ pub struct ClientOptions {
     pub tenant: String,
     /// Empty where the server uses no authentication.
     pub token: Vec<u8>,
+    /// None: nothing is encrypted.
+    pub tls: Option<ClientTls>,
     /// Longest wait for a connection, and again for the server's hello.
     pub connect_timeout: Duration,
     /// Longest time a write may make no progress; then the connection counts as lost.
@@ -56,6 +56,7 @@ impl Default for ClientOptions {
         ClientOptions {
             tenant: String::new(),
             token: Vec::new(),
+            tls: None,
             connect_timeout: Duration::from_secs(5),
             write_timeout: Duration::from_secs(10),
             control_timeout: Duration::from_secs(10),
@@ -148,7 +149,7 @@ pub(super) struct Connection {
     /// Credit came back, or the connection ended.
     pub(super) changed: Condvar,
     pub(super) options: ClientOptions,
-    stream: TcpStream,
+    stream: Stream,
     observer: Option<Arc<dyn Observer>>,
 }
 
@@ -170,7 +171,7 @@ fn connect(addr: &SocketAddr, timeout: Duration) -> std::io::Result<TcpStream> {
 pub(crate) fn open(
     addr: impl ToSocketAddrs,
     options: &ClientOptions,
-) -> Result<(TcpStream, Session, Vec<u8>), ClientError> {
+) -> Result<(Stream, Session, Vec<u8>), ClientError> {
     let io = |error: std::io::Error| ClientError::Connect(error.to_string());
     let mut last = None;
     let mut stream = None;
@@ -183,12 +184,18 @@ pub(crate) fn open(
             Err(error) => last = Some(error),
         }
     }
-    let mut stream = stream.ok_or_else(|| {
+    let stream = stream.ok_or_else(|| {
         ClientError::Connect(last.map_or("the address resolves to nothing".into(), |error| error.to_string()))
     })?;
     stream.set_nodelay(true).map_err(io)?;
     stream.set_read_timeout(Some(options.connect_timeout)).map_err(io)?;
     stream.set_write_timeout(Some(options.write_timeout)).map_err(io)?;
+    let stream = Stream::open(stream, options.tls.as_ref()).map_err(|error| match error.kind() {
+        ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+            ClientError::Connect(format!("no end of the TLS handshake within {:?}", options.connect_timeout))
+        }
+        _ => io(error),
+    })?;
 
     let mut out = Vec::new();
     let session_options = SessionOptions {
@@ -276,8 +283,7 @@ impl Connection {
     ) -> Result<(Arc<Connection>, JoinHandle<()>), ClientError> {
         let (stream, session, rest) = open(addr, &options)?;
         let io = |error: std::io::Error| ClientError::Connect(error.to_string());
-        stream.set_read_timeout(Some(EXPIRY_TICK)).map_err(io)?;
-        stream.set_write_timeout(Some(options.write_timeout)).map_err(io)?;
+        stream.set_timeouts(EXPIRY_TICK, options.write_timeout).map_err(io)?;
         let connection = Arc::new(Connection {
             state: Mutex::new(State {
                 session,
@@ -373,7 +379,7 @@ impl Connection {
             return;
         }
         state.writing = true;
-        let Some(rest) = self.write_queued(state, send_at_once) else { return };
+        let Some(rest) = self.write_queued(state, Stream::write_at_once) else { return };
         let connection = self.clone();
         let writer = std::thread::Builder::new().name("ferry-client-write".into());
         if let Err(error) = writer.spawn(move || connection.write_rest(&rest)) {
@@ -383,11 +389,10 @@ impl Connection {
 
     /// Takes over from [`Connection::flush`] with bytes that did not fit.
     fn write_rest(&self, rest: &[u8]) {
-        if let Err(error) = (&self.stream).write_all(rest) {
+        if let Err(error) = self.stream.write_all(rest) {
             self.write_failed(&error);
         }
-        let rest =
-            self.write_queued(lock(&self.state), |mut stream, bytes| stream.write_all(bytes).map(|()| bytes.len()));
+        let rest = self.write_queued(lock(&self.state), |stream, bytes| stream.write_all(bytes).map(|()| bytes.len()));
         debug_assert!(rest.is_none(), "write_all writes all");
     }
 
@@ -396,7 +401,7 @@ impl Connection {
     fn write_queued<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
-        write: impl Fn(&TcpStream, &[u8]) -> std::io::Result<usize>,
+        write: impl Fn(&Stream, &[u8]) -> std::io::Result<usize>,
     ) -> Option<Vec<u8>> {
         while !state.out.is_empty() && state.check_alive().is_ok() {
             let mut bytes = std::mem::take(&mut state.spare);
@@ -405,7 +410,8 @@ impl Connection {
             state.written_to = state.session.last_id();
             drop(state);
             match write(&self.stream, &bytes) {
-                Ok(count) if count < bytes.len() => {
+                // Records that the socket did not take are a rest, too.
+                Ok(count) if count < bytes.len() || self.stream.has_pending() => {
                     bytes.drain(..count);
                     return Some(bytes);
                 }
@@ -454,7 +460,7 @@ impl Connection {
             if buffer.len() - len < 32 << 10 {
                 buffer.resize((len * 2).max(64 << 10), 0);
             }
-            match (&self.stream).read(&mut buffer[len..]) {
+            match self.stream.read(&mut buffer[len..]) {
                 Ok(0) => return "the server closed the connection".into(),
                 Ok(count) => len += count,
                 Err(error)
@@ -544,8 +550,7 @@ impl Connection {
             let reason = state.ended.get_or_insert_with(|| reason.to_owned()).clone();
             (std::mem::take(&mut state.waiters), state.written_to, reason)
         };
-        // An error here means that the socket is already down, which is what we want.
-        let _ = self.stream.shutdown(Shutdown::Both);
+        self.stream.shutdown();
         self.changed.notify_all();
         if let Some(observer) = &self.observer {
             observer.ended();
@@ -569,19 +574,4 @@ impl Connection {
             (Told::Observer(_), None) => unreachable!("tokens are given out by the observer"),
         }
     }
-}
-
-/// Writes what the kernel takes without waiting, and says how much that was.
-fn send_at_once(stream: &TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
-    let mut at = 0;
-    while at < bytes.len() {
-        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
-        match nix::sys::socket::send(stream.as_raw_fd(), &bytes[at..], flags) {
-            Ok(count) => at += count,
-            Err(nix::Error::EINTR) => {}
-            Err(nix::Error::EAGAIN) => break,
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(at)
 }

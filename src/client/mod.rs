@@ -16,6 +16,7 @@ pub mod request;
 mod route;
 pub mod session;
 mod slot;
+pub(crate) mod stream;
 
 use crate::vocab::{Code, Executed, Refusal};
 
@@ -25,6 +26,7 @@ pub use pool::{Pool, PoolError, PoolOptions, PoolPending, PoolStats, ReplicaStat
 pub use request::{Element, Request, Response, Rows};
 pub use route::{ReplicaState, Stop};
 pub use session::{ModelEntry, ModelInfo, ServerStats};
+pub use stream::ClientTls;
 
 /// Why there is no response.
 #[derive(Clone, Debug, PartialEq, Eq)]

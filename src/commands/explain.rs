@@ -67,7 +67,7 @@ fn run_one(args: &Args, model: &str) -> ExitCode {
             Err(message) => return wrong_use(&message),
         }
     }
-    let asked = Client::connect(addr, super::models::options()).and_then(|client| {
+    let asked = Client::connect(addr, super::connection::options()).and_then(|client| {
         let contract = &client.model(model)?.contract;
         let request = match (&args.text, arrays.is_empty()) {
             (Some(text), _) => Request::text(model, text),

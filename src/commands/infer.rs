@@ -48,7 +48,7 @@ pub fn run(args: Args) -> ExitCode {
             Err(message) => return wrong_use(&message),
         }
     }
-    let result = Client::connect(addr, super::models::options()).and_then(|client| {
+    let result = Client::connect(addr, super::connection::options()).and_then(|client| {
         let model = client.model(&args.model)?;
         let requests = match args.text.is_empty() {
             true => vec![array_request(&model.contract, arrays)],

@@ -137,7 +137,8 @@ fn options(args: &Args) -> Result<LoadOptions, String> {
         deadline: args.deadline,
         priority: args.priority,
         tenant: args.tenant.clone(),
-        token: std::env::var("FERRY_TOKEN").unwrap_or_default().into_bytes(),
+        token: super::connection::token(),
+        tls: super::connection::tls(),
         seed: args.seed,
         verify: args.verify,
         ..LoadOptions::new(resolve(&args.addr)?, args.model.as_str(), mode)

@@ -6,6 +6,7 @@
 
 pub mod capture;
 pub mod check;
+pub mod connection;
 pub mod devices;
 pub mod explain;
 mod http;
@@ -19,6 +20,7 @@ pub mod serve;
 pub mod set;
 pub mod shadow;
 pub mod timeline;
+pub mod token;
 pub mod top;
 pub mod trial;
 pub mod tune;
@@ -31,6 +33,8 @@ use ferry::config::{Config, ConfigErrors};
 
 /// The work failed.
 pub const EXIT_FAILED: u8 = 1;
+/// The command was used wrongly.
+pub const EXIT_USE: u8 = 2;
 /// Not now, perhaps after a new start: sysexits' EX_TEMPFAIL. A device was lost.
 pub const EXIT_AGAIN: u8 = 75;
 /// The configuration or the machine does not allow it: starting again without a change would fail again.

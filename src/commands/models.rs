@@ -2,10 +2,11 @@
 
 use std::process::ExitCode;
 
-use ferry::client::{Client, ClientError, ClientOptions, ModelEntry, ModelInfo};
+use ferry::client::{Client, ClientError, ModelEntry, ModelInfo};
 use ferry::contract::{Dim, TensorSpec};
 use serde_json::json;
 
+use super::connection;
 use super::load::{failed, resolve, wrong_use};
 
 #[derive(clap::Args, Clone, Debug)]
@@ -23,7 +24,7 @@ pub fn run(args: Args) -> ExitCode {
         Ok(addr) => addr,
         Err(message) => return wrong_use(&message),
     };
-    let listed = Client::connect(addr, options()).and_then(|client| {
+    let listed = Client::connect(addr, connection::options()).and_then(|client| {
         let describe = |entry: ModelEntry| {
             // A model that is not ready may have no contract yet; it is still listed.
             match client.model_version(&entry.name, &entry.version) {
@@ -63,10 +64,6 @@ pub fn run(args: Args) -> ExitCode {
         }
     }
     ExitCode::SUCCESS
-}
-
-pub(super) fn options() -> ClientOptions {
-    ClientOptions { token: std::env::var("FERRY_TOKEN").unwrap_or_default().into_bytes(), ..ClientOptions::default() }
 }
 
 fn describe(info: &ModelInfo) -> String {

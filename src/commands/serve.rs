@@ -3,7 +3,7 @@
 //! Always true
 //! - Standard output gets exactly one line, `ready data=ADDR control=ADDR models=a,b`, once every model is warm.
 //! - SIGTERM or SIGINT starts a drain; a second one ends at once; before the server is ready the first one ends it,
-//!   because nothing has been accepted.
+//!   because nothing has been accepted. SIGHUP has certificates and tenants read again.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -13,7 +13,7 @@ use ferry::config::limits::recorder_bytes;
 use ferry::config::{Config, LogFormat, Place};
 use ferry::server::{self, Ending, StartError, Stopper};
 use ferry::telemetry::log;
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use super::{ConfigArgs, EXIT_AGAIN, EXIT_CONFIG, EXIT_FAILED, run_each_model_on_one_thread};
@@ -144,9 +144,11 @@ fn how_to_try(server: &server::ServerHandle) -> String {
 
 fn status_of(error: &StartError) -> u8 {
     match error {
-        StartError::Preflight(_) | StartError::Models(_) | StartError::NoModels(_) | StartError::Device(_) => {
-            EXIT_CONFIG
-        }
+        StartError::Preflight(_)
+        | StartError::Models(_)
+        | StartError::NoModels(_)
+        | StartError::Access(_)
+        | StartError::Device(_) => EXIT_CONFIG,
         StartError::WarmUp { .. } | StartError::Thread(_) => EXIT_FAILED,
     }
 }
@@ -190,11 +192,17 @@ fn recorder_line(config: &Config) -> String {
 /// Watches for signals from now on. The stopper is filled in once there is something to stop.
 fn watch_signals() -> std::io::Result<Arc<Mutex<Option<Stopper>>>> {
     let stopper = Arc::new(Mutex::new(None::<Stopper>));
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])?;
     let shared = Arc::clone(&stopper);
     std::thread::Builder::new().name("ferry-signals".into()).spawn(move || {
-        for (count, _signal) in signals.forever().enumerate() {
+        let mut count = 0;
+        for signal in signals.forever() {
             let stopper = shared.lock().expect("nobody panics while holding the stopper").clone();
+            if signal == SIGHUP {
+                // Before the server is ready it reads everything anyway.
+                stopper.inspect(Stopper::reload);
+                continue;
+            }
             match (count, stopper) {
                 (_, None) => std::process::exit(0),
                 (0, Some(stopper)) => stopper.drain(),
@@ -202,6 +210,7 @@ fn watch_signals() -> std::io::Result<Arc<Mutex<Option<Stopper>>>> {
                 // Not even the abort came to an end.
                 _ => std::process::exit(EXIT_FAILED.into()),
             }
+            count += 1;
         }
     })?;
     Ok(stopper)

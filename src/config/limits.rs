@@ -15,6 +15,7 @@ use super::file::Value;
 use super::{Config, LogFormat, OtelProtocol, Place};
 use crate::timeline::Ring;
 use crate::timeline::breach::BreachRule;
+use crate::tls::ClientAuth;
 use crate::wire::Limits as WireLimits;
 
 /// How a value is written, which values are allowed, and the field it goes to.
@@ -57,6 +58,7 @@ pub enum Access {
     /// `http://HOST:PORT`; empty: none.
     EndpointOrNone(fn(&mut Config) -> &mut Option<String>),
     Otlp(fn(&mut Config) -> &mut OtelProtocol),
+    ClientAuth(fn(&mut Config) -> &mut ClientAuth),
     /// At most 128 bytes, not empty.
     Name(fn(&mut Config) -> &mut String),
     Format(fn(&mut Config) -> &mut LogFormat),
@@ -100,8 +102,8 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "allow_unauthenticated",
-        about: "Lets the ports listen beyond this machine. There is no authentication yet:
-                everyone who can reach them can use them.",
+        about: "Lets ports listen beyond this machine although nobody has to prove anything there: everyone who can reach
+                them can use them. The data port does not need it with auth.tenants; the control port always does.",
         access: Access::Bool(|c| &mut c.allow_unauthenticated),
     },
     Setting {
@@ -242,6 +244,33 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 0, max: 1_000_000_000, at: |c| &mut c.executor.canary_every },
     },
     Setting {
+        key: "auth.tenants",
+        about: "File of those who may ask: tenants with tokens, certificates and roles (README, Who may ask). Read again when it
+                changes. Empty: nobody has to prove anything.",
+        access: Access::PathOrNone(|c| &mut c.tenants),
+    },
+    Setting {
+        key: "tls.certificate",
+        about: "The data port's certificate and those between it and an authority, PEM: then it speaks TLS 1.3 and nothing else.
+                Read again when it changes. Empty: nothing is encrypted.",
+        access: Access::PathOrNone(|c| &mut c.tls.certificate),
+    },
+    Setting {
+        key: "tls.key",
+        about: "The private key of tls.certificate, PEM. Nobody but the server's user should be able to read it.",
+        access: Access::PathOrNone(|c| &mut c.tls.key),
+    },
+    Setting {
+        key: "tls.client_ca",
+        about: "Authorities of clients' certificates, PEM: another authority than that of the server's own.",
+        access: Access::PathOrNone(|c| &mut c.tls.client_ca),
+    },
+    Setting {
+        key: "tls.client_auth",
+        about: "Whether clients show a certificate: none, optional (or a token), required.",
+        access: Access::ClientAuth(|c| &mut c.tls.client_auth),
+    },
+    Setting {
         key: "recorder.batches",
         about: "The flight recorder: what became of the last so many batches, for ferry explain, ferry timeline and the
                 files below. Some 350 bytes each; 0 keeps nothing.",
@@ -362,6 +391,7 @@ impl Setting {
             Access::Share(at) => toml::Value::Float(*at(config)).to_string(),
             Access::EndpointOrNone(at) => quoted(at(config).as_deref().unwrap_or("")),
             Access::Otlp(at) => quoted(at(config).name()),
+            Access::ClientAuth(at) => quoted(at(config).name()),
             Access::Name(at) => quoted(at(config)),
             Access::Format(at) => quoted(at(config).name()),
             Access::Level(at) => quoted(at(config)),
@@ -379,6 +409,7 @@ impl Setting {
             | Access::Breach(_)
             | Access::EndpointOrNone(_)
             | Access::Otlp(_)
+            | Access::ClientAuth(_)
             | Access::Name(_)
             | Access::Format(_)
             | Access::Level(_) => {
@@ -459,6 +490,11 @@ impl Setting {
                 Value::Text(text) if text == "http/protobuf" => *at(config) = OtelProtocol::HttpProtobuf,
                 _ => return Err(expected("\"http/protobuf\" or \"grpc\"")),
             },
+            Access::ClientAuth(at) => {
+                let named = |auth: &ClientAuth| matches!(value, Value::Text(text) if text == auth.name());
+                let known = ClientAuth::ALL.into_iter().find(named);
+                *at(config) = known.ok_or_else(|| expected("\"none\", \"optional\" or \"required\""))?;
+            }
             Access::Name(at) => match value {
                 Value::Text(text) if !text.is_empty() && text.len() <= 128 => *at(config) = text.clone(),
                 _ => return Err(expected("a name of 1 to 128 bytes")),
@@ -571,13 +607,43 @@ pub(super) fn contradictions(config: &Config) -> Vec<String> {
     if config.listen == config.control && config.listen.port() != 0 {
         found.push(format!("listen and control must differ, both are {}", config.listen));
     }
-    for (key, addr) in [("listen", config.listen), ("control", config.control)] {
-        if !addr.ip().is_loopback() && !config.allow_unauthenticated {
-            found.push(format!(
-                "{key} must be a loopback address because ferry has no authentication yet, got {addr}; set \
-                 allow_unauthenticated = true if everyone who can reach it may use it"
-            ));
-        }
+    let beyond = |addr: &SocketAddr| !addr.ip().is_loopback() && !config.allow_unauthenticated;
+    let words = "allow_unauthenticated = true if everyone who can reach it may use it";
+    if beyond(&config.control) {
+        found.push(format!(
+            "control must be a loopback address because the control port has no authentication, got {}; set {words}",
+            config.control
+        ));
+    }
+    if beyond(&config.listen) && config.tenants.is_none() {
+        found.push(format!(
+            "listen must be a loopback address where nobody has to prove who they are, got {}; set auth.tenants, or {words}",
+            config.listen
+        ));
+    }
+    if !config.listen.ip().is_loopback() && config.tenants.is_some() && config.tls.certificate.is_none() {
+        found.push(format!(
+            "listen must be a loopback address where credentials are not encrypted, got {}; set tls.certificate and tls.key",
+            config.listen
+        ));
+    }
+    let tls = &config.tls;
+    if tls.certificate.is_some() != tls.key.is_some() {
+        found.push("tls.certificate and tls.key belong together: set both, or neither".into());
+    }
+    if (tls.client_auth != ClientAuth::None) != tls.client_ca.is_some() {
+        found.push(format!(
+            "tls.client_auth = {:?} {}; set both, or neither",
+            tls.client_auth.name(),
+            if tls.client_ca.is_some() {
+                "looks at no certificate, so tls.client_ca does nothing"
+            } else {
+                "needs tls.client_ca"
+            }
+        ));
+    }
+    if tls.client_ca.is_some() && tls.certificate.is_none() {
+        found.push("tls.client_ca needs tls.certificate: clients show certificates in a TLS handshake".into());
     }
     found
 }

@@ -22,6 +22,7 @@ use file::Origin;
 use limits::SETTINGS;
 
 use crate::timeline::breach::BreachRule;
+use crate::tls::{ClientAuth, ServerFiles};
 
 /// Everything that can be configured, as the rooms' options are built from it.
 #[derive(Clone, Debug, PartialEq)]
@@ -44,7 +45,28 @@ pub struct Config {
     pub executor: Executor,
     pub recorder: Recorder,
     pub otel: Otel,
+    pub tls: Tls,
+    /// File of tenants; none: nobody has to prove anything.
+    pub tenants: Option<PathBuf>,
     pub log: Log,
+}
+
+/// How connections are encrypted.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tls {
+    /// None: not at all.
+    pub certificate: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    pub client_ca: Option<PathBuf>,
+    pub client_auth: ClientAuth,
+}
+
+impl Config {
+    /// The files that connections are encrypted by, if they are.
+    pub fn tls_files(&self) -> Option<ServerFiles> {
+        let Tls { certificate, key, client_ca, client_auth } = self.tls.clone();
+        Some(ServerFiles { certificate: certificate?, key: key?, client_ca, client_auth })
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -285,6 +307,8 @@ impl Config {
                 interval: Duration::from_secs(10),
                 service_name: "ferry".into(),
             },
+            tls: Tls::default(),
+            tenants: None,
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }

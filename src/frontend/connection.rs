@@ -14,7 +14,10 @@ use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
 use super::inflight::Owned;
+use super::tls::Tls;
 use crate::scheduler::TenantId;
+use crate::tenants::guard::Source;
+use crate::tenants::{Identity, Roles};
 use crate::vocab::Moment;
 use crate::wire::{Decoder, Limits};
 
@@ -66,6 +69,17 @@ pub struct Connection {
     /// Listed among those to flush at the end of this burst.
     pub dirty: bool,
     pub owned: Owned,
+    /// Where it is encrypted.
+    pub tls: Option<Box<Tls>>,
+    /// Where it comes from, if that matters.
+    pub source: Option<Source>,
+    /// Names in its certificate.
+    pub uris: Vec<String>,
+    /// What it proved to be, where it has to.
+    pub identity: Option<Identity>,
+    pub roles: Roles,
+    /// Counted among those that have not said hello.
+    pub is_stranger: bool,
     pub tenant: TenantId,
     pub requests_in_flight: u32,
     pub bytes_in_flight: u64,
@@ -94,6 +108,12 @@ impl Connection {
             deaf: false,
             dirty: false,
             owned: Owned::default(),
+            tls: None,
+            source: None,
+            uris: Vec::new(),
+            identity: None,
+            roles: Roles::ALL,
+            is_stranger: false,
             requests_in_flight: 0,
             tenant: TenantId::default(),
             bytes_in_flight: 0,
@@ -106,18 +126,31 @@ impl Connection {
 
     /// Bytes waiting to be written.
     pub fn unsent(&self) -> usize {
-        self.out.len() - self.sent
+        self.out.len() - self.sent + self.tls.as_ref().map_or(0, |tls| tls.unsent())
     }
 
-    pub fn unsent_bytes(&self) -> &[u8] {
-        &self.out[self.sent..]
+    /// The next bytes for the socket: of the output, or records that are made of it now. Empty also where a handshake has to end first.
+    pub fn next_bytes(&mut self) -> &[u8] {
+        let Some(tls) = &mut self.tls else { return &self.out[self.sent..] };
+        let taken = tls.encrypt(&self.out[self.sent..]);
+        self.sent += taken;
+        if self.sent == self.out.len() {
+            self.out.clear();
+            self.sent = 0;
+        }
+        self.tls.as_ref().expect("just used").unsent_bytes()
     }
 
     /// `count` more bytes went out.
     pub fn advance(&mut self, count: usize, now: Moment) {
-        self.sent += count;
         self.wrote_at = now;
-        if self.sent == self.out.len() {
+        if let Some(tls) = &mut self.tls {
+            tls.advance(count);
+            self.blocked &= self.unsent() > 0;
+        } else {
+            self.sent += count;
+        }
+        if self.tls.is_none() && self.sent == self.out.len() {
             self.out.clear();
             self.sent = 0;
             self.blocked = false;
@@ -131,7 +164,12 @@ impl Connection {
     /// Writes what the socket takes.
     pub fn try_flush(&mut self, now: Moment) -> Flushed {
         while self.unsent() > 0 {
-            match send(self.fd, self.unsent_bytes(), MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            let fd = self.fd;
+            let bytes = self.next_bytes();
+            if bytes.is_empty() {
+                break;
+            }
+            match send(fd, bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
                 Ok(count) => self.advance(count, now),
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
@@ -152,6 +190,7 @@ impl Connection {
         self.phase = Phase::Closed;
         self.out = Vec::new();
         self.sent = 0;
+        self.tls = None;
         self.wake();
     }
 
@@ -164,6 +203,9 @@ impl Connection {
 
     /// Gives back buffers that only bursts need.
     pub fn trim(&mut self) {
+        if let Some(tls) = &mut self.tls {
+            tls.trim();
+        }
         if self.out.is_empty() && self.out.capacity() > 0 {
             self.out = Vec::new();
         }

@@ -64,6 +64,8 @@ impl State {
             unsent += connection.counted as u64;
         }
         equal("requests in flight", slots, listed)?;
+        let strangers = self.connections.iter().filter(|(_, connection)| connection.is_stranger).count();
+        equal("connections that have not said hello", self.strangers.into(), strangers as u64)?;
         equal("bytes of unfinished frames", self.receiving, receiving)?;
         equal("bytes of unsent answers", self.unsent, unsent)
     }
@@ -142,6 +144,7 @@ mod tests {
             ("payload bytes of a connection", &|state| state.connections[0].bytes_in_flight -= 1),
             ("bytes of unfinished frames", &|state| state.receiving += 1),
             ("bytes of unsent answers", &|state| state.unsent += 1),
+            ("have not said hello", &|state| state.strangers += 1),
             ("requests in flight", &|state| drop(state.connections.remove(1))),
             ("another connection", &|state| {
                 let (first, second) = state.connections.get2_mut(0, 1).expect("two");

@@ -6,9 +6,10 @@
 //! - What is accepted is answered exactly once, or its connection is gone and that is counted.
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
-//! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
+//! and its tasks), tls.rs, access.rs (who may connect), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
 //! inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
+pub mod access;
 pub mod connection;
 pub mod inflight;
 pub mod ledger;
@@ -17,6 +18,7 @@ pub mod session;
 pub mod shard;
 pub mod state;
 pub mod task;
+pub mod tls;
 pub mod traces;
 pub mod watchdog;
 
@@ -48,6 +50,8 @@ pub struct Options {
     pub idle_timeout: Duration,
     /// How long an idle shard looks for work before it sleeps.
     pub spin: Duration,
+    /// Who may connect, and how. None: everybody, and nothing is encrypted.
+    pub access: Option<Arc<access::SharedAccess>>,
     /// Where requests that are recorded for a trace go; None: none is.
     pub tracing: Option<traces::Tracing>,
     /// Test hook: a request with this id panics in its connection's task.
@@ -75,6 +79,7 @@ impl Options {
             stall_timeout: long,
             idle_timeout: long,
             spin: Duration::ZERO,
+            access: None,
             tracing: None,
             panic_on_request_id: None,
             panic_shard_on_request_id: None,

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::access::identify;
 use super::connection::{Connection, Phase};
 use super::inflight::Waiting;
 use super::state::{Burst, State};
@@ -17,6 +18,8 @@ use crate::mail::{Part, Request};
 use crate::scatter::{Details, append_error};
 use crate::scheduler::{Class, Compose};
 use crate::telemetry::Operation;
+use crate::tenants::guard::BAN;
+use crate::tenants::{Identity, Role};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
 use crate::wire::message::{
@@ -54,7 +57,7 @@ pub fn handle_frame(
         return Err(Fatal::protocol(format!("frame kind {} comes from servers only", frame.header.kind)));
     }
     match (state.connections[at as usize].phase, frame.kind) {
-        (Phase::Greeting, Kind::Hello) => hello(state, at, frame.metadata(data)),
+        (Phase::Greeting, Kind::Hello) => hello(state, at, frame.metadata(data), now),
         (Phase::Greeting, _) => Err(Fatal::protocol(format!("expected a hello first, got kind {}", frame.header.kind))),
         (_, Kind::Hello) => Err(Fatal::protocol("a second hello")),
         (Phase::Open, Kind::Infer) => infer(state, at, frame, data, now, burst),
@@ -73,6 +76,10 @@ pub fn handle_frame(
             Ok(())
         }
         (Phase::Open, Kind::Stats) => {
+            if let Some(refusal) = forbidden(&state.connections[at as usize], Role::Observe) {
+                append_error(&mut state.output(at).out, ModelHandle(0), frame.header.request_id, &refusal);
+                return Ok(());
+            }
             let json = state.telemetry.stats_json().to_string();
             let head = Head { kind: Kind::StatsReply, model: ModelHandle(0), request_id: frame.header.request_id };
             append_frame(&mut state.output(at).out, head, &(), json.as_bytes())
@@ -90,8 +97,8 @@ pub fn handle_frame(
     }
 }
 
-fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
-    let hello: Hello = decode_exact(metadata).map_err(|error| Fatal::protocol(format!("hello: {error}")))?;
+fn hello(state: &mut State, at: u32, metadata: &[u8], now: Moment) -> Result<(), Fatal> {
+    let mut hello: Hello = decode_exact(metadata).map_err(|error| Fatal::protocol(format!("hello: {error}")))?;
     if hello.version_min > PROTOCOL_MAJOR || hello.version_max < PROTOCOL_MAJOR {
         return Err(Fatal::protocol(format!(
             "this server speaks protocol version {PROTOCOL_MAJOR}, the client {} to {}",
@@ -101,6 +108,13 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
     if hello.client.len() > NAME_MAX || hello.tenant.len() > NAME_MAX {
         return Err(Fatal::protocol(format!("hello: expected names of at most {NAME_MAX} bytes")));
     }
+    if let Some(identity) = prove(state, at, &hello, now)? {
+        hello.tenant = identity.tenant.to_string();
+        let connection = &mut state.connections[at as usize];
+        connection.roles = identity.roles;
+        connection.identity = Some(identity);
+    }
+    state.greeted(at);
     let options = &state.options;
     let ack = HelloAck {
         version: PROTOCOL_MAJOR,
@@ -120,6 +134,35 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
     connection.decoder.set_limits(limits);
     append_frame(&mut connection.out, Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
     Ok(())
+}
+
+/// Who says hello, where that has to be proved. Who fails is noted by where it comes from.
+fn prove(state: &mut State, at: u32, hello: &Hello, now: Moment) -> Result<Option<Identity>, Fatal> {
+    let Some(tenants) = state.options.access.as_ref().and_then(|access| access.current().tenants.clone()) else {
+        return Ok(None);
+    };
+    let connection = &state.connections[at as usize];
+    match identify(&tenants, &hello.token, &connection.uris, &hello.tenant, State::today(now)) {
+        Ok(identity) => {
+            state.metrics().authenticated(true);
+            Ok(Some(identity))
+        }
+        Err(fatal) => {
+            state.metrics().authenticated(false);
+            if let Some(source) = connection.source
+                && state.guard.failed(source, now)
+            {
+                tracing::warn!(ban = ?BAN, "an address failed too often to prove who it is: it is not listened to for a while");
+            }
+            Err(fatal)
+        }
+    }
+}
+
+/// What a connection may not do.
+fn forbidden(connection: &Connection, role: Role) -> Option<Refusal> {
+    let message = || format!("this needs the role {}, which the credentials do not have", role.name());
+    (!connection.roles.has(role)).then(|| Refusal::new(Code::PermissionDenied, message()))
 }
 
 /// Answers what was asked, and says what that was and what came of it.
@@ -207,6 +250,9 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         )));
     }
     connection.last_id = header.request_id;
+    if let Some(refusal) = forbidden(connection, Role::Infer) {
+        return Err(refusal);
+    }
     check_credit(connection, header.payload_len, state.options.credit_requests, state.options.credit_bytes)?;
     let payload = frame.payload(data);
     let crc = crc32c::crc32c(payload);

@@ -35,6 +35,7 @@ use crate::clock;
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender};
 use crate::telemetry::Telemetry;
+use crate::tenants::guard::Source;
 use crate::vocab::Code;
 
 /// Reads that filled their buffer, in a row, before a connection lets others run.
@@ -254,8 +255,20 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     let now = clock::now();
     let mut connection = Connection::new(stream.as_raw_fd(), now);
     let mut state = shard.state.borrow_mut();
+    // Asked for only where somebody wants to know.
+    let source = state.options.access.as_ref().and_then(|_| stream.peer_addr().ok());
+    if !state.welcome(&mut connection, source.map(|addr| Source::of(addr.ip())), now) {
+        // The stream ends with this function, before anything was read.
+        return;
+    }
     state.metrics().connection_opened();
     let full = state.connections.len() >= state.options.connections_max as usize;
+    if full && connection.tls.is_some() {
+        // It would not understand a word before the handshake, which costs more than the word is worth.
+        state.metrics().connection_closed();
+        state.strangers -= 1;
+        return;
+    }
     if full {
         append_goaway(&mut connection, Code::Overloaded, "this shard has as many connections as it may");
         connection.phase = Phase::Leaving;
@@ -330,7 +343,11 @@ fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) ->
         return Poll::Pending;
     }
     let read = |cx: &mut Context<'_>, buffer: &mut [u8]| Pin::new(stream).poll_read(cx, buffer);
-    state.read(at, cx, clock::now, read).map(|end| match end {
+    let end = match state.connections[at as usize].tls {
+        None => state.read(at, cx, clock::now, read),
+        Some(_) => state.read_records(at, cx, clock::now, read),
+    };
+    end.map(|end| match end {
         ReadEnd::Burst => Turn::Burst,
         ReadEnd::Filled => Turn::Filled,
         ReadEnd::Gone => Turn::Closed,
@@ -349,7 +366,12 @@ fn write_waiting(
             connection.blocked = false;
             return Poll::Ready(Ok(()));
         }
-        match Pin::new(&mut *stream).poll_write(cx, connection.unsent_bytes()) {
+        let bytes = connection.next_bytes();
+        if bytes.is_empty() {
+            connection.blocked = false;
+            return Poll::Ready(Ok(()));
+        }
+        match Pin::new(&mut *stream).poll_write(cx, bytes) {
             Poll::Ready(Ok(0)) => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
             Poll::Ready(Ok(count)) => {
                 connection.advance(count, clock::now());

@@ -18,13 +18,16 @@ use slab::Slab;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
 use super::session::{Fatal, append_goaway, handle_frame};
+use super::tls::Tls;
 use super::traces::Traces;
 use super::{Catalog, Options};
 use crate::clock;
 use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
 use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
-use crate::telemetry::{ShardMetrics, Telemetry};
+use crate::telemetry::{ShardMetrics, Telemetry, TurnedAway};
+use crate::tenants::Day;
+use crate::tenants::guard::{Bucket, Guard, Source};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
 use crate::wire::decoder::Step;
 
@@ -36,6 +39,12 @@ const READ_MIN: usize = 8 << 10;
 const READ_MAX: usize = 256 << 10;
 /// A frame longer than this gets a buffer of its own.
 const OWN_BUFFER_MIN: usize = 32 << 10;
+/// Records taken in one read of an encrypted connection.
+const RECORDS: usize = 32 << 10;
+/// Connections that have not said hello, of a shard; more are turned away at once.
+const STRANGERS_MAX: u32 = 256;
+/// Handshakes that a shard begins at once, and in each second after that.
+const HANDSHAKES: f64 = 200.0;
 /// How long an answered, leaving connection may take to close its side.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -64,6 +73,15 @@ pub struct State {
     /// Answers of requests that are run in parts.
     assemblies: Assemblies,
     pub traces: Traces,
+    /// Who failed to prove who it is.
+    pub guard: Guard,
+    handshakes: Bucket,
+    /// Connections that have not said hello.
+    pub(super) strangers: u32,
+    /// Generation and day that connections' identities were last compared with.
+    access_seen: (u64, Day),
+    /// Records that were just read.
+    records: Vec<u8>,
     pub mode: Mode,
     /// Test hook: the shard's main task is to panic.
     pub broken: bool,
@@ -103,6 +121,11 @@ impl State {
             in_flight,
             assemblies: Assemblies::default(),
             traces,
+            guard: Guard::default(),
+            handshakes: Bucket::new(HANDSHAKES, HANDSHAKES, Moment::ZERO),
+            strangers: 0,
+            access_seen: (0, Day(0)),
+            records: Vec::new(),
             mode: Mode::Serving,
             broken: false,
             batcher,
@@ -237,6 +260,75 @@ impl State {
                 Poll::Pending
             }
         }
+    }
+
+    /// The same for an encrypted connection: `read` brings records.
+    pub fn read_records(
+        &mut self,
+        at: u32,
+        cx: &mut Context<'_>,
+        now: impl Fn() -> Moment,
+        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
+    ) -> Poll<ReadEnd> {
+        let mut records = std::mem::take(&mut self.records);
+        records.resize(RECORDS, 0);
+        let end = read(cx, &mut records).map(|outcome| match outcome {
+            Ok(count) if count > 0 => match self.take_records(at, &records[..count], now()) {
+                ReadEnd::Burst if count == RECORDS => ReadEnd::Filled,
+                end => end,
+            },
+            end => ReadEnd::of(end),
+        });
+        self.records = records;
+        end
+    }
+
+    /// Decrypts and takes what it gives, as if that had been read.
+    fn take_records(&mut self, at: u32, mut records: &[u8], now: Moment) -> ReadEnd {
+        let mut tls = self.connections[at as usize].tls.take().expect("the caller asked");
+        let mut end = ReadEnd::Burst;
+        'records: while !records.is_empty() && end == ReadEnd::Burst {
+            match tls.feed(&mut records) {
+                Ok(false) => {}
+                Ok(true) => {
+                    self.connections[at as usize].uris = tls.client_uris();
+                    self.metrics().handshake(true);
+                }
+                Err(fault) => {
+                    tracing::debug!(reason = fault.0, established = tls.is_established(), "a TLS session ended");
+                    if !tls.is_established() {
+                        self.metrics().handshake(false);
+                    }
+                    end = ReadEnd::Gone;
+                }
+            }
+            loop {
+                let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| match tls.read(buffer) {
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Poll::Pending,
+                    outcome => Poll::Ready(outcome),
+                };
+                match self.read(at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
+                    Poll::Pending => break,
+                    Poll::Ready(ReadEnd::Gone) => {
+                        end = ReadEnd::Gone;
+                        break 'records;
+                    }
+                    Poll::Ready(_) if self.connections[at as usize].phase == Phase::Closed => break 'records,
+                    Poll::Ready(_) => {}
+                }
+            }
+        }
+        let connection = &mut self.connections[at as usize];
+        if connection.phase != Phase::Closed {
+            connection.tls = Some(tls);
+            connection.read_at = now;
+            if end == ReadEnd::Gone {
+                // The peer is told why, if its socket takes that at once.
+                let _ = connection.try_flush(now);
+            }
+            self.output(at);
+        }
+        end
     }
 
     fn keep_partial(&mut self, at: u32, partial: BytesMut) {
@@ -510,6 +602,17 @@ impl State {
     /// A leaving connection whose answers have all gone shuts its sending side.
     pub fn after_flush(&mut self, at: u32, now: Moment) {
         let connection = &mut self.connections[at as usize];
+        if connection.phase == Phase::Leaving
+            && connection.requests_in_flight == 0
+            && connection.unsent() == 0
+            && let Some(tls) = &mut connection.tls
+        {
+            // A few bytes into a socket that took all before; if not these, the peer sees the end without them.
+            tls.say_goodbye();
+            let _ = connection.try_flush(now);
+            let left = connection.tls.as_ref().map_or(0, |tls| tls.unsent());
+            connection.advance(left, now);
+        }
         if connection.phase == Phase::Leaving && connection.requests_in_flight == 0 && connection.unsent() == 0 {
             // The peer reads our last bytes and then the end; closing at once could destroy what it has not read yet.
             let _ = nix::sys::socket::shutdown(connection.fd, nix::sys::socket::Shutdown::Write);
@@ -528,12 +631,18 @@ impl State {
         }
         self.metrics().goaway(fatal.code);
         tracing::debug!(code = fatal.code.name(), reason = fatal.message, "goaway");
+        if connection_is_shaking_hands(&self.connections[at as usize]) {
+            // It would not understand a word.
+            self.connections[at as usize].close();
+            return self.recount(at);
+        }
         append_goaway(self.output(at), fatal.code, &fatal.message);
         self.leave(at, now);
     }
 
     /// From now on nothing is accepted here; what was accepted is answered, then the connection ends.
     pub fn leave(&mut self, at: u32, now: Moment) {
+        self.greeted(at);
         let connection = self.output(at);
         connection.phase = Phase::Leaving;
         connection.since = now;
@@ -550,6 +659,11 @@ impl State {
             .collect();
         for at in open {
             self.metrics().goaway(Code::Draining);
+            if connection_is_shaking_hands(&self.connections[at as usize]) {
+                self.connections[at as usize].close();
+                self.recount(at);
+                continue;
+            }
             append_goaway(self.output(at), Code::Draining, "the server is shutting down");
             self.leave(at, now);
         }
@@ -589,6 +703,7 @@ impl State {
             self.record(&waiting, (Code::Cancelled, "its connection ended"), None, clock::now);
             cancelled.push(key);
         }
+        self.greeted(at);
         let connection = self.connections.remove(at as usize);
         self.receiving -= connection.partial.len() as u64;
         self.unsent -= connection.counted as u64;
@@ -605,6 +720,7 @@ impl State {
     /// Ends what has taken too long. Runs a few times a second.
     pub fn housekeep(&mut self, now: Moment) {
         self.audit_when_due(now);
+        self.recheck_identities(now);
         let options = &self.options;
         let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
@@ -652,10 +768,78 @@ impl State {
         self.flush(now);
     }
 
+    /// A connection came: whether it is let in. It is encrypted from here on where that is asked for.
+    pub fn welcome(&mut self, connection: &mut Connection, source: Option<Source>, now: Moment) -> bool {
+        let Some(access) = &self.options.access else { return true };
+        let access = access.current();
+        if self.strangers >= STRANGERS_MAX {
+            self.metrics().turned_away(TurnedAway::Strangers);
+            return false;
+        }
+        if source.is_some_and(|source| !self.guard.admits(source, now)) {
+            self.metrics().turned_away(TurnedAway::Banned);
+            return false;
+        }
+        if let Some(config) = &access.tls {
+            if !self.handshakes.take(1.0, now) {
+                self.metrics().turned_away(TurnedAway::Handshakes);
+                return false;
+            }
+            match Tls::new(Arc::clone(config)) {
+                Ok(tls) => connection.tls = Some(Box::new(tls)),
+                Err(fault) => {
+                    tracing::error!(reason = fault.0, "no TLS session could be made");
+                    return false;
+                }
+            }
+        }
+        connection.source = source;
+        connection.is_stranger = true;
+        self.strangers += 1;
+        true
+    }
+
+    /// A connection is no stranger any more: it has said hello, or leaves.
+    pub fn greeted(&mut self, at: u32) {
+        let connection = &mut self.connections[at as usize];
+        if std::mem::take(&mut connection.is_stranger) {
+            self.strangers -= 1;
+        }
+    }
+
+    /// The day by which credentials are judged.
+    pub fn today(now: Moment) -> Day {
+        Day::of_unix(clock::unix_time(now))
+    }
+
+    /// Ends connections whose credentials were revoked or have expired, once tenants have changed or a day has.
+    fn recheck_identities(&mut self, now: Moment) {
+        let Some(access) = &self.options.access else { return };
+        let seen = (access.generation(), State::today(now));
+        if std::mem::replace(&mut self.access_seen, seen) == seen {
+            return;
+        }
+        let Some(tenants) = access.current().tenants.clone() else { return };
+        let gone = |connection: &Connection| {
+            connection.identity.as_ref().is_some_and(|identity| !tenants.still(identity, seen.1))
+        };
+        let revoked: Vec<u32> =
+            self.connections.iter().filter(|(_, connection)| gone(connection)).map(|(at, _)| at as u32).collect();
+        for at in revoked {
+            let message = "the credentials are not valid any more".into();
+            self.fail(at, &Fatal { code: Code::Unauthenticated, message }, now);
+        }
+    }
+
     /// Whether the connection's output is so long that its requests must wait.
     pub fn is_choked(&self, at: u32) -> bool {
         self.connections[at as usize].unsent() > self.options.output_bytes_max as usize
     }
+}
+
+/// Encrypted, and not yet so far that anything could be said.
+fn connection_is_shaking_hands(connection: &Connection) -> bool {
+    connection.tls.as_ref().is_some_and(|tls| !tls.is_established())
 }
 
 /// How long a frame of this size may take beyond the frame timeout: 16 KiB a second, or its sender is no caller.

@@ -364,7 +364,7 @@ fn server(settings: &mut Settings, out: &mut Imported) -> Result<(), ImportError
         out.note(Verdict::Changed, ("--port", at), number, &["listen"], why);
     }
     if let Some(given) = settings.take("hostname") {
-        let why = "There is no authentication yet, so ports listen on loopback. Others need allow_unauthenticated = true: decide that \
+        let why = "Ports listen on loopback unless auth.tenants and tls.certificate are set. Others need allow_unauthenticated = true: decide that \
                    yourself.";
         out.note(Verdict::Absent, ("--hostname", given.at), given.value, &["listen", "allow_unauthenticated"], why);
     }

@@ -12,8 +12,7 @@
 //! Elsewhere: when (arrivals.rs), what (payload.rs), whether answers are right (verify.rs).
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -30,6 +29,7 @@ use super::{LoadError, LoadOptions, Mode};
 use crate::client::connection::{open, send_error};
 use crate::client::request::late_us;
 use crate::client::session::{Event, ModelInfo, ServerStats, Window};
+use crate::client::stream::Stream;
 use crate::client::{Client, ClientError, ClientOptions};
 use crate::clock;
 use crate::vocab::{Code, Moment};
@@ -66,7 +66,7 @@ pub struct Progress {
 }
 
 struct Connection {
-    stream: TcpStream,
+    stream: Stream,
     decoder: Decoder,
     window: Window,
     handle: u16,
@@ -154,6 +154,7 @@ struct Engine<'a> {
     tally: Tally,
     stats: Vec<ServerStats>,
     stats_asked: usize,
+    stats_refused: usize,
     connections_lost: usize,
     connection_errors: Vec<String>,
 }
@@ -161,8 +162,12 @@ struct Engine<'a> {
 /// Runs a load and reports on it. `progress` is called a few times per second.
 pub fn run(options: &LoadOptions, mut progress: impl FnMut(&Progress)) -> Result<Report, LoadError> {
     check(options)?;
-    let client_options =
-        ClientOptions { tenant: options.tenant.clone(), token: options.token.clone(), ..ClientOptions::default() };
+    let client_options = ClientOptions {
+        tenant: options.tenant.clone(),
+        token: options.token.clone(),
+        tls: options.tls.clone(),
+        ..ClientOptions::default()
+    };
     let client = Client::connect(options.addr, client_options.clone())?;
     let model = client.model(&options.model)?;
     let inputs = make_inputs(options, &model)?;
@@ -242,7 +247,7 @@ fn connect(
     model: &ModelInfo,
     inputs: &Inputs,
 ) -> Result<Connection, LoadError> {
-    let (mut stream, mut session, mut rest) = open(options.addr, client_options)?;
+    let (stream, mut session, mut rest) = open(options.addr, client_options)?;
     let io = |error: std::io::Error| LoadError::Client(ClientError::Connect(error.to_string()));
     let mut out = Vec::new();
     session.describe(&options.model, "", &mut out).map_err(send_error)?;
@@ -291,7 +296,7 @@ fn connect(
             window.requests_max
         )));
     }
-    stream.set_nonblocking(true).map_err(io)?;
+    stream.socket().set_nonblocking(true).map_err(io)?;
     Ok(Connection {
         stream,
         decoder: Decoder::new(Limits {
@@ -385,6 +390,7 @@ impl<'a> Engine<'a> {
             },
             stats: Vec::new(),
             stats_asked: 0,
+            stats_refused: 0,
             connections_lost: 0,
             connection_errors: Vec::new(),
         })
@@ -420,7 +426,10 @@ impl<'a> Engine<'a> {
                 progress(&self.progress(now));
             }
             let in_flight = self.slots.len() - self.free.len();
-            let done = ended && in_flight == 0 && self.backlog.is_empty() && self.stats.len() == self.stats_asked;
+            let done = ended
+                && in_flight == 0
+                && self.backlog.is_empty()
+                && self.stats.len() + self.stats_refused == self.stats_asked;
             let is_alone = self.usable == 0 && in_flight == 0;
             if done || is_alone || now >= drain_until {
                 break;
@@ -574,20 +583,22 @@ impl<'a> Engine<'a> {
         }
         let mut failed = None;
         while connection.written < connection.output.len() {
-            match connection.stream.write(&connection.output[connection.written..]) {
-                Ok(0) => failed = Some("writing made no progress".to_owned()),
+            match connection.stream.write_at_once(&connection.output[connection.written..]) {
+                Ok(0) => {}
                 Ok(count) => {
                     connection.written += count;
                     continue;
                 }
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) => failed = Some(format!("writing failed: {error}")),
             }
             break;
         }
-        let is_blocked = connection.written < connection.output.len();
-        if !is_blocked {
+        let pending = connection.stream.has_pending();
+        if pending && connection.written == connection.output.len() && failed.is_none() {
+            failed = connection.stream.write_at_once(&[]).err().map(|error| format!("writing failed: {error}"));
+        }
+        let is_blocked = connection.written < connection.output.len() || pending && connection.stream.has_pending();
+        if connection.written == connection.output.len() {
             connection.output.clear();
             connection.written = 0;
         } else if connection.written > OUTPUT_MAX {
@@ -667,6 +678,10 @@ impl<'a> Engine<'a> {
             }
             if event.events().intersects(EpollFlags::EPOLLIN | EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
                 self.receive(index);
+                // What was decrypted already makes no socket readable.
+                while !self.connections[index as usize].dead && self.connections[index as usize].stream.has_more() {
+                    self.receive(index);
+                }
             }
         }
         Ok(())
@@ -729,6 +744,8 @@ impl<'a> Engine<'a> {
                 }
                 self.finish(&slot, code, now);
             }
+            // Whoever may only ask does without the server's counters.
+            Kind::Error if id & SLOT_MASK == SLOT_MASK => self.stats_refused += 1,
             Kind::Error => {
                 let slot = self.free_slot(index, id)?;
                 let error: ErrorMessage = decode_exact(frame.metadata(bytes)).map_err(|error| error.message)?;
@@ -813,7 +830,7 @@ impl<'a> Engine<'a> {
         self.usable -= usize::from(!connection.leaving);
         // Fails only for a socket that is no longer watched, which is what we want.
         let _ = self.epoll.delete(&connection.stream);
-        let _ = connection.stream.shutdown(std::net::Shutdown::Both);
+        connection.stream.shutdown();
         // A connection that ends behind its goaway, with everything answered, ended as announced.
         let was_announced = connection.leaving && connection.window.requests == 0;
         if !was_announced {

@@ -54,6 +54,8 @@ pub struct LoadOptions {
     pub priority: u8,
     pub tenant: String,
     pub token: Vec<u8>,
+    /// How connections are encrypted; None: not at all.
+    pub tls: Option<crate::client::ClientTls>,
     pub seed: u64,
     /// Share of answers that are compared with what they must be, 0 to 1.
     pub verify: Option<f64>,
@@ -80,6 +82,7 @@ impl LoadOptions {
             priority: 0,
             tenant: String::new(),
             token: Vec::new(),
+            tls: None,
             seed: 1,
             verify: None,
             drain_max: Duration::from_secs(5),

@@ -121,6 +121,11 @@ pub struct ShardMetrics {
     pub(super) slow_readers: Count,
     pub(super) stalls: Count,
     pub(super) accept_errors: Count,
+    /// Failed and done.
+    pub(super) handshakes: [Count; 2],
+    pub(super) authentications: [Count; 2],
+    /// By [`TurnedAway`].
+    pub(super) turned_away: [Count; TurnedAway::ALL.len()],
     /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
     pub(super) table_entries: Count,
     pub(super) receiving_bytes: Count,
@@ -143,6 +148,9 @@ impl ShardMetrics {
             slow_readers: Count::default(),
             stalls: Count::default(),
             accept_errors: Count::default(),
+            handshakes: Default::default(),
+            authentications: Default::default(),
+            turned_away: Default::default(),
             table_entries: Count::default(),
             receiving_bytes: Count::default(),
             unsent_bytes: Count::default(),
@@ -232,6 +240,21 @@ impl ShardMetrics {
         self.accept_errors.add(1);
     }
 
+    /// A TLS handshake ended.
+    pub fn handshake(&self, done: bool) {
+        self.handshakes[usize::from(done)].add(1);
+    }
+
+    /// Somebody proved who it is, or failed to.
+    pub fn authenticated(&self, proved: bool) {
+        self.authentications[usize::from(proved)].add(1);
+    }
+
+    /// A connection was closed as it came.
+    pub fn turned_away(&self, why: TurnedAway) {
+        self.turned_away[why as usize].add(1);
+    }
+
     /// The number of entries in the shard's in-flight table, said after a burst. It is what [`super::Telemetry::audit`]
     /// compares the counters with: without it an answer that was never counted cannot be told from one still owed.
     pub fn table_entries(&self, entries: u64) {
@@ -263,6 +286,29 @@ impl ShardMetrics {
         // Finished first: what is accepted in between makes the answer too large, never negative.
         let finished = self.finished_total();
         self.accepted_total().saturating_sub(finished)
+    }
+}
+
+/// Why a connection is closed as it comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TurnedAway {
+    /// As many as may are there that have not said hello.
+    Strangers,
+    /// Its address failed too often to prove who it is.
+    Banned,
+    /// Too many handshakes begin at once.
+    Handshakes,
+}
+
+impl TurnedAway {
+    pub const ALL: [TurnedAway; 3] = [TurnedAway::Strangers, TurnedAway::Banned, TurnedAway::Handshakes];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            TurnedAway::Strangers => "strangers",
+            TurnedAway::Banned => "banned",
+            TurnedAway::Handshakes => "handshakes",
+        }
     }
 }
 

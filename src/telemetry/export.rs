@@ -15,8 +15,8 @@ use prometheus_client::encoding::DescriptorEncoder;
 use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
-    Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES, ShardMetrics,
-    Telemetry,
+    Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES, SHADOW_OUTCOMES,
+    ShardMetrics, Telemetry, TurnedAway,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -111,6 +111,29 @@ impl Telemetry {
         list.by_shard(self, "ferry_read_bytes", "Bytes received on the data port", |s| &s.bytes_read);
         list.by_shard(self, "ferry_written_bytes", "Bytes sent on the data port", |s| &s.bytes_written);
         list.by_shard(self, "ferry_accept_errors", "Connections that could not be taken", |s| &s.accept_errors);
+        let of_shards = |of: &dyn Fn(&ShardMetrics) -> u64| self.shards.iter().map(of).sum::<u64>();
+        list.open("ferry_turned_away", "Connections that were closed as they came", Kind::Counter, |family| {
+            for why in TurnedAway::ALL {
+                family.add([("why", why.name())], of_shards(&|shard| shard.turned_away[why as usize].get()));
+            }
+        });
+        list.open("ferry_tls_handshakes", "TLS handshakes that ended", Kind::Counter, |family| {
+            for (at, outcome) in ["failed", "done"].iter().enumerate() {
+                family.add([("outcome", outcome)], of_shards(&|shard| shard.handshakes[at].get()));
+            }
+        });
+        list.open("ferry_authentications", "Hellos whose credentials were looked at", Kind::Counter, |family| {
+            for (at, outcome) in ["failed", "ok"].iter().enumerate() {
+                family.add([("outcome", outcome)], of_shards(&|shard| shard.authentications[at].get()));
+            }
+        });
+        list.open("ferry_reloads", "Times that files were read again", Kind::Counter, |family| {
+            for (what, counts) in RELOADED.iter().zip(&self.reloads) {
+                for (outcome, count) in ["failed", "ok"].iter().zip(counts) {
+                    family.add([("what", what), ("outcome", outcome)], count.get());
+                }
+            }
+        });
         let help = "Connections closed because answers were not read";
         list.by_shard(self, "ferry_slow_readers", help, |s| &s.slow_readers);
         list.by_shard(self, "ferry_shard_stalls", "A shard with work did not turn until nudged", |s| &s.stalls);

@@ -11,6 +11,10 @@
 //! | `ferry_read_bytes_total` | counter | shard | bytes received on the data port |
 //! | `ferry_written_bytes_total` | counter | shard | bytes sent on the data port |
 //! | `ferry_accept_errors_total` | counter | shard | connections that could not be taken |
+//! | `ferry_turned_away_total` | counter | why | connections that were closed as they came: too many that have not said hello (`strangers`), an address that failed too often (`banned`), too many handshakes at once (`handshakes`) |
+//! | `ferry_tls_handshakes_total` | counter | outcome | TLS handshakes that ended: `done`, or `failed` |
+//! | `ferry_authentications_total` | counter | outcome | hellos whose credentials were looked at: `ok`, or `failed` |
+//! | `ferry_reloads_total` | counter | what, outcome | times that certificates (`tls`) or `tenants` were read again: `ok`, or `failed`, and the old ones stay |
 //! | `ferry_slow_readers_total` | counter | shard | connections closed because their answers were not read |
 //! | `ferry_shard_stalls_total` | counter | shard | a shard with work did not turn until it was nudged |
 //! | `ferry_late_answers_total` | counter | shard | results dropped because the request had already ended |
@@ -94,7 +98,7 @@ pub mod waterfall;
 
 pub use counters::{
     DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES,
-    ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX,
+    ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX, TurnedAway,
 };
 pub use live::bounds_json;
 pub use times::TimeCell;
@@ -146,6 +150,8 @@ pub struct Telemetry {
     otel: OtelMetrics,
     /// By [`Books`]: without and with drift.
     audits: [[counters::Count; 2]; Books::ALL.len()],
+    /// Of certificates and of tenants: failed and done.
+    reloads: [[counters::Count; 2]; RELOADED.len()],
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
@@ -198,6 +204,9 @@ impl std::fmt::Display for Ledger {
     }
 }
 
+/// What is read again while the server runs.
+pub const RELOADED: [&str; 2] = ["tls", "tenants"];
+
 /// How a capture can end, in the order of their numbers.
 pub const CAPTURE_ENDS: [&str; 5] = ["complete", "reader_slow", "reader_gone", "stopped", "too_large"];
 
@@ -215,6 +224,7 @@ impl Telemetry {
             installation: OnceLock::new(),
             otel: OtelMetrics::default(),
             audits: Default::default(),
+            reloads: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
             shadow: ShadowMetrics::default(),
@@ -259,6 +269,11 @@ impl Telemetry {
     /// Books were recomputed, and added up or not.
     pub fn audited(&self, books: Books, adds_up: bool) {
         self.audits[books as usize][usize::from(!adds_up)].add(1);
+    }
+
+    /// Certificates or tenants (by their place in [`RELOADED`]) were read again.
+    pub fn reloaded(&self, what: usize, done: bool) {
+        self.reloads[what][usize::from(done)].add(1);
     }
 
     /// What became of all that was accepted.

@@ -94,7 +94,8 @@ impl Day {
     fn parse(text: &str) -> Option<Day> {
         let mut parts = text.split('-');
         let mut number = |digits: usize| {
-            let part = parts.next().filter(|part| part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit()))?;
+            let part =
+                parts.next().filter(|part| part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit()))?;
             part.parse::<i64>().ok()
         };
         let (year, month, day) = (number(4)?, number(2)?, number(2)?);
@@ -216,12 +217,16 @@ impl Tenants {
         for token in written.tokens {
             let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
             if token.id.is_empty() || token.id.len() > ID_MAX || !token.id.chars().all(good) {
-                return Err(format!("expected token ids of 1 to {ID_MAX} characters of a-z, 0-9 and -, got {:?}", token.id));
+                return Err(format!(
+                    "expected token ids of 1 to {ID_MAX} characters of a-z, 0-9 and -, got {:?}",
+                    token.id
+                ));
             }
             let sha256 = from_hex(&token.sha256)
                 .ok_or_else(|| format!("token {}: expected sha256 as 64 hexadecimal digits", token.id))?;
             let day = |text: &String| {
-                Day::parse(text).ok_or_else(|| format!("token {}: expected expires as YYYY-MM-DD, got {text:?}", token.id))
+                Day::parse(text)
+                    .ok_or_else(|| format!("token {}: expected expires as YYYY-MM-DD, got {text:?}", token.id))
             };
             let expires = token.expires.as_ref().map(day).transpose()?;
             if self.tokens.insert(token.id.clone(), Token { tenant, sha256, expires }).is_some() {
@@ -362,7 +367,9 @@ mod tests {
         let tenants = Tenants::parse(&text).expect("sound");
         let identity = tenants.by_token(token.as_bytes(), TODAY).expect("its token");
         assert_eq!(&*identity.tenant, "search");
-        assert!(identity.roles.has(Role::Infer) && identity.roles.has(Role::Observe) && !identity.roles.has(Role::Admin));
+        assert!(
+            identity.roles.has(Role::Infer) && identity.roles.has(Role::Observe) && !identity.roles.has(Role::Admin)
+        );
         assert_eq!(tenants.by_token(token.as_bytes(), Day(TODAY.0 + 1)), None, "the day after its last");
         let wrong = |token: &str| assert_eq!(tenants.by_token(token.as_bytes(), TODAY), None, "{token}");
         wrong("");
@@ -379,7 +386,8 @@ mod tests {
         let text = "[tenant.a]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/a\", \"spiffe://x/a2\"]\n\
                     [tenant.b]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/b\"]\n";
         let tenants = Tenants::parse(text).expect("sound");
-        let tenant = |uris: &[&str]| tenants.by_certificate(uris.iter().copied()).map(|identity| identity.tenant.to_string());
+        let tenant =
+            |uris: &[&str]| tenants.by_certificate(uris.iter().copied()).map(|identity| identity.tenant.to_string());
         assert_eq!(tenant(&["spiffe://x/a"]), Some("a".into()));
         assert_eq!(tenant(&["https://else", "spiffe://x/b"]), Some("b".into()));
         assert_eq!(tenant(&["spiffe://x/a", "spiffe://x/a2"]), Some("a".into()));
@@ -426,7 +434,8 @@ mod tests {
             assert!(!error.contains(&sha256[1..]), "{error}");
         }
         assert!(Tenants::parse("").is_err());
-        let three = (0..3).map(|n| format!("{{ id = \"t{n}\", sha256 = \"{sha256}\" }}")).collect::<Vec<_>>().join(", ");
+        let three =
+            (0..3).map(|n| format!("{{ id = \"t{n}\", sha256 = \"{sha256}\" }}")).collect::<Vec<_>>().join(", ");
         let error = Tenants::parse(&format!("[tenant.x]\nroles = [\"infer\"]\ntokens = [{three}]")).expect_err("three");
         assert!(error.to_string().contains("at most 2 tokens, got 3"), "{error}");
         let twice = format!("{}{}", text, text.replace("tenant.", "tenant.x").replace("corp/ads", "corp/x"));
@@ -435,7 +444,8 @@ mod tests {
 
     #[test]
     fn days_are_those_of_the_calendar() {
-        for (text, day) in [("1970-01-01", 0), ("2000-02-29", 11_016), ("2026-11-26", TODAY.0), ("2100-03-01", 47_541)] {
+        for (text, day) in [("1970-01-01", 0), ("2000-02-29", 11_016), ("2026-11-26", TODAY.0), ("2100-03-01", 47_541)]
+        {
             assert_eq!(Day::parse(text), Some(Day(day)), "{text}");
         }
         for text in ["2100-02-29", "2026-13-01", "2026-00-01", "2026-1-01", "2026-01-01-", "26-01-01", "", "x"] {

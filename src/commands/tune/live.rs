@@ -315,7 +315,8 @@ fn measure(args: &Args, addr: SocketAddr, load: &Load, slo: Duration) -> Result<
         connections: CONNECTIONS,
         slo: Some(slo),
         deadline: load.deadline,
-        token: std::env::var("FERRY_TOKEN").unwrap_or_default().into_bytes(),
+        token: crate::commands::connection::token(),
+        tls: crate::commands::connection::tls(),
         seed: args.seed,
         ..LoadOptions::new(addr, args.model.as_str(), load.mode.clone())
     };
