@@ -14,7 +14,7 @@ use crate::mail::Finished;
 use crate::scheduler::SealedBatch;
 use crate::timeline::breach::{BreachWatch, Why};
 use crate::timeline::files::Dump;
-use crate::timeline::{BatchRecord, LENS_KEPT, Oldest, Outcome, Ring};
+use crate::timeline::{BatchRecord, LENS_KEPT, Oldest, Ring};
 use crate::vocab::Moment;
 
 /// What is kept of the last batches.
@@ -100,7 +100,7 @@ impl<O: Outlet> Batcher<O> {
         let Some(record) = self.kept.ring.finish(batch.id, ran) else { return };
         let members = record.members;
         if let Some((watch, _)) = &mut self.kept.dumps
-            && let Some(why) = watch.finished(now, batch.model, members, ran.late, ran.outcome == Outcome::Panicked)
+            && let Some(why) = watch.finished(now, batch.model, members, ran.late, ran.outcome.is_panic())
         {
             self.kept.due = Some(why);
         }

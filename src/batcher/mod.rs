@@ -30,6 +30,7 @@ use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
 use crate::telemetry::{Books, Telemetry};
+use crate::timeline;
 use crate::trial::Outcome;
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
 use accounts::Accounts;
@@ -394,8 +395,10 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
+        // How long a failure took says nothing about how long a batch takes.
+        let service = if finished.ran.outcome == timeline::Outcome::Ok { finished.service } else { Duration::ZERO };
         for recorder in self.recorders.each() {
-            let (batch, service) = (&finished.batch, finished.service);
+            let batch = &finished.batch;
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
             let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
@@ -409,7 +412,7 @@ impl<O: Outlet> Batcher<O> {
         if let Some(running) = &mut self.live.trial {
             running.trial.meter.finished(now, finished.batch.id);
         }
-        self.scheduler.handle_finished(now, &finished.batch, finished.service);
+        self.scheduler.handle_finished(now, &finished.batch, service);
     }
 
     fn expire(&mut self, now: Moment) {

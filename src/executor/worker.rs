@@ -2,6 +2,7 @@
 //!
 //! Always true
 //! - Each filled slot ends in one finished batch, mailed to the shards of its members, and one vacant slot.
+//! - Members of a batch that failed run again in parts, until whose fault it was stands alone; the others are answered.
 //! - Outputs are checked before they leave: a row with NaN or infinity ends alone, its mates are answered.
 
 use std::sync::Arc;
@@ -13,14 +14,15 @@ use crate::mail::{Finished, FinishedBatch, Member, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Alarm, Telemetry};
 use crate::timeline::{self, Ran};
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
+use super::isolation::{Isolated, Isolation};
 use super::slot::{FilledSlot, Staging};
-use super::{Executor, Failure};
+use super::{Blame, Executor, Failure};
 
 /// What answering a batch takes.
 #[derive(Clone)]
@@ -38,6 +40,9 @@ pub struct Worker {
     executor: Box<dyn Executor>,
     pool: Vec<Arc<FinishedBatch>>,
     canary: Canary,
+    isolation: Isolation,
+    /// Members of a failed batch run again for this long at most. Zero: for as long as it takes.
+    isolation_max: Duration,
     /// By model: rows of it may be run again.
     repeatable: Vec<bool>,
 }
@@ -48,7 +53,20 @@ const POOL_MAX: usize = 8;
 impl Worker {
     pub fn new(answers: Answers, executor: Box<dyn Executor>) -> Worker {
         let (pool, canary) = (Vec::with_capacity(POOL_MAX), Canary::default());
-        Worker { answers, executor, pool, canary, repeatable: Vec::new() }
+        Worker {
+            answers,
+            executor,
+            pool,
+            canary,
+            isolation: Isolation::default(),
+            isolation_max: Duration::ZERO,
+            repeatable: Vec::new(),
+        }
+    }
+
+    /// No part of a failed batch begins to run again after so long. Zero: whenever.
+    pub fn isolate_for(&mut self, time: Duration) {
+        self.isolation_max = time;
     }
 
     /// Runs one row in so many once more, alone, and compares; of the models that are `repeatable`. 0: none.
@@ -66,13 +84,26 @@ impl Worker {
         let finished = Arc::get_mut(&mut shared).expect("the pool gives only what nobody else holds");
         self.answers.prepare(finished, &slot);
         let view = view_of(slot.staging(), &finished.contract, &batch);
-        let result = self.executor.run(batch.model, view, &mut finished.output);
+        let mut ran = Ran::new(started_at, started_at, None, Duration::ZERO);
+        let (answers, executor) = (&self.answers, &mut *self.executor);
+        let mut run = |model, view: BatchView<'_>, out: &mut BatchOutput| {
+            executor.run(model, view, out).and_then(|()| answers.check(view, out))
+        };
+        let mut result = run(batch.model, view, &mut finished.output);
+        if let Err(failure) = result {
+            let give_up_at = if self.isolation_max.is_zero() { Moment::FAR } else { started_at + self.isolation_max };
+            let (of, members) = ((batch.model, view), &slot.staging().members[..]);
+            let in_time = || clock::now() < give_up_at;
+            let isolated = self.isolation.isolate(of, members, failure, &mut finished.output, run, in_time);
+            result = isolated.map(|isolated| self.answers.isolated(isolated, &mut ran));
+            self.answers.rebuilt(self.executor.take_rebuilt());
+        }
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
         let cells = finished.output.cells_computed;
-        let mut ran = Ran::new(started_at, finished_at, None, service);
+        (ran.finished_at, ran.service) = (finished_at, service);
         self.answers.send(&mut shared, &mut slot, result, &mut ran);
-        if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
+        if ran.outcome == timeline::Outcome::Ok && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
@@ -142,6 +173,12 @@ impl Worker {
         }
     }
 
+    /// Finished batches that are kept for reuse.
+    #[cfg(test)]
+    pub(super) fn pooled(&self) -> usize {
+        self.pool.len()
+    }
+
     fn keep(&mut self, shared: Arc<FinishedBatch>) {
         if self.pool.len() < POOL_MAX {
             self.pool.push(shared);
@@ -183,6 +220,35 @@ impl Answers {
         finished.output.prepare(&finished.contract, batch.layout, &slot.staging().lens, batch.padded_len);
     }
 
+    /// Refuses outputs that are not what the contract says: nobody is answered from them.
+    pub fn check(&self, batch: BatchView<'_>, out: &BatchOutput) -> Result<(), Failure> {
+        out.check(batch.contract, (batch.layout, batch.lens, batch.padded_len)).map_err(|message| {
+            tracing::error!(model = batch.contract.name, message, "a model gave other outputs than its contract says");
+            self.telemetry.alarm(Alarm::WrongOutput);
+            let refusal = Refusal::new(Code::Internal, "the model gave other outputs than its contract says");
+            Failure { refusal, panicked: false, blame: Blame::Executor }
+        })
+    }
+
+    /// Counts what came of a failed batch whose members ran again, and says it in `ran`.
+    pub fn isolated(&self, isolated: Isolated, ran: &mut Ran) {
+        let Isolated { panicked, saved, culprits, given_up, runs } = isolated;
+        let metrics = self.telemetry.executor(self.index);
+        match panicked {
+            true => metrics.panicked(),
+            false => metrics.failed(),
+        }
+        metrics.bisected(runs, [saved, culprits, given_up]);
+        ran.outcome = timeline::Outcome::Bisected { panicked };
+        tracing::warn!(executor = self.index, runs, saved, culprits, given_up, "a failed batch ran again in parts");
+    }
+
+    pub fn rebuilt(&self, models: u32) {
+        if models > 0 {
+            self.telemetry.executor(self.index).rebuilt(models);
+        }
+    }
+
     /// Counts what came of looking at a row again, and says it where it is an alarm.
     pub fn looked(&self, finished: &FinishedBatch, outcome: Outcome) {
         if outcome == Outcome::NotLooked {
@@ -201,7 +267,7 @@ impl Answers {
         }
     }
 
-    /// Sends a batch that has run to the shards of its members, and says in `ran` what came of it. Nobody else may hold `shared`.
+    /// Sends a batch that has run to the shards of its members, and says in `ran` what came of it, if it failed. Nobody else may hold `shared`.
     pub fn send(
         &self,
         shared: &mut Arc<FinishedBatch>,

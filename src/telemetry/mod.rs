@@ -44,6 +44,7 @@
 //! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
+//! | `ferry_alarms_total` | counter | what | things that cannot be: wrong_output, a model gave outputs of another count or shape than its contract's, and its batch was answered internal; foreign_result, a batch came back twice or to nobody, and was dropped |
 //! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
 //! | `ferry_shadow_stretches_total` | counter | outcome | stretches of time given to shadow schedulers: used; lost, for its trace found no room; mixed, for a model whose policy changed meanwhile; differs, for it could not be replayed |
 //! | `ferry_shadow_covered_seconds_total` | counter | | time that used stretches cover |
@@ -54,6 +55,10 @@
 //! | `ferry_executor_time_seconds_total` | counter | executor, part | where its time went: the parts (waterfall.rs) add up to all of it, up to now or to where its running batch began |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
+//! | `ferry_executor_rebuilds_total` | counter | executor | models that were built again after a panic |
+//! | `ferry_bisections_total` | counter | executor | failed batches whose requests ran again in parts, to find whose fault it was |
+//! | `ferry_bisected_rows_total` | counter | executor, outcome | rows of such batches: saved, answered all the same; culprit, failed alone; given_up, not run alone because too many failed |
+//! | `ferry_bisection_runs_total` | counter | executor | parts of such batches that ran |
 //! | `ferry_device_waits_total` | counter | executor, for | times that an executor of a device waited for a slot, or for readback memory |
 //! | `ferry_device_pieces_total` | counter | executor | parts of batches that memory was not made for |
 //! | `ferry_device_bytes` | gauge | executor | device memory of an executor: activations and slots |
@@ -93,8 +98,8 @@ mod times;
 pub mod waterfall;
 
 pub use counters::{
-    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES,
-    ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX,
+    BISECTED, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES,
+    SHADOW_OUTCOMES, ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX,
 };
 pub use live::bounds_json;
 pub use times::TimeCell;
@@ -146,6 +151,8 @@ pub struct Telemetry {
     otel: OtelMetrics,
     /// By [`Books`]: without and with drift.
     audits: [[counters::Count; 2]; Books::ALL.len()],
+    /// By [`Alarm`].
+    alarms: [counters::Count; Alarm::ALL.len()],
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
@@ -160,6 +167,26 @@ pub enum Books {
     Scheduler,
     /// What is owed to callers, by a shard's table.
     Shard,
+}
+
+/// What cannot be, and was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Alarm {
+    /// A model gave outputs of another count or shape than its contract's.
+    WrongOutput,
+    /// A batch came back twice, or to nobody.
+    ForeignResult,
+}
+
+impl Alarm {
+    pub const ALL: [Alarm; 2] = [Alarm::WrongOutput, Alarm::ForeignResult];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Alarm::WrongOutput => "wrong_output",
+            Alarm::ForeignResult => "foreign_result",
+        }
+    }
 }
 
 impl Books {
@@ -215,6 +242,7 @@ impl Telemetry {
             installation: OnceLock::new(),
             otel: OtelMetrics::default(),
             audits: Default::default(),
+            alarms: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
             shadow: ShadowMetrics::default(),
@@ -259,6 +287,15 @@ impl Telemetry {
     /// Books were recomputed, and added up or not.
     pub fn audited(&self, books: Books, adds_up: bool) {
         self.audits[books as usize][usize::from(!adds_up)].add(1);
+    }
+
+    /// What cannot be, was. Whoever calls it has said more in the log.
+    pub fn alarm(&self, alarm: Alarm) {
+        self.alarms[alarm as usize].add(1);
+    }
+
+    pub fn alarms(&self, alarm: Alarm) -> u64 {
+        self.alarms[alarm as usize].get()
     }
 
     /// What became of all that was accepted.
