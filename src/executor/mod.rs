@@ -11,6 +11,7 @@ pub mod bisect;
 pub mod canary;
 pub mod cpu;
 pub mod device;
+pub mod fence;
 pub mod isolation;
 pub mod model;
 pub mod pack;

@@ -20,6 +20,7 @@ use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
+use super::fence::Pass;
 use super::isolation::{Isolated, Isolation};
 use super::slot::{FilledSlot, Staging};
 use super::{Blame, Executor, Failure};
@@ -45,6 +46,16 @@ pub struct Worker {
     isolation_max: Duration,
     /// By model: rows of it may be run again.
     repeatable: Vec<bool>,
+    pass: Option<Pass>,
+}
+
+/// Why an executor's thread ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The batcher is gone.
+    Closed,
+    /// It hung, and another one has its seat.
+    Replaced,
 }
 
 /// Finished batches kept for reuse. Shards let go within microseconds, so a few suffice; beyond them one is allocated.
@@ -61,6 +72,7 @@ impl Worker {
             isolation: Isolation::default(),
             isolation_max: Duration::ZERO,
             repeatable: Vec::new(),
+            pass: None,
         }
     }
 
@@ -77,7 +89,15 @@ impl Worker {
     /// Runs one batch and answers its members.
     ///
     /// Hot: once per batch; allocates nothing in steady state. Guarded by benches/scatter.rs.
-    pub fn run(&mut self, mut slot: FilledSlot) -> Finished {
+    pub fn run(&mut self, slot: FilledSlot) -> Finished {
+        self.try_run(slot).expect("only an executor with a thread of its own loses its seat")
+    }
+
+    /// The same; `None` when another thread has the seat by then: nobody is answered, and the slot is gone.
+    fn try_run(&mut self, mut slot: FilledSlot) -> Option<Finished> {
+        if let Some(pass) = &self.pass {
+            pass.begin(slot.batch.id);
+        }
         let started_at = clock::now();
         let batch = slot.batch;
         let mut shared = self.take_finished(&slot);
@@ -102,11 +122,18 @@ impl Worker {
         let service = finished_at.since(started_at);
         let cells = finished.output.cells_computed;
         (ran.finished_at, ran.service) = (finished_at, service);
+        if self.pass.as_ref().is_some_and(|pass| !pass.is_valid()) {
+            return self.too_late(&slot);
+        }
         self.answers.send(&mut shared, &mut slot, result, &mut ran);
         if ran.outcome == timeline::Outcome::Ok && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
+        // Also where the row that was looked at again hung.
+        if self.pass.as_ref().is_some_and(|pass| !pass.end()) {
+            return self.too_late(&slot);
+        }
         let run = Run {
             packed_at: slot.packed_at,
             taken_at: started_at,
@@ -119,7 +146,22 @@ impl Worker {
             uploaded_in: Duration::ZERO,
             cells,
         };
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
+        Some(Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run })
+    }
+
+    fn too_late(&self, slot: &FilledSlot) -> Option<Finished> {
+        self.answers.telemetry.executor(self.answers.index).came_late();
+        tracing::warn!(
+            executor = self.answers.index,
+            batch = slot.batch.id,
+            "a batch that hung came to its end; dropped"
+        );
+        None
+    }
+
+    /// The thread that runs it may lose its seat, by this pass.
+    pub fn hold(&mut self, pass: Pass) {
+        self.pass = Some(pass);
     }
 
     /// After the answers are on their way.
@@ -130,13 +172,14 @@ impl Worker {
         self.answers.looked(finished, outcome);
     }
 
-    /// Runs what arrives until the batcher is gone.
-    pub fn run_thread(mut self, slots: Receiver<FilledSlot>, batcher: Sender<ToBatcher>, spin: Duration) {
+    /// Runs what arrives until the batcher is gone, or until another thread has the seat.
+    pub fn run_thread(mut self, slots: &Receiver<FilledSlot>, batcher: &Sender<ToBatcher>, spin: Duration) -> Left {
         while let Received::Message(slot) = slots.recv_until(None, spin) {
-            let finished = self.run(slot);
+            let Some(finished) = self.try_run(slot) else { return Left::Replaced };
             // If the batcher is gone, so is everybody who could care.
             let _ = batcher.send_or_wait(ToBatcher::Finished(finished));
         }
+        Left::Closed
     }
 
     /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Each shape twice:

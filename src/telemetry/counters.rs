@@ -508,6 +508,8 @@ pub struct ExecutorMetrics {
     pub(super) failures: Count,
     pub(super) panics: Count,
     pub(super) rebuilds: Count,
+    pub(super) hangs: Count,
+    pub(super) late_results: Count,
     pub(super) bisections: Count,
     pub(super) bisection_runs: Count,
     /// By [`BISECTED`].
@@ -551,6 +553,16 @@ impl ExecutorMetrics {
     /// Models were built again after panics.
     pub fn rebuilt(&self, models: u32) {
         self.rebuilds.add(models.into());
+    }
+
+    /// A batch ran for so long that it was given up.
+    pub fn hung(&self) {
+        self.hangs.add(1);
+    }
+
+    /// A batch that had been given up came to its end all the same.
+    pub fn came_late(&self) {
+        self.late_results.add(1);
     }
 
     /// A failed batch ran again in so many parts. `rows`: by [`BISECTED`].

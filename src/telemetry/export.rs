@@ -338,6 +338,10 @@ impl Telemetry {
         list.by_executor(self, name, help, counter, |e| e.panics.get());
         let (name, help) = ("ferry_executor_rebuilds", "Models that were built again after a panic");
         list.by_executor(self, name, help, counter, |e| e.rebuilds.get());
+        let (name, help) = ("ferry_executor_hangs", "Batches that were given up because they did not come back");
+        list.by_executor(self, name, help, counter, |e| e.hangs.get());
+        let (name, help) = ("ferry_executor_late_results", "Results of batches that had been given up, dropped");
+        list.by_executor(self, name, help, counter, |e| e.late_results.get());
         let (name, help) = ("ferry_bisections", "Failed batches whose requests ran again in parts");
         list.by_executor(self, name, help, counter, |e| e.bisections.get());
         let help = "Rows of failed batches that ran again in parts, by what came of them";

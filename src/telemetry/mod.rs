@@ -56,6 +56,8 @@
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
 //! | `ferry_executor_rebuilds_total` | counter | executor | models that were built again after a panic |
+//! | `ferry_executor_hangs_total` | counter | executor | batches that did not come back within executor.hang_timeout_ms: their requests were answered executor_failed, and another thread took the executor's seat |
+//! | `ferry_executor_late_results_total` | counter | executor | results of such batches that came all the same, and were dropped |
 //! | `ferry_bisections_total` | counter | executor | failed batches whose requests ran again in parts, to find whose fault it was |
 //! | `ferry_bisected_rows_total` | counter | executor, outcome | rows of such batches: saved, answered all the same; culprit, failed alone; given_up, not run alone because too many failed |
 //! | `ferry_bisection_runs_total` | counter | executor | parts of such batches that ran |

@@ -58,6 +58,8 @@ pub enum Outcome {
         /// It was a panic.
         panicked: bool,
     },
+    /// It ran for so long that it was given up.
+    Hung,
 }
 
 impl Outcome {
@@ -70,6 +72,7 @@ impl Outcome {
             Outcome::Ok => "ok",
             Outcome::Failed => "failed",
             Outcome::Panicked => "panicked",
+            Outcome::Hung => "hung",
             Outcome::Bisected { panicked: false } => "bisected",
             Outcome::Bisected { panicked: true } => "bisected after a panic",
         }

@@ -46,6 +46,90 @@ fn a_model_that_panics_fails_who_made_it_and_answers_its_mates_a_thousand_times(
     assert_eq!([rows("saved"), rows("culprit"), rows("given_up")], [7000.0, 1000.0, 0.0]);
 }
 
+/// Behaviours of the faulty model: longer than the test takes, and longer than its timeout.
+const FOREVER: u32 = 60_000;
+const HANG_MS: &str = "executor.hang_timeout_ms=300";
+
+/// Goal: F57. Method: a batch that does not come back, with one bound behind it; then a drain while it still does not.
+#[test]
+fn a_batch_that_hangs_is_answered_and_another_thread_takes_the_executors_seat() {
+    let server = Server::start(&["threads.executors=1", "executor.slots=2", HANG_MS]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    let hung = [FOREVER, 0].map(|word| raw.ask(&Ask::word(faulty, word).compose(1, 2)));
+    wait_until("the executor has it", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    let behind = raw.ask(&Ask::word(faulty, 0));
+    let mut failed = Vec::new();
+    for _ in 0..3 {
+        let event = raw.recv();
+        if event.ends() == Some(behind) {
+            assert_eq!(event.expect_result().1, 0.0f32.to_le_bytes());
+        } else {
+            failed.push(event.ends().expect("an end"));
+            assert_eq!(event.expect_error(Code::ExecutorFailed).executed, Executed::Maybe);
+        }
+    }
+    failed.sort_unstable();
+    assert_eq!(failed, hung);
+    for round in 0..20 {
+        assert_eq!(raw.round(&Ask::word(faulty, 4 + round)).expect_result().1, ((4 + round) as f32).to_le_bytes());
+    }
+    assert_eq!(server.metric("ferry_executor_hangs_total", &[]), 1.0);
+    server.wait_until_at_rest();
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained, "whoever hangs is left behind");
+}
+
+#[test]
+fn what_a_hung_thread_still_brings_is_dropped_and_counted_and_the_thread_ends() {
+    let server = Server::start(&["threads.executors=1", HANG_MS]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, 1_000)).expect_error(Code::ExecutorFailed);
+    raw.round(&Ask::word(faulty, 4)).expect_result();
+    let late = || server.metric("ferry_executor_late_results_total", &[]) == 1.0;
+    wait_until("the late result is there", late);
+    raw.round(&Ask::word(faulty, 5)).expect_result();
+    // Nobody is told twice, and the thread's end is no fault.
+    raw.ping();
+    server.wait_until_at_rest();
+    assert_eq!(server.metric("ferry_alarms_total", &[]), 0.0);
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
+#[test]
+fn a_deadline_holds_while_an_executor_hangs_and_a_drain_waits_for_nobody_who_was_answered() {
+    let server = Server::start(&["threads.executors=1", "executor.hang_timeout_ms=0"]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, FOREVER).deadline_us(50_000)).expect_error(Code::DeadlineExceeded);
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
+#[test]
+fn a_hang_beyond_the_last_replacement_ends_the_server_as_a_fault_when_the_others_are_done() {
+    let set = ["threads.executors=2", "executor.replacements_max=1", "executor.slots=1", HANG_MS];
+    let server = Server::start(&set);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, FOREVER)).expect_error(Code::ExecutorFailed);
+    assert_eq!(raw.round(&Ask::word(faulty, 7)).expect_result().1, 7.0f32.to_le_bytes());
+    let hung = raw.ask(&Ask::word(faulty, FOREVER));
+    let events = raw.recv_all();
+    assert!(events.iter().any(|event| matches!(event, Event::Goaway { code: Code::Draining, .. })), "{events:?}");
+    let end = events.into_iter().find(|event| event.ends() == Some(hung)).expect("it was answered");
+    end.expect_error(Code::ExecutorFailed);
+    match server.ending() {
+        Ending::Fault(what) => assert!(what.contains("hangs"), "{what}"),
+        other => panic!("expected a fault, got {other:?}"),
+    }
+}
+
 #[test]
 fn a_reader_that_never_reads_is_bounded_then_closed_and_nobody_else_notices() {
     const OUTPUT_MAX: usize = 256 << 10;
