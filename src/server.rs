@@ -909,7 +909,9 @@ fn start_batcher(
     let telemetry = Arc::clone(&plan.telemetry);
     let mut batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     executors.slots.into_iter().for_each(|(executor, slots)| batcher.set_slots(executor, slots));
-    batcher.give_up_after(plan.config.executor.hang_timeout);
+    let executor = &plan.config.executor;
+    batcher.give_up_after(executor.hang_timeout);
+    batcher.quarantine(executor.quarantine_max as usize, executor.quarantine);
     let recorder = &plan.config.recorder;
     batcher.keep_batches(recorder.batches as usize);
     if let Some(dumps) = dumps {

@@ -11,6 +11,7 @@ mod flights;
 mod hang;
 mod keeping;
 mod live;
+mod quarantine;
 mod recorder;
 mod rotation;
 mod times;
@@ -27,7 +28,7 @@ use crate::contract::Contract;
 use crate::executor::fence::{Fence, Pass};
 use crate::executor::pack::{Pads, Row, pack};
 use crate::executor::slot::{FilledSlot, VacantSlot};
-use crate::executor::worker::Worker;
+use crate::executor::worker::{Worker, view_of};
 use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
@@ -41,6 +42,7 @@ use hang::Watchdog;
 use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
+use quarantine::Quarantine;
 use recorder::{Recorder, Tap};
 use rotation::Recorders;
 use times::Times;
@@ -111,6 +113,7 @@ pub struct Batcher<O> {
     parts: BTreeMap<TicketKey, Parts>,
     flights: Flights,
     watchdog: Watchdog,
+    quarantine: Quarantine,
     /// Ends collected during a turn, by shard.
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
@@ -157,6 +160,7 @@ impl<O: Outlet> Batcher<O> {
             parts: BTreeMap::new(),
             flights: Flights::default(),
             watchdog: Watchdog::new(seats),
+            quarantine: Quarantine::new(0, Duration::ZERO),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             kept: Kept::default(),
@@ -177,6 +181,11 @@ impl<O: Outlet> Batcher<O> {
     /// A batch that an executor has run for longer is given up, and the executor with it. Zero: never.
     pub fn give_up_after(&mut self, timeout: Duration) {
         self.watchdog.set_timeout(timeout);
+    }
+
+    /// Requests that made their model fail alone are remembered, so many for so long, and not run again meanwhile.
+    pub fn quarantine(&mut self, max: usize, time: Duration) {
+        self.quarantine = Quarantine::new(max, time);
     }
 
     /// Takes one message in. Decides nothing yet: [`Batcher::turn`] does, once for all that arrived together.
@@ -213,13 +222,14 @@ impl<O: Outlet> Batcher<O> {
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.begin(now);
+        // As if they had come back: before the turn.
+        self.replace_hung(now);
         self.conduct_trial(now);
         for recorder in self.recorders.each() {
             recorder.turn(now, self.scheduler.log());
         }
         self.choose_edges(now);
         self.expire(now);
-        self.replace_hung(now);
         let now = self.fill(now);
         // Also who was given up meanwhile.
         self.expire(now);
@@ -384,6 +394,12 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn admit_rows(&mut self, now: Moment, request: Request) -> Result<TicketId, Refusal> {
+        if let Some(form) = self.forms.get(request.model.index())
+            && let Err(refusal) = self.quarantine.check(now, &form.contract, &request)
+        {
+            self.telemetry.quarantined(request.model);
+            return Err(refusal);
+        }
         // A part holds its share of the payload.
         let bytes = request.payload.len() as u64 * u64::from(request.rows) / u64::from(request.part.of_rows.max(1));
         let arrival = Arrival {
@@ -424,7 +440,7 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
-        let Finished { executor, slot, batch, service, ran, run } = finished;
+        let Finished { executor, slot, batch, service, ran, run, blamed } = finished;
         let given = self.watchdog.finished(now, executor, batch.id);
         if given != Some(batch) {
             tracing::error!(executor, batch = batch.id, "a batch came back twice, or that nobody had given");
@@ -434,6 +450,11 @@ impl<O: Outlet> Batcher<O> {
                 self.watchdog.given(now, &given);
             }
             return;
+        }
+        let contract = &self.forms[batch.model.index()].contract;
+        for blamed in &blamed {
+            let view = view_of(slot.staging(), contract, &batch);
+            self.quarantine.blame(now, batch.model, view, blamed);
         }
         self.vacant[executor].push(slot);
         self.settle(now, &batch, service, (ran, &run), inline);
@@ -622,6 +643,7 @@ impl<O: Outlet> Batcher<O> {
 
     /// Says how things stand, once for all that the turn changed.
     fn publish(&self) {
+        self.telemetry.remembered(self.quarantine.len());
         for index in 0..self.forms.len() {
             let model = ModelHandle(index as u16);
             let (rows, cells, bytes) = self.scheduler.waiting(model);

@@ -256,6 +256,17 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 0, max: 1024, at: |c| &mut c.executor.replacements_max },
     },
     Setting {
+        key: "executor.quarantine_max",
+        about: "Requests that are remembered for having made their model fail or panic, in company and alone, or alone twice:
+                the same bytes are then answered executor_failed without being run (ferry_quarantined_total). 0: none.",
+        access: Access::U32 { min: 0, max: 1 << 20, at: |c| &mut c.executor.quarantine_max },
+    },
+    Setting {
+        key: "executor.quarantine_ms",
+        about: "How long such a request is remembered after it failed last.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.executor.quarantine },
+    },
+    Setting {
         key: "recorder.batches",
         about: "The flight recorder: what became of the last so many batches, for ferry explain, ferry timeline and the
                 files below. Some 350 bytes each; 0 keeps nothing.",

@@ -151,6 +151,9 @@ pub struct Executor {
     pub hang_timeout: Duration,
     /// Executor threads that are started, in all, in the place of those that hang.
     pub replacements_max: u32,
+    /// Requests that are remembered for having made their model fail; 0: none.
+    pub quarantine_max: u32,
+    pub quarantine: Duration,
 }
 
 /// What is kept of the last batches.
@@ -275,6 +278,8 @@ impl Config {
                 canary_every: 1000,
                 hang_timeout: Duration::from_secs(60),
                 replacements_max: 8,
+                quarantine_max: 1024,
+                quarantine: Duration::from_secs(60),
             },
             recorder: Recorder {
                 batches: 4096,

@@ -477,11 +477,12 @@ impl<D: Driver> DeviceWorker<D> {
         let batch = slot.batch;
         let ended_at = clock::now();
         let mut ran = Ran::new(started_at, ended_at, None, service);
-        let result = result.map(|isolated| {
-            if let Some(isolated) = isolated {
-                self.answers.isolated(isolated, &mut ran);
-            }
-        });
+        let mut blamed = Vec::new();
+        let result = match result {
+            Ok(None) => Ok(()),
+            Ok(Some(isolated)) => self.answers.isolated(Ok(isolated), &slot, &mut ran, &mut blamed),
+            Err(failure) => self.answers.isolated(Err(failure), &slot, &mut ran, &mut blamed),
+        };
         self.answers.send(&mut readback, &mut slot, result, &mut ran);
         self.readbacks.push(readback);
         let run = Run {
@@ -495,7 +496,7 @@ impl<D: Driver> DeviceWorker<D> {
             computed_in: service,
             ..Run::default()
         };
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run, blamed }
     }
 
     /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
@@ -743,7 +744,8 @@ impl<D: Driver> Completion<D> {
         };
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
-        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run };
+        let slot = slot.vacate();
+        let done = Finished { executor: self.answers.index, slot, batch, service, ran, run, blamed: Vec::new() };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }
 }

@@ -12,11 +12,11 @@ use std::ops::Range;
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::bisect::{Bisection, Failing, Step};
 use super::{Blame, Failure};
-use crate::mail::Member;
+use crate::mail::{Blamed, Member};
 use crate::vocab::{Code, Layout, ModelHandle};
 
 /// What came of a failed batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Isolated {
     /// Some run ended with a panic, that of the whole batch included.
     pub panicked: bool,
@@ -28,6 +28,8 @@ pub struct Isolated {
     pub given_up: u32,
     /// Runs, that of the whole batch not counted.
     pub runs: u32,
+    /// Culprits that did not fail for want of memory.
+    pub blamed: Vec<Blamed>,
 }
 
 /// What an executor needs to do it: buffers that are used again.
@@ -91,7 +93,10 @@ impl Isolation {
                 Step::Culprit(_) => {
                     isolated.culprits += rows.len() as u32;
                     let failure = result.expect_err("it failed");
-                    blame(out, rows, failure.refusal.code, &failure.refusal.message);
+                    blame(out, rows.clone(), failure.refusal.code, &failure.refusal.message);
+                    if failing(&failure) == Failing::Model {
+                        isolated.blamed.push(Blamed { rows, times: 2 });
+                    }
                 }
             }
         }
@@ -137,6 +142,16 @@ impl Isolation {
         let (rows, inputs) = (rows.len() as u32, &self.inputs[..count]);
         let view = BatchView { rows, padded_len, lens, inputs, ..batch };
         run(model, view, &mut self.output)
+    }
+}
+
+/// A batch that failed as a whole, if one member was all of it and may be to blame.
+pub fn blamed_alone(members: &[Member], failure: &Failure) -> Option<Blamed> {
+    match members {
+        [member] if failure.blame == Blame::Member && failing(failure) == Failing::Model => {
+            Some(Blamed { rows: 0..member.rows, times: 1 })
+        }
+        _ => None,
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::contract::{Contract, NonFinite, TensorSpec, first_non_finite};
-use crate::mail::{Finished, FinishedBatch, Member, ToBatcher, ToShard};
+use crate::mail::{Blamed, Finished, FinishedBatch, Member, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
@@ -21,7 +21,7 @@ use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
 use super::fence::Pass;
-use super::isolation::{Isolated, Isolation};
+use super::isolation::{self, Isolated, Isolation};
 use super::slot::{FilledSlot, Staging};
 use super::{Blame, Executor, Failure};
 
@@ -94,7 +94,7 @@ impl Worker {
     }
 
     /// The same; `None` when another thread has the seat by then: nobody is answered, and the slot is gone.
-    fn try_run(&mut self, mut slot: FilledSlot) -> Option<Finished> {
+    pub fn try_run(&mut self, mut slot: FilledSlot) -> Option<Finished> {
         if let Some(pass) = &self.pass {
             pass.begin(slot.batch.id);
         }
@@ -105,6 +105,7 @@ impl Worker {
         self.answers.prepare(finished, &slot);
         let view = view_of(slot.staging(), &finished.contract, &batch);
         let mut ran = Ran::new(started_at, started_at, None, Duration::ZERO);
+        let mut blamed = Vec::new();
         let (answers, executor) = (&self.answers, &mut *self.executor);
         let mut run = |model, view: BatchView<'_>, out: &mut BatchOutput| {
             executor.run(model, view, out).and_then(|()| answers.check(view, out))
@@ -115,7 +116,7 @@ impl Worker {
             let (of, members) = ((batch.model, view), &slot.staging().members[..]);
             let in_time = || clock::now() < give_up_at;
             let isolated = self.isolation.isolate(of, members, failure, &mut finished.output, run, in_time);
-            result = isolated.map(|isolated| self.answers.isolated(isolated, &mut ran));
+            result = self.answers.isolated(isolated, &slot, &mut ran, &mut blamed);
             self.answers.rebuilt(self.executor.take_rebuilt());
         }
         let finished_at = clock::now();
@@ -146,7 +147,7 @@ impl Worker {
             uploaded_in: Duration::ZERO,
             cells,
         };
-        Some(Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run })
+        Some(Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run, blamed })
     }
 
     fn too_late(&self, slot: &FilledSlot) -> Option<Finished> {
@@ -273,9 +274,23 @@ impl Answers {
         })
     }
 
-    /// Counts what came of a failed batch whose members ran again, and says it in `ran`.
-    pub fn isolated(&self, isolated: Isolated, ran: &mut Ran) {
-        let Isolated { panicked, saved, culprits, given_up, runs } = isolated;
+    /// Counts what came of a failed batch whose members ran again, and says it in `ran`. Who is to blame goes into `blamed`.
+    pub fn isolated(
+        &self,
+        isolated: Result<Isolated, Failure>,
+        slot: &FilledSlot,
+        ran: &mut Ran,
+        blamed: &mut Vec<Blamed>,
+    ) -> Result<(), Failure> {
+        let isolated = match isolated {
+            Ok(isolated) => isolated,
+            Err(failure) => {
+                blamed.extend(isolation::blamed_alone(&slot.staging().members, &failure));
+                return Err(failure);
+            }
+        };
+        let Isolated { panicked, saved, culprits, given_up, runs, blamed: by_isolation } = isolated;
+        *blamed = by_isolation;
         let metrics = self.telemetry.executor(self.index);
         match panicked {
             true => metrics.panicked(),
@@ -284,6 +299,7 @@ impl Answers {
         metrics.bisected(runs, [saved, culprits, given_up]);
         ran.outcome = timeline::Outcome::Bisected { panicked };
         tracing::warn!(executor = self.index, runs, saved, culprits, given_up, "a failed batch ran again in parts");
+        Ok(())
     }
 
     pub fn rebuilt(&self, models: u32) {
@@ -349,7 +365,7 @@ impl Answers {
     }
 }
 
-pub(super) fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
+pub fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
     BatchView {
         contract,
         layout: batch.layout,

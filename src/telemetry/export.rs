@@ -137,6 +137,10 @@ impl Telemetry {
         list.by_model(self, "ferry_requests_accepted", help, Kind::Counter, |place, _| accepted(place));
         list.by_model_and_code(self, "ferry_requests_finished", "Outcomes of accepted requests", |m| &m.finished);
         list.by_model_and_code(self, "ferry_requests_refused", "Requests that were never accepted", |m| &m.refused);
+        let (name, help) = ("ferry_quarantined", "Requests refused because they had made the model fail before");
+        list.by_model(self, name, help, Kind::Counter, |_, m| m.quarantined.get());
+        let (name, help) = ("ferry_quarantine_requests", "Requests remembered for having made their model fail");
+        list.open(name, help, Kind::Gauge, |family| family.add([], self.remembered.get()));
         list.by_model(self, "ferry_requests_in_flight", "Accepted minus finished", Kind::Gauge, |place, _| {
             let finished = finished(place); // first, see ShardMetrics::in_flight
             accepted(place).saturating_sub(finished)

@@ -56,6 +56,8 @@
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
 //! | `ferry_executor_rebuilds_total` | counter | executor | models that were built again after a panic |
+//! | `ferry_quarantined_total` | counter | model | requests that were refused because the same bytes had made the model fail before |
+//! | `ferry_quarantine_requests` | gauge | | requests that are remembered for that |
 //! | `ferry_executor_hangs_total` | counter | executor | batches that did not come back within executor.hang_timeout_ms: their requests were answered executor_failed, and another thread took the executor's seat |
 //! | `ferry_executor_late_results_total` | counter | executor | results of such batches that came all the same, and were dropped |
 //! | `ferry_bisections_total` | counter | executor | failed batches whose requests ran again in parts, to find whose fault it was |
@@ -155,6 +157,8 @@ pub struct Telemetry {
     audits: [[counters::Count; 2]; Books::ALL.len()],
     /// By [`Alarm`].
     alarms: [counters::Count; Alarm::ALL.len()],
+    /// Requests that the quarantine remembers.
+    remembered: counters::Count,
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
@@ -245,6 +249,7 @@ impl Telemetry {
             otel: OtelMetrics::default(),
             audits: Default::default(),
             alarms: Default::default(),
+            remembered: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
             shadow: ShadowMetrics::default(),
@@ -289,6 +294,16 @@ impl Telemetry {
     /// Books were recomputed, and added up or not.
     pub fn audited(&self, books: Books, adds_up: bool) {
         self.audits[books as usize][usize::from(!adds_up)].add(1);
+    }
+
+    /// A request of this model was refused because it had made it fail before.
+    pub fn quarantined(&self, model: ModelHandle) {
+        self.model(model).quarantined.add(1);
+    }
+
+    /// So many requests are remembered for having made their model fail.
+    pub fn remembered(&self, requests: usize) {
+        self.remembered.set(requests as u64);
     }
 
     /// What cannot be, was. Whoever calls it has said more in the log.

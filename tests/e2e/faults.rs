@@ -12,7 +12,8 @@ use crate::common::{Ask, Event, Server, bare_frame, wait_until};
 /// Goal: F55, T8. Method: a culprit at a random place of a batch of eight, a thousand times, and what could leak is counted.
 #[test]
 fn a_model_that_panics_fails_who_made_it_and_answers_its_mates_a_thousand_times() {
-    let server = Server::start(&["threads.executors=1"]);
+    // Always the same two culprits: nobody remembers them here.
+    let server = Server::start(&["threads.executors=1", "executor.quarantine_max=0"]);
     let mut raw = server.connect();
     let faulty = raw.handle("faulty");
     let mut live = None;
@@ -44,6 +45,38 @@ fn a_model_that_panics_fails_who_made_it_and_answers_its_mates_a_thousand_times(
     assert_eq!(server.metric("ferry_bisections_total", &[]), 1000.0);
     let rows = |outcome: &str| server.metric("ferry_bisected_rows_total", &[&format!("outcome=\"{outcome}\"")]);
     assert_eq!([rows("saved"), rows("culprit"), rows("given_up")], [7000.0, 1000.0, 0.0]);
+}
+
+/// Goal: F56. Method: the same bytes again and again, and others of the same shape between.
+#[test]
+fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
+    let server = Server::start(&["executor.quarantine_ms=3600000"]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    let batches = || server.metric("ferry_batches_total", &["model=\"faulty\""]);
+    for (round, executed) in
+        [Executed::Maybe, Executed::Maybe, Executed::Never, Executed::Never].into_iter().enumerate()
+    {
+        let before = batches();
+        let refusal = raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
+        assert_eq!((refusal.executed, batches() - before), (executed, f64::from(u8::from(round < 2))), "round {round}");
+        raw.round(&Ask::word(faulty, 4)).expect_result();
+    }
+    // In company it is known at once: it failed with the others, and alone.
+    let both = [raw.ask(&Ask::word(faulty, 2).compose(1, 2)), raw.ask(&Ask::word(faulty, 5).compose(1, 2))];
+    for _ in both {
+        let event = raw.recv();
+        match event.ends() == Some(both[0]) {
+            true => drop(event.expect_error(Code::ExecutorFailed)),
+            false => drop(event.expect_result()),
+        }
+    }
+    let refusal = raw.round(&Ask::word(faulty, 2)).expect_error(Code::ExecutorFailed);
+    assert_eq!(refusal.executed, Executed::Never);
+    raw.round(&Ask::words(faulty, &[2, 2])).expect_error(Code::ExecutorFailed);
+    server.wait_until_at_rest();
+    assert_eq!(server.metric("ferry_quarantined_total", &["model=\"faulty\""]), 3.0);
+    assert_eq!(server.metric("ferry_quarantine_requests", &[]), 3.0);
 }
 
 /// Behaviours of the faulty model: longer than the test takes, and longer than its timeout.
