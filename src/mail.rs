@@ -4,6 +4,7 @@
 //! - A request travels once from its shard to the batcher (through a tokenizer if it is text) and its answer once back.
 //! - Messages to a shard are bounded by its in-flight table: at most two name the same ticket, a deadline's and a batch's.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -260,6 +261,17 @@ pub struct Finished {
     pub ran: Ran,
     /// When it did what.
     pub run: Run,
+    /// Members that made the model fail while they were alone.
+    pub blamed: Vec<Blamed>,
+}
+
+/// A member that made its model fail.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blamed {
+    /// Its rows in the batch.
+    pub rows: Range<u32>,
+    /// How often: with others, and alone.
+    pub times: u32,
 }
 
 #[derive(Debug)]

@@ -7,8 +7,8 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use nix::sys::signal::Signal;
 use socket2::{Domain, Socket, Type};
 
 use crate::access::{AccessFiles, OpenAccess};
-use crate::batcher::{self, Batcher, ExecutorLink, ThreadOutlet};
+use crate::batcher::{self, Batcher, ExecutorLink, OnHang, ThreadOutlet};
 use crate::clock;
 use crate::config::{Config, OtelProtocol, Place};
 use crate::contract::Contract;
@@ -27,9 +27,10 @@ use crate::control::lifecycle::Lifecycle;
 use crate::device::sim::{self, SimDevice};
 use crate::executor::cpu::CpuExecutor;
 use crate::executor::device::{self, Program};
+use crate::executor::fence::{Fence, Pass};
 use crate::executor::model::LoadedModel;
-use crate::executor::slot::VacantSlot;
-use crate::executor::worker::{Answers, Worker};
+use crate::executor::slot::{FilledSlot, VacantSlot};
+use crate::executor::worker::{Answers, Left, Worker};
 use crate::frontend::traces::Tracing;
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, preflight, shard};
@@ -119,6 +120,8 @@ enum Event {
         panicked: bool,
     },
     DeviceLost(String),
+    /// An executor hangs and nobody takes its seat.
+    Hung(String),
 }
 
 /// Stops a running server, from any thread.
@@ -148,11 +151,13 @@ pub struct ExitNotice {
     events: flume::Sender<Event>,
     /// Known already: a shard's thread is told so when its panic is over.
     panicked: bool,
+    /// Another thread has its place: nobody cares.
+    replaced: bool,
 }
 
 impl ExitNotice {
     fn new(thread: String, events: &flume::Sender<Event>) -> ExitNotice {
-        ExitNotice { thread, events: events.clone(), panicked: false }
+        ExitNotice { thread, events: events.clone(), panicked: false, replaced: false }
     }
 
     fn end(mut self, in_turn: bool) {
@@ -163,6 +168,10 @@ impl ExitNotice {
 impl Drop for ExitNotice {
     fn drop(&mut self) {
         let panicked = self.panicked || std::thread::panicking();
+        if self.replaced {
+            tracing::info!(thread = self.thread, "a thread that hung has ended");
+            return;
+        }
         let _ = self.events.send(Event::Exit { thread: self.thread.clone(), panicked });
     }
 }
@@ -187,6 +196,9 @@ struct KeeperHandle {
     thread: JoinHandle<()>,
 }
 
+/// Threads of executors on the processor, those that were replaced left out when they are. The batcher adds to them.
+type ExecutorThreads = Arc<Mutex<Vec<(JoinHandle<()>, Pass)>>>;
+
 /// A running server.
 pub struct ServerHandle {
     pub data_addr: SocketAddr,
@@ -201,6 +213,7 @@ pub struct ServerHandle {
     batcher_mail: Sender<ToBatcher>,
     batcher: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
+    executors: ExecutorThreads,
     keeper: Option<KeeperHandle>,
     shadow: ShadowHandle,
     lifecycle: Arc<Lifecycle>,
@@ -309,7 +322,8 @@ fn build(
     let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board, records)?;
 
     let mut others = Vec::new();
-    let started = start_executors(&plan, &lifecycle, &mut others)?;
+    let executors = ExecutorThreads::default();
+    let started = start_executors(&plan, &lifecycle, &executors, &mut others)?;
     plan.contracts.iter().for_each(|contract| lifecycle.set_warm(&contract.name));
     let texts = start_tokenizers(&plan, &mut others)?;
     let dumps = start_dumps(&plan, &mut others)?;
@@ -341,6 +355,7 @@ fn build(
         batcher_mail: plan.batcher,
         batcher,
         others,
+        executors,
         keeper,
         shadow,
         lifecycle,
@@ -477,10 +492,11 @@ const FILL_WASTE_MAX: f64 = 0.25;
 fn start_executors(
     plan: &Plan<'_>,
     lifecycle: &Arc<Lifecycle>,
+    threads: &ExecutorThreads,
     others: &mut Vec<JoinHandle<()>>,
 ) -> Result<Started, StartError> {
     let mut started = match &plan.config.executor.device {
-        Place::Cpu => start_on_cpu(plan, others)?,
+        Place::Cpu => start_on_cpu(plan, threads)?,
         Place::Sim { seed, lost_after } => {
             let device = plan.sim.clone().unwrap_or_else(|| SimDevice::new(*seed));
             if lost_after.is_some() {
@@ -493,7 +509,7 @@ fn start_executors(
     };
     if plan.groups.contains(&Group::Inline) {
         let index = started.links.len();
-        let (worker, warmed) = worker_maker(plan, index, Group::Inline)()?;
+        let (worker, warmed) = worker_maker(plan, index, Group::Inline)(WarmUp::Yes)?;
         started.warmed.extend(warmed);
         plan.telemetry.executor(index).set_inline();
         started.links.push(ExecutorLink::Inline(Box::new(worker)));
@@ -502,29 +518,107 @@ fn start_executors(
     Ok(started)
 }
 
-fn start_on_cpu(plan: &Plan<'_>, others: &mut Vec<JoinHandle<()>>) -> Result<Started, StartError> {
+fn start_on_cpu(plan: &Plan<'_>, threads: &ExecutorThreads) -> Result<Started, StartError> {
     let slots = plan.config.executor.slots;
-    let spin = plan.config.frontend.spin;
     let mut started = Started::default();
     let (warm_sender, warm) = flume::unbounded();
+    let replacements = Arc::new(AtomicU32::new(0));
     for index in 0..plan.config.threads.executors {
         let (sender, receiver) = mailbox(slots as usize);
-        started.links.push(ExecutorLink::Thread(sender));
+        let fence = Arc::new(Fence::default());
+        let seat = CpuSeat {
+            index,
+            make: Arc::new(worker_maker(plan, index, Group::Executors)),
+            slots: Arc::new(receiver),
+            batcher: plan.batcher.clone(),
+            spin: plan.config.frontend.spin,
+            events: plan.events.clone(),
+            threads: Arc::clone(threads),
+        };
+        let warm = warm_sender.clone();
+        seat.start(fence.pass(), WarmUp::Yes, move |made| {
+            drop(warm.send(made.map(|warmed| Warm { warmed, ..Warm::default() })))
+        })?;
+        let (replacements, max) = (Arc::clone(&replacements), plan.config.executor.replacements_max);
+        let replace = move |pass| seat.replace(pass, &replacements, max);
+        started.links.push(ExecutorLink::Thread(sender, OnHang::Replace(fence, Box::new(replace))));
         started.seats.push(SeatSpec { group: Group::Executors, slots, device: index as u16 });
-        let make = worker_maker(plan, index, Group::Executors);
-        let (batcher, warm) = (plan.batcher.clone(), warm_sender.clone());
-        others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || match make() {
-            Ok((worker, warmed)) => {
-                let _ = warm.send(Ok(Warm { warmed, ..Warm::default() }));
-                drop(warm);
-                worker.run_thread(receiver, batcher, spin);
-            }
-            Err(error) => drop(warm.send(Err(error))),
-        })?);
     }
     drop(warm_sender);
     started.take_warm(&warm, plan.config.threads.executors)?;
     Ok(started)
+}
+
+type MakeWorker = dyn Fn(WarmUp) -> Result<(Worker, Vec<Warmed>), StartError> + Send + Sync;
+
+/// Whether a worker runs some batches for nobody before its first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WarmUp {
+    Yes,
+    /// Somebody waits for it already.
+    No,
+}
+
+/// What a thread needs to run the batches of one executor, and the next thread, if that one hangs.
+struct CpuSeat {
+    index: usize,
+    make: Arc<MakeWorker>,
+    slots: Arc<Receiver<FilledSlot>>,
+    batcher: Sender<ToBatcher>,
+    spin: Duration,
+    events: flume::Sender<Event>,
+    threads: ExecutorThreads,
+}
+
+impl CpuSeat {
+    /// Starts a thread with this pass. `made` is told on it whether there is a worker.
+    fn start(
+        &self,
+        pass: Pass,
+        warm_up: WarmUp,
+        made: impl FnOnce(Result<Vec<Warmed>, StartError>) + Send + 'static,
+    ) -> Result<(), StartError> {
+        let (make, slots, batcher) = (Arc::clone(&self.make), Arc::clone(&self.slots), self.batcher.clone());
+        let (spin, mine) = (self.spin, pass.clone());
+        let thread =
+            spawn_replaceable(format!("ferry-exec-{}", self.index), &self.events, move || match make(warm_up) {
+                Ok((mut worker, warmed)) => {
+                    worker.hold(mine);
+                    made(Ok(warmed));
+                    worker.run_thread(&slots, &batcher, spin)
+                }
+                Err(error) => {
+                    made(Err(error));
+                    Left::Closed
+                }
+            })?;
+        let mut threads = self.threads.lock().expect("nothing that can panic is done with it");
+        threads.retain(|(_, pass)| pass.is_valid());
+        threads.push((thread, pass));
+        Ok(())
+    }
+
+    /// Starts another thread in the place of one that hangs. False where there may be no more: the server is told to end.
+    fn replace(&self, pass: Pass, replacements: &AtomicU32, max: u32) -> bool {
+        let index = self.index;
+        let hung = |why: String| {
+            let _ = self.events.send(Event::Hung(format!("executor {index} hangs, and {why}")));
+            false
+        };
+        if replacements.fetch_add(1, Ordering::Relaxed) >= max {
+            return hung(format!("{max} threads were replaced before (executor.replacements_max)"));
+        }
+        let events = self.events.clone();
+        let made = move |made: Result<Vec<Warmed>, StartError>| {
+            if let Err(error) = made {
+                let _ = events.send(Event::Hung(format!("executor {index} hung, and no other can be made: {error}")));
+            }
+        };
+        match self.start(pass, WarmUp::No, made) {
+            Ok(()) => true,
+            Err(error) => hung(error.to_string()),
+        }
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
@@ -588,7 +682,16 @@ fn start_on_devices<D: Driver>(
             }
         };
         let (sender, receiver) = mailbox(slots as usize);
-        started.links.push(ExecutorLink::Thread(sender));
+        let timeout = plan.config.executor.hang_timeout;
+        let give_up: Box<dyn FnMut() + Send> = {
+            let (lifecycle, events) = (Arc::clone(lifecycle), plan.events.clone());
+            Box::new(move || {
+                lifecycle.set_draining();
+                let message = format!("executor {index}: a batch has run for more than {timeout:?} on its device");
+                let _ = events.send(Event::DeviceLost(message));
+            })
+        };
+        started.links.push(ExecutorLink::Thread(sender, OnHang::GiveUp(give_up)));
         started.seats.push(SeatSpec { group: Group::Executors, slots, device: number });
         let mine: Vec<bool> =
             (plan.groups.iter().zip(&on_device)).map(|(group, on)| *group == Group::Executors && !on).collect();
@@ -613,7 +716,7 @@ fn start_on_devices<D: Driver>(
         };
         others.push(spawn_thread(format!("ferry-exec-{index}"), &plan.events, move || {
             let make = || -> Result<_, StartError> {
-                let (worker, mut warmed) = make_others()?;
+                let (worker, mut warmed) = make_others(WarmUp::Yes)?;
                 let contracts = answers.contracts.clone();
                 let mailbox = batcher.clone();
                 let mut made = device::make(driver, programs, worker, answers, options, mailbox, alarm)
@@ -719,7 +822,7 @@ fn worker_maker(
     plan: &Plan<'_>,
     index: usize,
     group: Group,
-) -> impl FnOnce() -> Result<(Worker, Vec<Warmed>), StartError> + Send + 'static {
+) -> impl Fn(WarmUp) -> Result<(Worker, Vec<Warmed>), StartError> + Send + Sync + 'static {
     worker_maker_of(plan, index, plan.groups.iter().map(|of_model| *of_model == group).collect())
 }
 
@@ -729,7 +832,7 @@ fn worker_maker_of(
     plan: &Plan<'_>,
     index: usize,
     mine: Vec<bool>,
-) -> impl FnOnce() -> Result<(Worker, Vec<Warmed>), StartError> + Send + 'static {
+) -> impl Fn(WarmUp) -> Result<(Worker, Vec<Warmed>), StartError> + Send + Sync + 'static {
     let loaded: Vec<Arc<dyn LoadedModel>> = plan.models.iter().map(|model| Arc::clone(&model.model)).collect();
     let shapes: Vec<Vec<(u32, u32)>> = plan.models.iter().map(|model| model.manifest.warmup.shapes.clone()).collect();
     let layouts: Vec<Layout> =
@@ -740,15 +843,18 @@ fn worker_maker_of(
         .collect();
     let canary_every = plan.config.executor.canary_every;
     let answers = answers_of(plan, index);
-    move || {
-        let executor = CpuExecutor::new(loaded, &mine)
+    // Half the time after which it would be hung: a part that has begun then has as long again.
+    let isolation_max = plan.config.executor.hang_timeout / 2;
+    move |warm_up| {
+        let executor = CpuExecutor::new(loaded.clone(), &mine)
             .map_err(|error| StartError::Thread(format!("executor {index}: {error}")))?;
         let mut warmed = Vec::new();
         let contracts = answers.contracts.clone();
-        let mut worker = Worker::new(answers, Box::new(executor));
-        worker.watch(canary_every, repeatable);
+        let mut worker = Worker::new(answers.clone(), Box::new(executor));
+        worker.watch(canary_every, repeatable.clone());
+        worker.isolate_for(isolation_max);
         for (at, contract) in contracts.iter().enumerate() {
-            if mine[at] {
+            if mine[at] && warm_up == WarmUp::Yes {
                 let model = ModelHandle(at as u16);
                 let times = worker
                     .warm(model, layouts[at], &shapes[at])
@@ -824,6 +930,9 @@ fn start_batcher(
     let telemetry = Arc::clone(&plan.telemetry);
     let mut batcher = Batcher::new(scheduler, outlet, &plan.contracts, plan.shards.len(), telemetry);
     executors.slots.into_iter().for_each(|(executor, slots)| batcher.set_slots(executor, slots));
+    let executor = &plan.config.executor;
+    batcher.give_up_after(executor.hang_timeout);
+    batcher.quarantine(executor.quarantine_max as usize, executor.quarantine);
     let recorder = &plan.config.recorder;
     batcher.keep_batches(recorder.batches as usize);
     if let Some(dumps) = dumps {
@@ -996,6 +1105,40 @@ fn spawn_thread(
         .map_err(|error| StartError::Thread(format!("cannot start thread {name}: {error}")))
 }
 
+/// The same for an executor: its end is no news if another thread has its seat.
+fn spawn_replaceable(
+    name: String,
+    events: &flume::Sender<Event>,
+    body: impl FnOnce() -> Left + Send + 'static,
+) -> Result<JoinHandle<()>, StartError> {
+    let notice = ExitNotice::new(name.clone(), events);
+    std::thread::Builder::new()
+        .name(name.clone())
+        .spawn(move || {
+            let mut notice = notice;
+            notice.replaced = body() == Left::Replaced;
+        })
+        .map_err(|error| StartError::Thread(format!("cannot start thread {name}: {error}")))
+}
+
+/// How long the last batches of executors are waited for when everybody has been answered.
+const EXECUTOR_END_MAX: Duration = Duration::from_secs(5);
+
+/// Waits for threads that run what nobody waits for any more. One that hangs is left to the process's end.
+fn join_executors(threads: impl Iterator<Item = JoinHandle<()>>) {
+    let end = clock::now() + EXECUTOR_END_MAX;
+    for thread in threads {
+        while !thread.is_finished() && clock::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.is_finished() {
+            let _ = thread.join();
+        } else {
+            tracing::warn!(thread = thread.thread().name(), "a thread hangs; it ends with the process");
+        }
+    }
+}
+
 /// How often a busy server's shards are looked at.
 const WATCH_BUSY: Duration = Duration::from_millis(20);
 const WATCH_IDLE: Duration = Duration::from_millis(500);
@@ -1059,12 +1202,19 @@ impl ServerHandle {
                         self.abort_shards();
                     }
                 }
+                Ok(Event::Hung(message)) => {
+                    tracing::error!(message, "draining");
+                    ending = Ending::Fault(message);
+                    give_up_at.get_or_insert_with(|| self.start_drain());
+                }
                 Err(_) => {}
             }
             if give_up_at.is_some_and(|at| clock::now() >= at) && !aborted {
                 tracing::error!(timeout = ?self.drain_timeout, "the drain took too long; answering what is left with executor_failed");
                 aborted = true;
-                ending = Ending::Aborted;
+                if ending == Ending::Drained {
+                    ending = Ending::Aborted;
+                }
                 self.abort_shards();
             }
             self.nudge_stalled_shards();
@@ -1130,9 +1280,10 @@ impl ServerHandle {
         // A model that hangs must not keep the process: after an abort or a fault, executors are left to its end.
         if *ending == Ending::Drained {
             let _ = self.batcher.join();
-            for thread in self.others {
-                let _ = thread.join();
-            }
+            let threads = std::mem::take(&mut *self.executors.lock().expect("no thread is added any more"));
+            // One that was replaced is not waited for.
+            let mine = threads.into_iter().filter(|(_, pass)| pass.is_valid()).map(|(thread, _)| thread);
+            join_executors(mine.chain(self.others));
         }
         self.lifecycle.set_stopped();
         self.control.shutdown();

@@ -1,5 +1,5 @@
-//! Simulated lives of a server, each from a seed: random requests, deadlines, cancels, disconnects, failing, slow and
-//! stuck executors, and a drain at the end. The batcher, scheduler, packing, device worker, scatter, in-flight table and
+//! Simulated lives of a server, each from a seed: random requests, deadlines, cancels, disconnects, failing, slow,
+//! stuck and hung executors, requests that make their model fail, batches that come back twice, and a drain at the end. The batcher, scheduler, packing, device worker, scatter, in-flight table and
 //! wire are the real ones; time and threads are not.
 //!
 //! `SIM_SEEDS=n` runs n seeds, `SIM_SEED=s` repeats one.
@@ -32,6 +32,12 @@ const EXPECTED: &[&str] = &[
     "too_large",
     "invalid_argument",
     "executor_failed",
+    "out_of_memory",
+    "culprits",
+    "requests in quarantine",
+    "hung executors",
+    "late results",
+    "batches that came back twice",
     "non_finite_output",
     "deadline on arrival",
     "deadline in the queue",
@@ -145,6 +151,12 @@ fn a_deadline_that_is_ignored_is_noticed() {
 fn a_refused_request_that_is_executed_is_noticed() {
     let said = found(Defect::ServeRefused);
     assert!(said.contains("never executed") || said.contains("expired"), "{said}");
+}
+
+#[test]
+fn a_request_that_pays_for_its_mate_is_noticed() {
+    let said = found(Defect::BlameAnother);
+    assert!(said.contains("for another's fault") || said.contains("NaN of another"), "{said}");
 }
 
 fn replay(trace: &[u8]) -> Result<Verified, ReplayError> {

@@ -1,11 +1,12 @@
-//! Deadlines of requests that are in a running batch.
+//! Requests that are in a running batch, and their deadlines.
 //!
 //! A deadline holds in every stage, also while an executor is stuck: the caller is answered on time, and the late result
 //! is dropped by the shard, whose slot has moved on to another generation.
 
 use crate::vocab::{Moment, TicketKey};
 
-/// One batch in flight: its members' deadlines, latest first, so that the next one is at the end.
+/// One batch in flight: its members that have no answer from here yet, by their deadlines, latest first, so that the next one is
+/// at the end. [`Moment::FAR`]: it has none.
 #[derive(Debug, Default)]
 struct Flight {
     batch: u64,
@@ -21,14 +22,11 @@ pub struct Flights {
 }
 
 impl Flights {
+    /// `deadlines`: of all members.
     pub fn start(&mut self, batch: u64, deadlines: impl Iterator<Item = (Moment, TicketKey)>) {
         let mut flight = self.spare.pop().unwrap_or_default();
         flight.batch = batch;
         flight.deadlines.extend(deadlines);
-        if flight.deadlines.is_empty() {
-            self.spare.push(flight);
-            return;
-        }
         flight.deadlines.sort_unstable_by(|a, b| b.cmp(a));
         self.flights.push(flight);
     }
@@ -41,15 +39,24 @@ impl Flights {
         }
     }
 
+    /// A batch will not come back: the members that nobody has answered.
+    pub fn lose(&mut self, batch: u64) -> impl Iterator<Item = TicketKey> {
+        let flight = self.flights.iter_mut().find(|flight| flight.batch == batch);
+        flight.into_iter().flat_map(|flight| flight.deadlines.drain(..)).map(|(_, key)| key)
+    }
+
     /// The next request whose deadline has come while its batch runs. Call until `None`.
     pub fn poll_expired(&mut self, now: Moment) -> Option<TicketKey> {
-        let flight =
-            self.flights.iter_mut().find(|flight| flight.deadlines.last().is_some_and(|(at, _)| *at <= now))?;
+        let flight = self
+            .flights
+            .iter_mut()
+            .find(|flight| flight.deadlines.last().is_some_and(|(at, _)| *at <= now && *at != Moment::FAR))?;
         flight.deadlines.pop().map(|(_, key)| key)
     }
 
     pub fn next(&self) -> Option<Moment> {
-        self.flights.iter().filter_map(|flight| flight.deadlines.last()).map(|(at, _)| *at).min()
+        let next = self.flights.iter().filter_map(|flight| flight.deadlines.last()).map(|(at, _)| *at).min();
+        next.filter(|at| *at != Moment::FAR)
     }
 }
 
@@ -65,13 +72,17 @@ mod tests {
     fn deadlines_of_running_batches_come_due_in_order_and_end_with_their_batch() {
         let mut flights = Flights::default();
         flights.start(1, [(Moment(30), key(3)), (Moment(10), key(1))].into_iter());
-        flights.start(2, [(Moment(20), key(2))].into_iter());
+        flights.start(2, [(Moment::FAR, key(4)), (Moment(20), key(2))].into_iter());
         assert_eq!(flights.next(), Some(Moment(10)));
         assert_eq!(flights.poll_expired(Moment(9)), None);
         assert_eq!(flights.poll_expired(Moment(20)), Some(key(1)));
         assert_eq!(flights.poll_expired(Moment(20)), Some(key(2)));
         assert_eq!(flights.poll_expired(Moment(20)), None);
+        assert_eq!(flights.next(), Some(Moment(30)));
         flights.finish(1);
-        assert_eq!(flights.next(), None);
+        assert_eq!(flights.next(), None, "who has no deadline is not woken for");
+        assert_eq!(flights.poll_expired(Moment::FAR), None);
+        assert_eq!(flights.lose(2).collect::<Vec<_>>(), [key(4)], "the other was answered when it expired");
+        assert_eq!(flights.lose(1).count(), 0);
     }
 }

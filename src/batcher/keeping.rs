@@ -10,11 +10,10 @@
 use super::{Batcher, Outlet};
 use crate::clock;
 use crate::executor::pack::Row;
-use crate::mail::Finished;
 use crate::scheduler::SealedBatch;
 use crate::timeline::breach::{BreachWatch, Why};
 use crate::timeline::files::Dump;
-use crate::timeline::{BatchRecord, LENS_KEPT, Oldest, Outcome, Ring};
+use crate::timeline::{BatchRecord, LENS_KEPT, Oldest, Ran, Ring};
 use crate::vocab::Moment;
 
 /// What is kept of the last batches.
@@ -95,12 +94,11 @@ impl<O: Outlet> Batcher<O> {
         self.kept.ring.last(last, since, |batch| self.telemetry.answered_at(batch))
     }
 
-    pub(super) fn note_ran(&mut self, now: Moment, finished: &Finished) {
-        let (batch, ran) = (&finished.batch, finished.ran);
+    pub(super) fn note_ran(&mut self, now: Moment, batch: &SealedBatch, ran: Ran) {
         let Some(record) = self.kept.ring.finish(batch.id, ran) else { return };
         let members = record.members;
         if let Some((watch, _)) = &mut self.kept.dumps
-            && let Some(why) = watch.finished(now, batch.model, members, ran.late, ran.outcome == Outcome::Panicked)
+            && let Some(why) = watch.finished(now, batch.model, members, ran.late, ran.outcome.is_panic())
         {
             self.kept.due = Some(why);
         }

@@ -8,8 +8,10 @@
 
 mod accounts;
 mod flights;
+mod hang;
 mod keeping;
 mod live;
+mod quarantine;
 mod recorder;
 mod rotation;
 mod times;
@@ -23,20 +25,24 @@ use std::time::Duration;
 use crate::capture::{CaptureEnd, Done, Sink};
 use crate::clock;
 use crate::contract::Contract;
+use crate::executor::fence::{Fence, Pass};
 use crate::executor::pack::{Pads, Row, pack};
 use crate::executor::slot::{FilledSlot, VacantSlot};
-use crate::executor::worker::Worker;
+use crate::executor::worker::{Worker, view_of};
 use crate::mail::{Burst, Finished, Part, Request, ToBatcher, ToShard, Waited};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scheduler::{Arrival, Expired, Group, Scheduler, SealedBatch, TicketId};
-use crate::telemetry::{Books, Telemetry};
+use crate::telemetry::{Alarm, Books, Telemetry};
+use crate::timeline::{self, Ran};
 use crate::trial::Outcome;
-use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage, TicketKey};
+use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run, SealReason, Stage, TicketKey};
 use accounts::Accounts;
 use flights::Flights;
+use hang::Watchdog;
 use keeping::Kept;
 pub use live::HISTORY;
 use live::Live;
+use quarantine::Quarantine;
 use recorder::{Recorder, Tap};
 use rotation::Recorders;
 use times::Times;
@@ -49,6 +55,23 @@ pub trait Outlet {
 
     /// Mails the ends of requests to their shard.
     fn end(&mut self, shard: u16, ended: Vec<(TicketKey, Refusal)>);
+
+    /// A batch has run for longer than any should: puts another executor in this seat, if it really runs. What the one before may
+    /// still do reaches nobody.
+    fn replace(&mut self, _executor: usize, _batch: u64) -> Replaced {
+        Replaced::Dead
+    }
+}
+
+/// What came of replacing a hung executor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Replaced {
+    /// It does not run the batch: not yet, or no longer, and then the result is on its way.
+    NotRunning,
+    /// The next one takes what waits for the seat.
+    Yes,
+    /// No other takes the seat.
+    Dead,
 }
 
 /// One model's facts that packing needs.
@@ -89,6 +112,8 @@ pub struct Batcher<O> {
     /// Requests that are run in parts, as long as one of them waits.
     parts: BTreeMap<TicketKey, Parts>,
     flights: Flights,
+    watchdog: Watchdog,
+    quarantine: Quarantine,
     /// Ends collected during a turn, by shard.
     ended: Vec<Vec<(TicketKey, Refusal)>>,
     members: Vec<TicketId>,
@@ -119,7 +144,8 @@ impl<O: Outlet> Batcher<O> {
             .map(|contract| Form { contract: Arc::clone(contract), pads: Pads::of(contract) })
             .collect();
         let slots = |slots: u32| (0..slots).map(|_| VacantSlot::default()).collect();
-        let vacant = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
+        let vacant: Vec<_> = scheduler.seats().iter().map(|seat| slots(seat.slots)).collect();
+        let seats = vacant.len();
         let batcher = Batcher {
             live: Live::new(&scheduler, forms.len()),
             times: Times::new(&scheduler, Arc::clone(&telemetry)),
@@ -133,6 +159,8 @@ impl<O: Outlet> Batcher<O> {
             tickets: vec![Vec::new(); shards],
             parts: BTreeMap::new(),
             flights: Flights::default(),
+            watchdog: Watchdog::new(seats),
+            quarantine: Quarantine::new(0, Duration::ZERO),
             ended: vec![Vec::new(); shards],
             members: Vec::new(),
             kept: Kept::default(),
@@ -148,6 +176,16 @@ impl<O: Outlet> Batcher<O> {
     pub fn set_slots(&mut self, executor: usize, slots: Vec<VacantSlot>) {
         assert_eq!(slots.len(), self.vacant[executor].len(), "the scheduler counts on as many");
         self.vacant[executor] = slots;
+    }
+
+    /// A batch that an executor has run for longer is given up, and the executor with it. Zero: never.
+    pub fn give_up_after(&mut self, timeout: Duration) {
+        self.watchdog.set_timeout(timeout);
+    }
+
+    /// Requests that made their model fail alone are remembered, so many for so long, and not run again meanwhile.
+    pub fn quarantine(&mut self, max: usize, time: Duration) {
+        self.quarantine = Quarantine::new(max, time);
     }
 
     /// Takes one message in. Decides nothing yet: [`Batcher::turn`] does, once for all that arrived together.
@@ -184,6 +222,8 @@ impl<O: Outlet> Batcher<O> {
     /// One turn: all it does, in the order it does it. Returns when to wake next.
     pub fn turn(&mut self, now: Moment) -> Option<Moment> {
         self.begin(now);
+        // As if they had come back: before the turn.
+        self.replace_hung(now);
         self.conduct_trial(now);
         for recorder in self.recorders.each() {
             recorder.turn(now, self.scheduler.log());
@@ -201,7 +241,7 @@ impl<O: Outlet> Batcher<O> {
         let asked_again = self.scheduler.poll_timeout(now);
         self.times.turned(now, self.scheduler.waits(), asked_again);
         let trial = self.live.trial.as_ref().map(|running| running.trial.next(now));
-        let wakes = [asked_again, self.flights.next(), self.settle_recorders(now), trial];
+        let wakes = [asked_again, self.flights.next(), self.watchdog.next(), self.settle_recorders(now), trial];
         wakes.into_iter().flatten().min()
     }
 
@@ -354,6 +394,12 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn admit_rows(&mut self, now: Moment, request: Request) -> Result<TicketId, Refusal> {
+        if let Some(form) = self.forms.get(request.model.index())
+            && let Err(refusal) = self.quarantine.check(now, &form.contract, &request)
+        {
+            self.telemetry.quarantined(request.model);
+            return Err(refusal);
+        }
         // A part holds its share of the payload.
         let bytes = request.payload.len() as u64 * u64::from(request.rows) / u64::from(request.part.of_rows.max(1));
         let arrival = Arrival {
@@ -394,22 +440,91 @@ impl<O: Outlet> Batcher<O> {
     }
 
     fn take_finished(&mut self, now: Moment, finished: Finished, inline: bool) {
+        let Finished { executor, slot, batch, service, ran, run, blamed } = finished;
+        let given = self.watchdog.finished(now, executor, batch.id);
+        if given != Some(batch) {
+            tracing::error!(executor, batch = batch.id, "a batch came back twice, or that nobody had given");
+            self.telemetry.alarm(Alarm::ForeignResult);
+            if let Some(given) = given {
+                // It says another thing of a batch that was given: that one goes on being waited for.
+                self.watchdog.given(now, &given);
+            }
+            return;
+        }
+        let contract = &self.forms[batch.model.index()].contract;
+        for blamed in &blamed {
+            let view = view_of(slot.staging(), contract, &batch);
+            self.quarantine.blame(now, batch.model, view, blamed);
+        }
+        self.vacant[executor].push(slot);
+        self.settle(now, &batch, service, (ran, &run), inline);
+    }
+
+    /// A batch has left its executor, whatever came of it.
+    fn settle(&mut self, now: Moment, batch: &SealedBatch, service: Duration, (ran, run): (Ran, &Run), inline: bool) {
+        // How long a failure took says nothing about how long a batch takes.
+        let service = if ran.outcome == timeline::Outcome::Ok { service } else { Duration::ZERO };
         for recorder in self.recorders.each() {
-            let (batch, service) = (&finished.batch, finished.service);
             let &SealedBatch { id, executor, model, rows, padded_len, .. } = batch;
             let packed = (batch.layout == Layout::Packed).then_some((batch.cells_real, batch.squares_real));
             let done = Done { id, executor, model, rows, padded_len, packed, service, inline };
             recorder.finished(now, done, self.scheduler.log());
         }
-        self.note_ran(now, &finished);
-        let took = self.times.finished(&finished);
-        self.accounts.finished(finished.batch.id, took);
-        self.vacant[finished.executor].push(finished.slot);
-        self.flights.finish(finished.batch.id);
+        self.note_ran(now, batch, ran);
+        let took = self.times.finished(usize::from(batch.executor), batch.id, run);
+        self.accounts.finished(batch.id, took);
+        self.flights.finish(batch.id);
         if let Some(running) = &mut self.live.trial {
-            running.trial.meter.finished(now, finished.batch.id);
+            running.trial.meter.finished(now, batch.id);
         }
-        self.scheduler.handle_finished(now, &finished.batch, finished.service);
+        self.scheduler.handle_finished(now, batch, service);
+    }
+
+    /// Batches that run for too long are given up: their requests are answered, and another executor takes the seat.
+    fn replace_hung(&mut self, now: Moment) {
+        while let Some((executor, id)) = self.watchdog.poll(now) {
+            let replaced = self.outlet.replace(executor, id);
+            if replaced != Replaced::NotRunning {
+                self.telemetry.executor(executor).hung();
+            }
+            match replaced {
+                Replaced::NotRunning => self.watchdog.runs_since(now, executor),
+                Replaced::Yes => {
+                    tracing::error!(executor, batch = id, "a batch hung; another executor thread takes its seat");
+                    let batch = self.watchdog.given_up(now, executor);
+                    let late = self.answer_lost(now, batch.id);
+                    self.vacant[executor].push(VacantSlot::default());
+                    let began_at = batch.sealed_at.min(now);
+                    let service = now.since(began_at);
+                    let outcome = timeline::Outcome::Hung;
+                    let ran = Ran { outcome, late, ..Ran::new(began_at, now, None, service) };
+                    let at = began_at;
+                    let run =
+                        Run { packed_at: at, taken_at: at, asked_at: at, began_at, ended_at: now, ..Run::default() };
+                    let run = Run { copied_at: now, answered_at: now, computed_in: service, ..run };
+                    self.settle(now, &batch, service, (ran, &run), false);
+                }
+                Replaced::Dead => {
+                    tracing::error!(executor, batch = id, "a batch hung, and no other executor takes its seat");
+                    for batch in self.watchdog.bury(executor).collect::<Vec<u64>>() {
+                        self.answer_lost(now, batch);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Answers who is in a batch that will not come back. Says how many had no answer.
+    fn answer_lost(&mut self, now: Moment, batch: u64) -> u32 {
+        let mut lost = 0;
+        let keys: Vec<TicketKey> = self.flights.lose(batch).collect();
+        for key in keys {
+            self.cancel_parts(now, key, None);
+            let refusal = Refusal::new(Code::ExecutorFailed, "the batch did not come back from its executor in time");
+            self.ended[usize::from(key.shard)].push((key, refusal));
+            lost += 1;
+        }
+        lost
     }
 
     fn expire(&mut self, now: Moment) {
@@ -447,6 +562,12 @@ impl<O: Outlet> Batcher<O> {
             if self.scheduler.policy(batch.model).group == Group::Inline {
                 // It takes its time here and now.
                 self.waits.settle(now, &self.scheduler);
+            }
+            self.watchdog.given(now, &batch);
+            if self.watchdog.is_dead(batch.executor) {
+                // It would wait behind what never ends.
+                self.answer_lost(now, batch.id);
+                continue;
             }
             if let Some(finished) = self.outlet.submit(usize::from(batch.executor), filled) {
                 now = now + finished.service;
@@ -488,7 +609,7 @@ impl<O: Outlet> Batcher<O> {
             self.accounts.sealed(&batch, charged);
             rows.clone().for_each(|row| metrics.queue_delay(batch.sealed_at.since(row.admitted_at)));
             self.kept.sealed(&batch, rows.clone());
-            let deadlines = rows.filter_map(|row| Some((row.request.deadline?, row.request.key)));
+            let deadlines = rows.map(|row| (row.request.deadline.unwrap_or(Moment::FAR), row.request.key));
             self.flights.start(batch.id, deadlines);
         }
         for id in members {
@@ -522,6 +643,7 @@ impl<O: Outlet> Batcher<O> {
 
     /// Says how things stand, once for all that the turn changed.
     fn publish(&self) {
+        self.telemetry.remembered(self.quarantine.len());
         for index in 0..self.forms.len() {
             let model = ModelHandle(index as u16);
             let (rows, cells, bytes) = self.scheduler.waiting(model);
@@ -551,20 +673,46 @@ pub struct ThreadOutlet {
 
 /// How the batcher reaches one executor.
 pub enum ExecutorLink {
-    Thread(Sender<FilledSlot>),
+    Thread(Sender<FilledSlot>, OnHang),
     Inline(Box<Worker>),
+}
+
+/// What is done about an executor's thread that hangs.
+pub enum OnHang {
+    /// Starts another one with this pass, which takes what waits; false when there may be no more.
+    Replace(Arc<Fence>, Box<dyn FnMut(Pass) -> bool + Send>),
+    /// Its device is given up, and with it this process.
+    GiveUp(Box<dyn FnMut() + Send>),
 }
 
 impl Outlet for ThreadOutlet {
     fn submit(&mut self, executor: usize, slot: FilledSlot) -> Option<Finished> {
         match &mut self.executors[executor] {
-            ExecutorLink::Thread(sender) => {
+            ExecutorLink::Thread(sender, _) => {
                 // Room is certain: an executor's mailbox holds as many messages as it has slots.
                 let sent = sender.send_or_wait(slot);
                 assert!(sent, "executor threads outlive the batcher");
                 None
             }
             ExecutorLink::Inline(worker) => Some(worker.run(slot)),
+        }
+    }
+
+    fn replace(&mut self, executor: usize, batch: u64) -> Replaced {
+        match &mut self.executors[executor] {
+            ExecutorLink::Thread(_, OnHang::Replace(fence, start)) => match fence.close(batch) {
+                None => Replaced::NotRunning,
+                Some(pass) => match start(pass) {
+                    true => Replaced::Yes,
+                    false => Replaced::Dead,
+                },
+            },
+            ExecutorLink::Thread(_, OnHang::GiveUp(give_up)) => {
+                give_up();
+                Replaced::Dead
+            }
+            // It runs in the batcher's turns: while it hangs nobody gets here.
+            ExecutorLink::Inline(_) => Replaced::NotRunning,
         }
     }
 

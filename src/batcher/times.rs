@@ -8,11 +8,10 @@
 
 use std::sync::Arc;
 
-use crate::mail::Finished;
 use crate::scheduler::{Scheduler, SealedBatch};
 use crate::telemetry::Telemetry;
 use crate::telemetry::waterfall::{Cells, GROUPS, Waterfall};
-use crate::vocab::Moment;
+use crate::vocab::{Moment, Run};
 
 #[derive(Debug)]
 pub struct Times {
@@ -62,8 +61,7 @@ impl Times {
     }
 
     /// A batch came back. Returns what it took of its executor's time, in ns.
-    pub fn finished(&mut self, finished: &Finished) -> u64 {
-        let (executor, batch, run) = (finished.executor, finished.batch.id, &finished.run);
+    pub fn finished(&mut self, executor: usize, batch: u64, run: &Run) -> u64 {
         self.write(executor, |books| books.finished(executor, batch, run))
     }
 

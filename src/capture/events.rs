@@ -66,6 +66,7 @@ pub struct Done {
     pub padded_len: u32,
     /// Sum of its rows' lengths, and of their squares, where they lay end to end.
     pub packed: Option<(u64, u64)>,
+    /// Zero: it failed, and says nothing about the time that such a batch takes.
     pub service: Duration,
     /// It ran on the batcher's thread, in the turn that sealed it, which went on when it was done.
     pub inline: bool,

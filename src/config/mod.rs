@@ -169,6 +169,13 @@ pub struct Executor {
     pub threads: u32,
     /// One row in so many is run again, alone, and compared; 0: none.
     pub canary_every: u32,
+    /// A batch that runs for longer is given up. Zero: never.
+    pub hang_timeout: Duration,
+    /// Executor threads that are started, in all, in the place of those that hang.
+    pub replacements_max: u32,
+    /// Requests that are remembered for having made their model fail; 0: none.
+    pub quarantine_max: u32,
+    pub quarantine: Duration,
 }
 
 /// What is kept of the last batches.
@@ -291,6 +298,10 @@ impl Config {
                 slots: 2,
                 threads: 1,
                 canary_every: 1000,
+                hang_timeout: Duration::from_secs(60),
+                replacements_max: 8,
+                quarantine_max: 1024,
+                quarantine: Duration::from_secs(60),
             },
             recorder: Recorder {
                 batches: 4096,

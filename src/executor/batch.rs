@@ -5,6 +5,8 @@
 //! - Row `r` of a padded tensor starts at `r * row_bytes(padded_len)`; its first `row_bytes(lens[r])` bytes are real. Rows of a
 //!   packed one follow one another, and all bytes are.
 
+use std::ops::Range;
+
 use crate::contract::{Contract, TensorSpec};
 use crate::gpu::driver::HostMemory;
 use crate::live::{Kind, Live};
@@ -83,7 +85,7 @@ impl AlignedBytes {
     }
 
     fn is_in_device(&self) -> bool {
-        self.len.div_ceil(8) <= self.device_words()
+        self.device.is_some() && self.len.div_ceil(8) <= self.device_words()
     }
 
     fn device_words(&self) -> usize {
@@ -123,11 +125,21 @@ impl<'a> BatchView<'a> {
     /// The real elements of one row.
     pub fn row<T: bytemuck::AnyBitPattern>(&self, index: usize, row: usize) -> &'a [T] {
         let spec = &self.contract.inputs[index];
-        let start = match self.layout {
+        let start = self.start(index, row);
+        bytemuck::cast_slice(&self.inputs[index].bytes()[start..start + spec.row_bytes(self.lens[row])])
+    }
+
+    /// Where the places of some rows lie in an input, in bytes.
+    pub fn places(&self, index: usize, rows: Range<u32>) -> Range<usize> {
+        self.start(index, rows.start as usize)..self.start(index, rows.end as usize)
+    }
+
+    fn start(&self, index: usize, row: usize) -> usize {
+        let spec = &self.contract.inputs[index];
+        match self.layout {
             Layout::Padded => row * spec.row_bytes(self.padded_len),
             Layout::Packed => self.lens[..row].iter().map(|len| spec.row_bytes(*len)).sum(),
-        };
-        bytemuck::cast_slice(&self.inputs[index].bytes()[start..start + spec.row_bytes(self.lens[row])])
+        }
     }
 }
 
@@ -213,10 +225,49 @@ impl BatchOutput {
 
     /// The real bytes of one row whose length is `len`.
     pub fn row_bytes(&self, spec: &TensorSpec, index: usize, row: u32, len: u32) -> &[u8] {
-        let start = match self.layout {
+        let start = self.start(spec, row);
+        &self.outputs[index].bytes()[start..start + spec.row_bytes(len)]
+    }
+
+    fn start(&self, spec: &TensorSpec, row: u32) -> usize {
+        match self.layout {
             Layout::Packed if spec.has_length() => spec.row_bytes(self.starts[row as usize]),
             _ => row as usize * spec.row_bytes(self.padded_len),
-        };
-        &self.outputs[index].bytes()[start..start + spec.row_bytes(len)]
+        }
+    }
+
+    /// Takes the answers over that some of its rows got when they ran by themselves, and their errors.
+    pub fn take_rows(&mut self, contract: &Contract, rows: Range<u32>, from: &mut BatchOutput) {
+        for (index, spec) in contract.outputs.iter().enumerate() {
+            let (start, bytes) = (self.start(spec, rows.start), from.outputs[index].bytes());
+            self.outputs[index].bytes_mut()[start..start + bytes.len()].copy_from_slice(bytes);
+        }
+        let moved = |error: RowError| RowError { row: rows.start + error.row, ..error };
+        self.row_errors.extend(from.row_errors.drain(..).map(moved));
+    }
+
+    /// Says what a model made of its outputs that it should not have: they have their sizes before it runs, and a row that fails
+    /// is one of the batch.
+    pub fn check(&self, contract: &Contract, batch: (Layout, &[u32], u32)) -> Result<(), String> {
+        let (layout, lens, padded_len) = batch;
+        let (rows, found) = (lens.len() as u32, (self.layout, self.rows, self.padded_len));
+        if found != (layout, rows, padded_len) {
+            return Err(format!("expected {:?}, got {found:?}", (layout, rows, padded_len)));
+        }
+        let total = lens.iter().sum();
+        for (index, spec) in contract.outputs.iter().enumerate() {
+            let expected = match layout {
+                Layout::Packed if spec.has_length() => spec.row_bytes(total),
+                _ => rows as usize * spec.row_bytes(padded_len),
+            };
+            let found = self.outputs.get(index).map(AlignedBytes::len);
+            if found != Some(expected) {
+                return Err(format!("output {}: expected {expected} bytes, got {found:?}", spec.name));
+            }
+        }
+        match self.row_errors.iter().find(|error| error.row >= rows) {
+            Some(error) => Err(format!("expected errors of {rows} rows, got one of row {}", error.row)),
+            None => Ok(()),
+        }
     }
 }

@@ -6,7 +6,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use crate::vocab::{Code, ModelHandle, Refusal};
+use crate::vocab::{Code, ModelHandle};
 
 use super::batch::{BatchOutput, BatchView};
 use super::model::{LoadedModel, Model, ModelError};
@@ -16,6 +16,7 @@ use super::{Executor, Failure};
 pub struct CpuExecutor {
     loaded: Vec<Arc<dyn LoadedModel>>,
     instances: Vec<Option<Box<dyn Model>>>,
+    rebuilt: u32,
 }
 
 impl CpuExecutor {
@@ -26,7 +27,7 @@ impl CpuExecutor {
             .zip(mine)
             .map(|(model, mine)| mine.then(|| model.instantiate()).transpose())
             .collect::<Result<_, _>>()?;
-        Ok(CpuExecutor { loaded, instances })
+        Ok(CpuExecutor { loaded, instances, rebuilt: 0 })
     }
 }
 
@@ -35,22 +36,41 @@ impl Executor for CpuExecutor {
         let at = model.index();
         let instance = match &mut self.instances[at] {
             Some(instance) => instance,
-            // Thrown away after a panic: build it again before the next batch needs it.
-            empty => empty.insert(self.loaded[at].instantiate().map_err(Failure::from_model)?),
+            // Thrown away after a panic, with all that it kept: built again before the next run.
+            empty => {
+                let instance = build(&*self.loaded[at])?;
+                self.rebuilt += 1;
+                empty.insert(instance)
+            }
         };
         match catch_unwind(AssertUnwindSafe(|| instance.run(batch, out))) {
             Ok(Ok(())) => Ok(()),
             Ok(Err(error)) => Err(Failure::from_model(error)),
             Err(panic) => {
-                self.instances[at] = None;
                 tracing::error!(model = batch.contract.name, panic = panic_text(&panic), "a model panicked");
+                let instance = self.instances[at].take();
+                // What a panic left half done may panic once more when it is dropped.
+                if catch_unwind(AssertUnwindSafe(|| drop((instance, panic)))).is_err() {
+                    tracing::error!(model = batch.contract.name, "what the panic left behind panicked as well");
+                }
                 Err(Failure {
-                    refusal: Refusal::new(Code::ExecutorFailed, "the model panicked on this batch"),
                     panicked: true,
+                    ..Failure::of_member(Code::ExecutorFailed, "the model panicked on this batch")
                 })
             }
         }
     }
+
+    fn take_rebuilt(&mut self) -> u32 {
+        std::mem::take(&mut self.rebuilt)
+    }
+}
+
+/// A panic while a model is built is one more way in which it cannot be.
+fn build(model: &dyn LoadedModel) -> Result<Box<dyn Model>, Failure> {
+    catch_unwind(AssertUnwindSafe(|| model.instantiate()))
+        .unwrap_or_else(|panic| Err(ModelError(format!("panicked: {}", panic_text(&panic)))))
+        .map_err(Failure::from_building)
 }
 
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {

@@ -9,7 +9,8 @@
 //! - Rows are packed where the device reads them, and answers are cut from where it wrote them: no copy between.
 //! - What the device works on is in nobody's hands (gpu/slot.rs). Slots and readback memory are counted: when all are out, the
 //!   executor waits and counts that too; nothing falls back to memory that a device copies slowly.
-//! - A batch that is larger than the memory made for it, or that lies padded, runs in pieces, one after the other.
+//! - A batch that is larger than the memory made for it, or that lies padded, runs in pieces, one after the other. Where one fails
+//!   of which the device says so at once, its members run again in parts, as on the processor.
 //! - When the device is lost, the alarm is raised, and then every batch that it had and all that follow are answered
 //!   `executor_failed`.
 //!
@@ -21,9 +22,10 @@ use std::time::Duration;
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView};
 use super::canary::{self, Canary};
+use super::isolation::{Isolated, Isolation};
 use super::slot::{FilledSlot, VacantSlot};
 use super::worker::{Answers, Worker, padding, view_of};
-use super::{Failure, slot::Staging};
+use super::{Blame, Failure, slot::Staging};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
 use crate::gpu::encoder::{self, Encoder, Form, Parameters};
@@ -114,6 +116,7 @@ pub struct DeviceWorker<D: Driver> {
     /// For pieces.
     piece: Option<HostBatch>,
     canary: Canary,
+    isolation: Isolation,
     /// A row that the canary has kept is in flight.
     watching: bool,
     repeatable: Vec<bool>,
@@ -245,6 +248,7 @@ pub fn make<D: Driver>(
         readbacks,
         piece: Some(piece),
         canary: Canary::default(),
+        isolation: Isolation::default(),
         watching: false,
         repeatable: Vec::new(),
         flights: flight_sender,
@@ -466,13 +470,19 @@ impl<D: Driver> DeviceWorker<D> {
         &mut self,
         mut slot: FilledSlot,
         mut readback: Arc<FinishedBatch>,
-        result: Result<(), Failure>,
+        result: Result<Option<Isolated>, Failure>,
         [taken_at, started_at]: [Moment; 2],
         service: Duration,
     ) -> Finished {
         let batch = slot.batch;
         let ended_at = clock::now();
         let mut ran = Ran::new(started_at, ended_at, None, service);
+        let mut blamed = Vec::new();
+        let result = match result {
+            Ok(None) => Ok(()),
+            Ok(Some(isolated)) => self.answers.isolated(Ok(isolated), &slot, &mut ran, &mut blamed),
+            Err(failure) => self.answers.isolated(Err(failure), &slot, &mut ran, &mut blamed),
+        };
         self.answers.send(&mut readback, &mut slot, result, &mut ran);
         self.readbacks.push(readback);
         let run = Run {
@@ -486,7 +496,7 @@ impl<D: Driver> DeviceWorker<D> {
             computed_in: service,
             ..Run::default()
         };
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
+        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run, blamed }
     }
 
     /// Runs a batch that memory was not made for: as many rows at a time as it was made for, copied once more.
@@ -494,11 +504,21 @@ impl<D: Driver> DeviceWorker<D> {
         let started_at = clock::now();
         let finished = Arc::get_mut(&mut readback).expect("taken because nobody else holds it");
         let view = view_of(slot.staging(), &finished.contract, &slot.batch);
-        let result = self.compute_in_pieces(slot.batch.model, view, &mut finished.output);
-        let (result, service) = match result {
-            Ok(service) => (Ok(()), service),
-            Err(fault) => (Err(refuse(&fault)), Duration::ZERO),
+        let (model, mut service) = (slot.batch.model, Duration::ZERO);
+        let mut isolation = std::mem::take(&mut self.isolation);
+        let mut run = |model, view: BatchView<'_>, out: &mut BatchOutput| {
+            let computed = self.compute_in_pieces(model, view, out).map_err(|fault| refuse(&fault))?;
+            service += computed;
+            Ok(())
         };
+        let result = match run(model, view, &mut finished.output) {
+            Ok(()) => Ok(None),
+            Err(failure) => {
+                let members = &slot.staging().members;
+                isolation.isolate((model, view), members, failure, &mut finished.output, run, || true).map(Some)
+            }
+        };
+        self.isolation = isolation;
         self.end(slot, readback, result, [taken_at, started_at], service)
     }
 
@@ -654,12 +674,14 @@ fn rows_that_fit(lens: &[u32], most: Bounds) -> usize {
 fn refuse(fault: &Fault) -> Failure {
     tracing::error!(%fault, "a batch failed on the device");
     // The device's words are for the log.
-    let refusal = match fault {
-        Fault::OutOfMemory { .. } => Refusal::new(Code::OutOfMemory, "the device has no memory for this row"),
-        Fault::Refused(_) => Refusal::new(Code::ExecutorFailed, "the device refused this batch"),
-        Fault::Lost(_) => Refusal::new(Code::ExecutorFailed, "the device was lost"),
-    };
-    Failure { refusal, panicked: false }
+    match fault {
+        Fault::OutOfMemory { .. } => Failure::of_member(Code::OutOfMemory, "the device has no memory for this row"),
+        Fault::Refused(_) => Failure::of_member(Code::ExecutorFailed, "the device refused this batch"),
+        Fault::Lost(_) => {
+            let refusal = Refusal::new(Code::ExecutorFailed, "the device was lost");
+            Failure { refusal, panicked: false, blame: Blame::Executor }
+        }
+    }
 }
 
 impl<D: Driver> Completion<D> {
@@ -722,7 +744,8 @@ impl<D: Driver> Completion<D> {
         };
         // The slot first: the batcher may have filled another meanwhile, which needs it.
         let _ = self.landed.send(Landed { vacant, readback: finished, watched: flight.watched, lost });
-        let done = Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run };
+        let slot = slot.vacate();
+        let done = Finished { executor: self.answers.index, slot, batch, service, ran, run, blamed: Vec::new() };
         let _ = self.batcher.send_or_wait(ToBatcher::Finished(done));
     }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::vocab::{Code, ModelHandle, Refusal};
+use crate::vocab::{Code, ModelHandle};
 
 use super::batch::{BatchOutput, BatchView};
 use super::{Executor, Failure};
@@ -22,6 +22,20 @@ pub struct Faults {
     pub failures: AtomicU64,
     /// Batches seen.
     pub batches: AtomicU64,
+}
+
+/// Rows whose first four bytes are one of these fail, with whatever runs beside them: as an error, a panic, or for memory.
+pub const POISONED: [[u8; 4]; 3] = [*b"\x21err", *b"\x21pan", *b"\x21mem"];
+
+/// How a poisoned row fails, by its place in [`POISONED`].
+fn poison_of(batch: &BatchView<'_>) -> Option<Failure> {
+    let place = |row| {
+        let first = batch.row::<u8>(0, row).first_chunk::<4>()?;
+        POISONED.iter().position(|poison| poison == first)
+    };
+    let place = (0..batch.lens.len()).find_map(place)?;
+    let code = if place == 2 { Code::OutOfMemory } else { Code::ExecutorFailed };
+    Some(Failure { panicked: place == 1, ..Failure::of_member(code, "a row is poisoned") })
 }
 
 /// The byte that a freed device buffer is filled with.
@@ -53,15 +67,16 @@ impl Executor for SimExecutor {
         }
         let fails =
             self.faults.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1)).is_ok();
-        if !fails {
+        let poison = poison_of(&batch);
+        if !fails && poison.is_none() {
             for (output, buffer) in out.outputs.iter_mut().zip(&self.device) {
                 output.bytes_mut().copy_from_slice(buffer);
             }
         }
         self.device.iter_mut().for_each(|buffer| buffer.fill(POISON));
         match fails {
-            true => Err(Failure { refusal: Refusal::new(Code::ExecutorFailed, "failed on demand"), panicked: false }),
-            false => Ok(()),
+            true => Err(Failure::of_member(Code::ExecutorFailed, "failed on demand")),
+            false => poison.map_or(Ok(()), Err),
         }
     }
 }

@@ -56,6 +56,11 @@ impl VacantSlot {
         FilledSlot { staging: self.0, batch, packed_at }
     }
 
+    /// What lies in it of the batch that it held last.
+    pub fn staging(&self) -> &Staging {
+        &self.0
+    }
+
     pub fn staging_mut(&mut self) -> &mut Staging {
         &mut self.0
     }

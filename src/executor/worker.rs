@@ -2,6 +2,7 @@
 //!
 //! Always true
 //! - Each filled slot ends in one finished batch, mailed to the shards of its members, and one vacant slot.
+//! - Members of a batch that failed run again in parts, until whose fault it was stands alone; the others are answered.
 //! - Outputs are checked before they leave: a row with NaN or infinity ends alone, its mates are answered.
 
 use std::sync::Arc;
@@ -9,18 +10,20 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::contract::{Contract, NonFinite, TensorSpec, first_non_finite};
-use crate::mail::{Finished, FinishedBatch, Member, ToBatcher, ToShard};
+use crate::mail::{Blamed, Finished, FinishedBatch, Member, ToBatcher, ToShard};
 use crate::mailbox::{Received, Receiver, Sender};
 use crate::scatter;
 use crate::scheduler::SealedBatch;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Alarm, Telemetry};
 use crate::timeline::{self, Ran};
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, Run};
 
 use super::batch::{AlignedBytes, BatchOutput, BatchView, RowError};
 use super::canary::{Canary, Outcome};
+use super::fence::Pass;
+use super::isolation::{self, Isolated, Isolation};
 use super::slot::{FilledSlot, Staging};
-use super::{Executor, Failure};
+use super::{Blame, Executor, Failure};
 
 /// What answering a batch takes.
 #[derive(Clone)]
@@ -38,8 +41,21 @@ pub struct Worker {
     executor: Box<dyn Executor>,
     pool: Vec<Arc<FinishedBatch>>,
     canary: Canary,
+    isolation: Isolation,
+    /// Members of a failed batch run again for this long at most. Zero: for as long as it takes.
+    isolation_max: Duration,
     /// By model: rows of it may be run again.
     repeatable: Vec<bool>,
+    pass: Option<Pass>,
+}
+
+/// Why an executor's thread ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// The batcher is gone.
+    Closed,
+    /// It hung, and another one has its seat.
+    Replaced,
 }
 
 /// Finished batches kept for reuse. Shards let go within microseconds, so a few suffice; beyond them one is allocated.
@@ -48,7 +64,21 @@ const POOL_MAX: usize = 8;
 impl Worker {
     pub fn new(answers: Answers, executor: Box<dyn Executor>) -> Worker {
         let (pool, canary) = (Vec::with_capacity(POOL_MAX), Canary::default());
-        Worker { answers, executor, pool, canary, repeatable: Vec::new() }
+        Worker {
+            answers,
+            executor,
+            pool,
+            canary,
+            isolation: Isolation::default(),
+            isolation_max: Duration::ZERO,
+            repeatable: Vec::new(),
+            pass: None,
+        }
+    }
+
+    /// No part of a failed batch begins to run again after so long. Zero: whenever.
+    pub fn isolate_for(&mut self, time: Duration) {
+        self.isolation_max = time;
     }
 
     /// Runs one row in so many once more, alone, and compares; of the models that are `repeatable`. 0: none.
@@ -59,23 +89,52 @@ impl Worker {
     /// Runs one batch and answers its members.
     ///
     /// Hot: once per batch; allocates nothing in steady state. Guarded by benches/scatter.rs.
-    pub fn run(&mut self, mut slot: FilledSlot) -> Finished {
+    pub fn run(&mut self, slot: FilledSlot) -> Finished {
+        self.try_run(slot).expect("only an executor with a thread of its own loses its seat")
+    }
+
+    /// The same; `None` when another thread has the seat by then: nobody is answered, and the slot is gone.
+    pub fn try_run(&mut self, mut slot: FilledSlot) -> Option<Finished> {
+        if let Some(pass) = &self.pass {
+            pass.begin(slot.batch.id);
+        }
         let started_at = clock::now();
         let batch = slot.batch;
         let mut shared = self.take_finished(&slot);
         let finished = Arc::get_mut(&mut shared).expect("the pool gives only what nobody else holds");
         self.answers.prepare(finished, &slot);
         let view = view_of(slot.staging(), &finished.contract, &batch);
-        let result = self.executor.run(batch.model, view, &mut finished.output);
+        let mut ran = Ran::new(started_at, started_at, None, Duration::ZERO);
+        let mut blamed = Vec::new();
+        let (answers, executor) = (&self.answers, &mut *self.executor);
+        let mut run = |model, view: BatchView<'_>, out: &mut BatchOutput| {
+            executor.run(model, view, out).and_then(|()| answers.check(view, out))
+        };
+        let mut result = run(batch.model, view, &mut finished.output);
+        if let Err(failure) = result {
+            let give_up_at = if self.isolation_max.is_zero() { Moment::FAR } else { started_at + self.isolation_max };
+            let (of, members) = ((batch.model, view), &slot.staging().members[..]);
+            let in_time = || clock::now() < give_up_at;
+            let isolated = self.isolation.isolate(of, members, failure, &mut finished.output, run, in_time);
+            result = self.answers.isolated(isolated, &slot, &mut ran, &mut blamed);
+            self.answers.rebuilt(self.executor.take_rebuilt());
+        }
         let finished_at = clock::now();
         let service = finished_at.since(started_at);
         let cells = finished.output.cells_computed;
-        let mut ran = Ran::new(started_at, finished_at, None, service);
+        (ran.finished_at, ran.service) = (finished_at, service);
+        if self.pass.as_ref().is_some_and(|pass| !pass.is_valid()) {
+            return self.too_late(&slot);
+        }
         self.answers.send(&mut shared, &mut slot, result, &mut ran);
-        if shared.failure.is_none() && self.repeatable.get(batch.model.index()) == Some(&true) {
+        if ran.outcome == timeline::Outcome::Ok && self.repeatable.get(batch.model.index()) == Some(&true) {
             self.look_again(&slot, &shared);
         }
         self.keep(shared);
+        // Also where the row that was looked at again hung.
+        if self.pass.as_ref().is_some_and(|pass| !pass.end()) {
+            return self.too_late(&slot);
+        }
         let run = Run {
             packed_at: slot.packed_at,
             taken_at: started_at,
@@ -88,7 +147,22 @@ impl Worker {
             uploaded_in: Duration::ZERO,
             cells,
         };
-        Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run }
+        Some(Finished { executor: self.answers.index, slot: slot.vacate(), batch, service, ran, run, blamed })
+    }
+
+    fn too_late(&self, slot: &FilledSlot) -> Option<Finished> {
+        self.answers.telemetry.executor(self.answers.index).came_late();
+        tracing::warn!(
+            executor = self.answers.index,
+            batch = slot.batch.id,
+            "a batch that hung came to its end; dropped"
+        );
+        None
+    }
+
+    /// The thread that runs it may lose its seat, by this pass.
+    pub fn hold(&mut self, pass: Pass) {
+        self.pass = Some(pass);
     }
 
     /// After the answers are on their way.
@@ -99,13 +173,14 @@ impl Worker {
         self.answers.looked(finished, outcome);
     }
 
-    /// Runs what arrives until the batcher is gone.
-    pub fn run_thread(mut self, slots: Receiver<FilledSlot>, batcher: Sender<ToBatcher>, spin: Duration) {
+    /// Runs what arrives until the batcher is gone, or until another thread has the seat.
+    pub fn run_thread(mut self, slots: &Receiver<FilledSlot>, batcher: &Sender<ToBatcher>, spin: Duration) -> Left {
         while let Received::Message(slot) = slots.recv_until(None, spin) {
-            let finished = self.run(slot);
+            let Some(finished) = self.try_run(slot) else { return Left::Replaced };
             // If the batcher is gone, so is everybody who could care.
             let _ = batcher.send_or_wait(ToBatcher::Finished(finished));
         }
+        Left::Closed
     }
 
     /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Each shape twice:
@@ -140,6 +215,12 @@ impl Worker {
             Some(at) => self.pool.swap_remove(at),
             None => Arc::new(self.answers.empty(slot.batch, BatchOutput::default())),
         }
+    }
+
+    /// Finished batches that are kept for reuse.
+    #[cfg(test)]
+    pub(super) fn pooled(&self) -> usize {
+        self.pool.len()
     }
 
     fn keep(&mut self, shared: Arc<FinishedBatch>) {
@@ -183,6 +264,50 @@ impl Answers {
         finished.output.prepare(&finished.contract, batch.layout, &slot.staging().lens, batch.padded_len);
     }
 
+    /// Refuses outputs that are not what the contract says: nobody is answered from them.
+    pub fn check(&self, batch: BatchView<'_>, out: &BatchOutput) -> Result<(), Failure> {
+        out.check(batch.contract, (batch.layout, batch.lens, batch.padded_len)).map_err(|message| {
+            tracing::error!(model = batch.contract.name, message, "a model gave other outputs than its contract says");
+            self.telemetry.alarm(Alarm::WrongOutput);
+            let refusal = Refusal::new(Code::Internal, "the model gave other outputs than its contract says");
+            Failure { refusal, panicked: false, blame: Blame::Executor }
+        })
+    }
+
+    /// Counts what came of a failed batch whose members ran again, and says it in `ran`. Who is to blame goes into `blamed`.
+    pub fn isolated(
+        &self,
+        isolated: Result<Isolated, Failure>,
+        slot: &FilledSlot,
+        ran: &mut Ran,
+        blamed: &mut Vec<Blamed>,
+    ) -> Result<(), Failure> {
+        let isolated = match isolated {
+            Ok(isolated) => isolated,
+            Err(failure) => {
+                blamed.extend(isolation::blamed_alone(&slot.staging().members, &failure));
+                return Err(failure);
+            }
+        };
+        let Isolated { panicked, saved, culprits, given_up, runs, blamed: by_isolation } = isolated;
+        *blamed = by_isolation;
+        let metrics = self.telemetry.executor(self.index);
+        match panicked {
+            true => metrics.panicked(),
+            false => metrics.failed(),
+        }
+        metrics.bisected(runs, [saved, culprits, given_up]);
+        ran.outcome = timeline::Outcome::Bisected { panicked };
+        tracing::warn!(executor = self.index, runs, saved, culprits, given_up, "a failed batch ran again in parts");
+        Ok(())
+    }
+
+    pub fn rebuilt(&self, models: u32) {
+        if models > 0 {
+            self.telemetry.executor(self.index).rebuilt(models);
+        }
+    }
+
     /// Counts what came of looking at a row again, and says it where it is an alarm.
     pub fn looked(&self, finished: &FinishedBatch, outcome: Outcome) {
         if outcome == Outcome::NotLooked {
@@ -201,7 +326,7 @@ impl Answers {
         }
     }
 
-    /// Sends a batch that has run to the shards of its members, and says in `ran` what came of it. Nobody else may hold `shared`.
+    /// Sends a batch that has run to the shards of its members, and says in `ran` what came of it, if it failed. Nobody else may hold `shared`.
     pub fn send(
         &self,
         shared: &mut Arc<FinishedBatch>,
@@ -240,7 +365,7 @@ impl Answers {
     }
 }
 
-pub(super) fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
+pub fn view_of<'a>(staging: &'a Staging, contract: &'a Contract, batch: &SealedBatch) -> BatchView<'a> {
     BatchView {
         contract,
         layout: batch.layout,

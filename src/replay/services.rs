@@ -70,6 +70,13 @@ impl Observer {
         if self.samples.len() >= BATCHES_MAX {
             return;
         }
+        if done.service.is_zero() {
+            // It failed: what it took is no batch's time.
+            if let Some(device) = self.shared.get(usize::from(done.executor)).copied().flatten() {
+                self.last_finish[device] = at;
+            }
+            return;
+        }
         let (mut took, mut alone) = (done.service, true);
         if let Some(device) = self.shared.get(usize::from(done.executor)).copied().flatten() {
             // What the batch before left of the device is not this one's.

@@ -699,8 +699,16 @@ impl Scheduler {
         let shared = self.seats.is_shared(usize::from(batch.executor));
         let queue = &mut self.models[batch.model.index()];
         let executor = usize::from(batch.executor);
-        let took = service.as_nanos() as f64;
+        let took = if service.is_zero() { now.since(running.started) } else { service }.as_nanos() as f64;
         queue.used += (took - running.predicted) / queue.policy.weight;
+        if service.is_zero() {
+            // It failed, soon or late, once or in many parts: that says nothing about the next.
+            if shared {
+                self.seats.devices[usize::from(device)].last_finish = now;
+                self.seats.expect_free(executor, now);
+            }
+            return;
+        }
         queue.service.observe(service);
         self.drain_rate.observe(batch.cells_padded(), service);
         if !shared {

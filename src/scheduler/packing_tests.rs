@@ -103,6 +103,24 @@ fn ran(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, se
     scheduler.handle_finished(now, &batch, service);
 }
 
+/// How long a failure took is charged to its model, and predicts nothing.
+#[test]
+fn a_batch_that_failed_teaches_nothing_about_batch_times() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let before = (rig.scheduler.cost(MODEL).observations(), rig.scheduler.cost(MODEL).predicted(4, 16));
+    let (used, mean) = (rig.scheduler.models[0].used, rig.scheduler.models[0].service.mean());
+    rig.arrive(16, MS * 100_000);
+    let batch = rig.poll().expect("an idle executor takes it");
+    rig.now = rig.now + MS * 500;
+    rig.scheduler.handle_finished(rig.now, &batch, Duration::ZERO);
+    let after = (rig.scheduler.cost(MODEL).observations(), rig.scheduler.cost(MODEL).predicted(4, 16));
+    assert_eq!(after, before);
+    assert_eq!(rig.scheduler.models[0].service.mean(), mean);
+    let charged = (rig.scheduler.models[0].used - used) * rig.scheduler.policy(MODEL).weight;
+    assert!((charged - 500e6).abs() < 1.0, "half a second of an executor, charged {charged} ns");
+    assert_eq!(rig.scheduler.running(), 0);
+}
+
 #[test]
 fn rows_of_one_length_share_a_batch_and_others_are_looked_past() {
     let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);

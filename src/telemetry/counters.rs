@@ -355,6 +355,7 @@ pub struct ModelMetrics {
     pub(super) held: Count,
     pub(super) shed: Count,
     pub(super) refused: Count,
+    pub(super) quarantined: Count,
     pub(super) looks_equal: Count,
     pub(super) looks_apart: Count,
     pub(super) policy_generation: Count,
@@ -387,6 +388,7 @@ impl ModelMetrics {
             held: Count::default(),
             shed: Count::default(),
             refused: Count::default(),
+            quarantined: Count::default(),
             looks_equal: Count::default(),
             looks_apart: Count::default(),
             policy_generation: Count::default(),
@@ -539,6 +541,9 @@ impl ShadowMetrics {
     }
 }
 
+/// What came of rows of a failed batch that ran again.
+pub const BISECTED: [&str; 3] = ["saved", "culprit", "given_up"];
+
 /// What an executor of a device waits for, beside batches.
 pub const DEVICE_WAITS: [&str; 2] = ["slot", "readback"];
 
@@ -550,6 +555,13 @@ pub struct ExecutorMetrics {
     pub(super) times: TimeCell,
     pub(super) failures: Count,
     pub(super) panics: Count,
+    pub(super) rebuilds: Count,
+    pub(super) hangs: Count,
+    pub(super) late_results: Count,
+    pub(super) bisections: Count,
+    pub(super) bisection_runs: Count,
+    /// By [`BISECTED`].
+    pub(super) bisected_rows: [Count; BISECTED.len()],
     /// By [`DEVICE_WAITS`].
     pub(super) device_waits: [Count; DEVICE_WAITS.len()],
     pub(super) pieces: Count,
@@ -584,6 +596,38 @@ impl ExecutorMetrics {
     /// A batch ended with a panic of the model.
     pub fn panicked(&self) {
         self.panics.add(1);
+    }
+
+    /// Models were built again after panics.
+    pub fn rebuilt(&self, models: u32) {
+        self.rebuilds.add(models.into());
+    }
+
+    /// A batch ran for so long that it was given up.
+    pub fn hung(&self) {
+        self.hangs.add(1);
+    }
+
+    /// A batch that had been given up came to its end all the same.
+    pub fn came_late(&self) {
+        self.late_results.add(1);
+    }
+
+    /// A failed batch ran again in so many parts. `rows`: by [`BISECTED`].
+    pub fn bisected(&self, runs: u32, rows: [u32; BISECTED.len()]) {
+        self.bisections.add(1);
+        self.bisection_runs.add(runs.into());
+        self.bisected_rows.iter().zip(rows).for_each(|(count, rows)| count.add(rows.into()));
+    }
+
+    /// Batches that ran again in parts, and their rows by [`BISECTED`].
+    pub fn bisections(&self) -> (u64, [u64; BISECTED.len()]) {
+        (self.bisections.get(), std::array::from_fn(|at| self.bisected_rows[at].get()))
+    }
+
+    /// Batches that ended with a panic, and models built again after one.
+    pub fn panics(&self) -> (u64, u64) {
+        (self.panics.get(), self.rebuilds.get())
     }
 
     /// All slots of the device were in flight.

@@ -15,8 +15,8 @@ use prometheus_client::encoding::DescriptorEncoder;
 use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
-    Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES, SHADOW_OUTCOMES,
-    ShardMetrics, Telemetry, TurnedAway,
+    Alarm, BISECTED, Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES,
+    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -71,6 +71,11 @@ impl Telemetry {
                 for (outcome, count) in ["ok", "drift"].iter().zip(counts) {
                     family.add([("books", books.name()), ("outcome", outcome)], count.get());
                 }
+            }
+        });
+        list.open("ferry_alarms", "Things that cannot be", Kind::Counter, |family| {
+            for (alarm, count) in Alarm::ALL.iter().zip(&self.alarms) {
+                family.add([("what", alarm.name())], count.get());
             }
         });
         list.open("ferry_captures", "Captures that ended, by how", Kind::Counter, |family| {
@@ -155,6 +160,10 @@ impl Telemetry {
         list.by_model(self, "ferry_requests_accepted", help, Kind::Counter, |place, _| accepted(place));
         list.by_model_and_code(self, "ferry_requests_finished", "Outcomes of accepted requests", |m| &m.finished);
         list.by_model_and_code(self, "ferry_requests_refused", "Requests that were never accepted", |m| &m.refused);
+        let (name, help) = ("ferry_quarantined", "Requests refused because they had made the model fail before");
+        list.by_model(self, name, help, Kind::Counter, |_, m| m.quarantined.get());
+        let (name, help) = ("ferry_quarantine_requests", "Requests remembered for having made their model fail");
+        list.open(name, help, Kind::Gauge, |family| family.add([], self.remembered.get()));
         list.by_model(self, "ferry_requests_in_flight", "Accepted minus finished", Kind::Gauge, |place, _| {
             let finished = finished(place); // first, see ShardMetrics::in_flight
             accepted(place).saturating_sub(finished)
@@ -354,6 +363,24 @@ impl Telemetry {
         list.by_executor(self, name, help, counter, |e| e.failures.get());
         let (name, help) = ("ferry_executor_panics", "Batches that ended with a panic");
         list.by_executor(self, name, help, counter, |e| e.panics.get());
+        let (name, help) = ("ferry_executor_rebuilds", "Models that were built again after a panic");
+        list.by_executor(self, name, help, counter, |e| e.rebuilds.get());
+        let (name, help) = ("ferry_executor_hangs", "Batches that were given up because they did not come back");
+        list.by_executor(self, name, help, counter, |e| e.hangs.get());
+        let (name, help) = ("ferry_executor_late_results", "Results of batches that had been given up, dropped");
+        list.by_executor(self, name, help, counter, |e| e.late_results.get());
+        let (name, help) = ("ferry_bisections", "Failed batches whose requests ran again in parts");
+        list.by_executor(self, name, help, counter, |e| e.bisections.get());
+        let help = "Rows of failed batches that ran again in parts, by what came of them";
+        list.open("ferry_bisected_rows", help, counter, |family| {
+            for (number, executor) in self.executors.iter().enumerate() {
+                for (outcome, count) in BISECTED.iter().zip(&executor.bisected_rows) {
+                    family.add([("executor", &number.to_string()), ("outcome", outcome)], count.get());
+                }
+            }
+        });
+        let (name, help) = ("ferry_bisection_runs", "Parts of failed batches that ran");
+        list.by_executor(self, name, help, counter, |e| e.bisection_runs.get());
         let help = "Times that an executor of a device waited for a slot, or for readback memory";
         list.open("ferry_device_waits", help, counter, |family| {
             for (number, executor) in self.executors.iter().enumerate() {

@@ -48,6 +48,7 @@
 //! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
+//! | `ferry_alarms_total` | counter | what | things that cannot be: wrong_output, a model gave outputs of another count or shape than its contract's, and its batch was answered internal; foreign_result, a batch came back twice or to nobody, and was dropped |
 //! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
 //! | `ferry_shadow_stretches_total` | counter | outcome | stretches of time given to shadow schedulers: used; lost, for its trace found no room; mixed, for a model whose policy changed meanwhile; differs, for it could not be replayed |
 //! | `ferry_shadow_covered_seconds_total` | counter | | time that used stretches cover |
@@ -58,6 +59,14 @@
 //! | `ferry_executor_time_seconds_total` | counter | executor, part | where its time went: the parts (waterfall.rs) add up to all of it, up to now or to where its running batch began |
 //! | `ferry_executor_failures_total` | counter | executor | batches that ended with an error of the model |
 //! | `ferry_executor_panics_total` | counter | executor | batches that ended with a panic of the model |
+//! | `ferry_executor_rebuilds_total` | counter | executor | models that were built again after a panic |
+//! | `ferry_quarantined_total` | counter | model | requests that were refused because the same bytes had made the model fail before |
+//! | `ferry_quarantine_requests` | gauge | | requests that are remembered for that |
+//! | `ferry_executor_hangs_total` | counter | executor | batches that did not come back within executor.hang_timeout_ms: their requests were answered executor_failed, and another thread took the executor's seat |
+//! | `ferry_executor_late_results_total` | counter | executor | results of such batches that came all the same, and were dropped |
+//! | `ferry_bisections_total` | counter | executor | failed batches whose requests ran again in parts, to find whose fault it was |
+//! | `ferry_bisected_rows_total` | counter | executor, outcome | rows of such batches: saved, answered all the same; culprit, failed alone; given_up, not run alone because too many failed |
+//! | `ferry_bisection_runs_total` | counter | executor | parts of such batches that ran |
 //! | `ferry_device_waits_total` | counter | executor, for | times that an executor of a device waited for a slot, or for readback memory |
 //! | `ferry_device_pieces_total` | counter | executor | parts of batches that memory was not made for |
 //! | `ferry_device_bytes` | gauge | executor | device memory of an executor: activations and slots |
@@ -97,8 +106,8 @@ mod times;
 pub mod waterfall;
 
 pub use counters::{
-    DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES, SHADOW_OUTCOMES,
-    ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX, TurnedAway,
+    BISECTED, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES,
+    SHADOW_OUTCOMES, ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX, TurnedAway,
 };
 pub use live::bounds_json;
 pub use times::TimeCell;
@@ -152,6 +161,10 @@ pub struct Telemetry {
     audits: [[counters::Count; 2]; Books::ALL.len()],
     /// Of certificates and of tenants: failed and done.
     reloads: [[counters::Count; 2]; RELOADED.len()],
+    /// By [`Alarm`].
+    alarms: [counters::Count; Alarm::ALL.len()],
+    /// Requests that the quarantine remembers.
+    remembered: counters::Count,
     /// By [`CAPTURE_ENDS`].
     captures: [counters::Count; CAPTURE_ENDS.len()],
     /// When batches were answered, where somebody wants to know.
@@ -166,6 +179,26 @@ pub enum Books {
     Scheduler,
     /// What is owed to callers, by a shard's table.
     Shard,
+}
+
+/// What cannot be, and was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Alarm {
+    /// A model gave outputs of another count or shape than its contract's.
+    WrongOutput,
+    /// A batch came back twice, or to nobody.
+    ForeignResult,
+}
+
+impl Alarm {
+    pub const ALL: [Alarm; 2] = [Alarm::WrongOutput, Alarm::ForeignResult];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Alarm::WrongOutput => "wrong_output",
+            Alarm::ForeignResult => "foreign_result",
+        }
+    }
 }
 
 impl Books {
@@ -225,6 +258,8 @@ impl Telemetry {
             otel: OtelMetrics::default(),
             audits: Default::default(),
             reloads: Default::default(),
+            alarms: Default::default(),
+            remembered: Default::default(),
             captures: Default::default(),
             answered: OnceLock::new(),
             shadow: ShadowMetrics::default(),
@@ -274,6 +309,25 @@ impl Telemetry {
     /// Certificates or tenants (by their place in [`RELOADED`]) were read again.
     pub fn reloaded(&self, what: usize, done: bool) {
         self.reloads[what][usize::from(done)].add(1);
+    }
+
+    /// A request of this model was refused because it had made it fail before.
+    pub fn quarantined(&self, model: ModelHandle) {
+        self.model(model).quarantined.add(1);
+    }
+
+    /// So many requests are remembered for having made their model fail.
+    pub fn remembered(&self, requests: usize) {
+        self.remembered.set(requests as u64);
+    }
+
+    /// What cannot be, was. Whoever calls it has said more in the log.
+    pub fn alarm(&self, alarm: Alarm) {
+        self.alarms[alarm as usize].add(1);
+    }
+
+    pub fn alarms(&self, alarm: Alarm) -> u64 {
+        self.alarms[alarm as usize].get()
     }
 
     /// What became of all that was accepted.

@@ -53,6 +53,30 @@ pub enum Outcome {
     Failed,
     /// With a panic of the model.
     Panicked,
+    /// It failed, and its requests ran again in parts: most have their answers.
+    Bisected {
+        /// It was a panic.
+        panicked: bool,
+    },
+    /// It ran for so long that it was given up.
+    Hung,
+}
+
+impl Outcome {
+    pub fn is_panic(self) -> bool {
+        matches!(self, Outcome::Panicked | Outcome::Bisected { panicked: true })
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Ok => "ok",
+            Outcome::Failed => "failed",
+            Outcome::Panicked => "panicked",
+            Outcome::Hung => "hung",
+            Outcome::Bisected { panicked: false } => "bisected",
+            Outcome::Bisected { panicked: true } => "bisected after a panic",
+        }
+    }
 }
 
 /// When a batch ran, and what came of it.

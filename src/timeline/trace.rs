@@ -16,7 +16,7 @@
 
 use serde::Serialize;
 
-use super::{BatchRecord, DeviceTimes, Outcome, Ran};
+use super::{BatchRecord, DeviceTimes, Ran};
 use crate::vocab::{Layout, ModelHandle, Moment};
 
 const SERVER: u32 = 1;
@@ -207,12 +207,7 @@ impl<'a> Tracks<'a> {
             started_us: record.ran.map(|ran| micros(ran.started_at)),
             service_us: record.ran.map(|ran| ran.service.as_nanos() as f64 / 1e3),
             late: record.ran.map(|ran| ran.late),
-            outcome: match record.ran.map(|ran| ran.outcome) {
-                None => "running",
-                Some(Outcome::Ok) => "ok",
-                Some(Outcome::Failed) => "failed",
-                Some(Outcome::Panicked) => "panicked",
-            },
+            outcome: record.ran.map_or("running", |ran| ran.outcome.name()),
         }))
     }
 

@@ -9,29 +9,158 @@ use ferry::wire::Kind;
 
 use crate::common::{Ask, Event, Server, bare_frame, wait_until};
 
+/// Goal: F55, T8. Method: a culprit at a random place of a batch of eight, a thousand times, and what could leak is counted.
 #[test]
-fn a_model_that_panics_fails_its_batch_and_serves_the_next_a_hundred_times() {
-    let server = Server::start(&[]);
+fn a_model_that_panics_fails_who_made_it_and_answers_its_mates_a_thousand_times() {
+    // Always the same two culprits: nobody remembers them here.
+    let server = Server::start(&["threads.executors=1", "executor.quarantine_max=0"]);
     let mut raw = server.connect();
     let faulty = raw.handle("faulty");
-    for round in 0..100u64 {
-        // 1 panics, 2 returns an error; its mate shares the batch and its end.
-        let behaviour = 1 + (round % 2) as u32;
-        let ids = [
-            raw.ask(&Ask::word(faulty, behaviour).compose(round + 1, 2)),
-            raw.ask(&Ask::word(faulty, 9).compose(round + 1, 2)),
-        ];
-        for _ in ids {
-            let refusal = raw.recv().expect_error(Code::ExecutorFailed);
-            assert_eq!(refusal.executed, Executed::Maybe);
-            assert!(!refusal.message.contains(".rs"), "no internal name leaves the server: {}", refusal.message);
+    let mut live = None;
+    for round in 0..1000u64 {
+        // 1 panics, 2 returns an error.
+        let (behaviour, culprit) = (1 + (round % 2) as u32, (round * 7 % 8) as usize);
+        let ids: Vec<u64> = (0..8)
+            .map(|at| raw.ask(&Ask::word(faulty, if at == culprit { behaviour } else { 0 }).compose(round + 1, 8)))
+            .collect();
+        for _ in &ids {
+            let event = raw.recv();
+            if event.ends() == Some(ids[culprit]) {
+                let refusal = event.expect_error(Code::ExecutorFailed);
+                assert_eq!(refusal.executed, Executed::Maybe);
+                assert!(!refusal.message.contains(".rs"), "no internal name leaves the server: {}", refusal.message);
+            } else {
+                assert_eq!(event.expect_result().1, 0.0f32.to_le_bytes());
+            }
         }
-        let (_, payload) = raw.round(&Ask::word(faulty, 4)).expect_result();
-        assert_eq!(payload, 4.0f32.to_le_bytes());
+        if round == 100 || round == 999 {
+            server.wait_until_at_rest();
+            let kinds = ["staging", "output", "tickets", "connections"];
+            let now = kinds.map(|kind| server.metric("ferry_live_objects", &[&format!("kind=\"{kind}\"")]));
+            assert_eq!(*live.get_or_insert(now), now, "{kinds:?}");
+        }
     }
+    assert_eq!(server.metric("ferry_executor_panics_total", &[]), 500.0);
+    assert_eq!(server.metric("ferry_executor_failures_total", &[]), 500.0);
+    assert_eq!(server.metric("ferry_bisections_total", &[]), 1000.0);
+    let rows = |outcome: &str| server.metric("ferry_bisected_rows_total", &[&format!("outcome=\"{outcome}\"")]);
+    assert_eq!([rows("saved"), rows("culprit"), rows("given_up")], [7000.0, 1000.0, 0.0]);
+}
+
+/// Goal: F56. Method: the same bytes again and again, and others of the same shape between.
+#[test]
+fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
+    let server = Server::start(&["executor.quarantine_ms=3600000"]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    let batches = || server.metric("ferry_batches_total", &["model=\"faulty\""]);
+    for (round, executed) in
+        [Executed::Maybe, Executed::Maybe, Executed::Never, Executed::Never].into_iter().enumerate()
+    {
+        let before = batches();
+        let refusal = raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
+        assert_eq!((refusal.executed, batches() - before), (executed, f64::from(u8::from(round < 2))), "round {round}");
+        raw.round(&Ask::word(faulty, 4)).expect_result();
+    }
+    // In company it is known at once: it failed with the others, and alone.
+    let both = [raw.ask(&Ask::word(faulty, 2).compose(1, 2)), raw.ask(&Ask::word(faulty, 5).compose(1, 2))];
+    for _ in both {
+        let event = raw.recv();
+        match event.ends() == Some(both[0]) {
+            true => drop(event.expect_error(Code::ExecutorFailed)),
+            false => drop(event.expect_result()),
+        }
+    }
+    let refusal = raw.round(&Ask::word(faulty, 2)).expect_error(Code::ExecutorFailed);
+    assert_eq!(refusal.executed, Executed::Never);
+    raw.round(&Ask::words(faulty, &[2, 2])).expect_error(Code::ExecutorFailed);
     server.wait_until_at_rest();
-    assert_eq!(server.metric("ferry_executor_panics_total", &[]), 50.0);
-    assert_eq!(server.metric("ferry_executor_failures_total", &[]), 50.0);
+    assert_eq!(server.metric("ferry_quarantined_total", &["model=\"faulty\""]), 3.0);
+    assert_eq!(server.metric("ferry_quarantine_requests", &[]), 3.0);
+}
+
+/// Behaviours of the faulty model: longer than the test takes, and longer than its timeout.
+const FOREVER: u32 = 60_000;
+const HANG_MS: &str = "executor.hang_timeout_ms=300";
+
+/// Goal: F57. Method: a batch that does not come back, with one bound behind it; then a drain while it still does not.
+#[test]
+fn a_batch_that_hangs_is_answered_and_another_thread_takes_the_executors_seat() {
+    let server = Server::start(&["threads.executors=1", "executor.slots=2", HANG_MS]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    let hung = [FOREVER, 0].map(|word| raw.ask(&Ask::word(faulty, word).compose(1, 2)));
+    wait_until("the executor has it", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    let behind = raw.ask(&Ask::word(faulty, 0));
+    let mut failed = Vec::new();
+    for _ in 0..3 {
+        let event = raw.recv();
+        if event.ends() == Some(behind) {
+            assert_eq!(event.expect_result().1, 0.0f32.to_le_bytes());
+        } else {
+            failed.push(event.ends().expect("an end"));
+            assert_eq!(event.expect_error(Code::ExecutorFailed).executed, Executed::Maybe);
+        }
+    }
+    failed.sort_unstable();
+    assert_eq!(failed, hung);
+    for round in 0..20 {
+        assert_eq!(raw.round(&Ask::word(faulty, 4 + round)).expect_result().1, ((4 + round) as f32).to_le_bytes());
+    }
+    assert_eq!(server.metric("ferry_executor_hangs_total", &[]), 1.0);
+    server.wait_until_at_rest();
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained, "whoever hangs is left behind");
+}
+
+#[test]
+fn what_a_hung_thread_still_brings_is_dropped_and_counted_and_the_thread_ends() {
+    let server = Server::start(&["threads.executors=1", HANG_MS]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, 1_000)).expect_error(Code::ExecutorFailed);
+    raw.round(&Ask::word(faulty, 4)).expect_result();
+    let late = || server.metric("ferry_executor_late_results_total", &[]) == 1.0;
+    wait_until("the late result is there", late);
+    raw.round(&Ask::word(faulty, 5)).expect_result();
+    // Nobody is told twice, and the thread's end is no fault.
+    raw.ping();
+    server.wait_until_at_rest();
+    assert_eq!(server.metric("ferry_alarms_total", &[]), 0.0);
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
+#[test]
+fn a_deadline_holds_while_an_executor_hangs_and_a_drain_waits_for_nobody_who_was_answered() {
+    let server = Server::start(&["threads.executors=1", "executor.hang_timeout_ms=0"]);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, FOREVER).deadline_us(50_000)).expect_error(Code::DeadlineExceeded);
+    server.drain();
+    drop(raw);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
+#[test]
+fn a_hang_beyond_the_last_replacement_ends_the_server_as_a_fault_when_the_others_are_done() {
+    let set = ["threads.executors=2", "executor.replacements_max=1", "executor.slots=1", HANG_MS];
+    let server = Server::start(&set);
+    let mut raw = server.connect();
+    let faulty = raw.handle("faulty");
+    raw.round(&Ask::word(faulty, FOREVER)).expect_error(Code::ExecutorFailed);
+    assert_eq!(raw.round(&Ask::word(faulty, 7)).expect_result().1, 7.0f32.to_le_bytes());
+    let hung = raw.ask(&Ask::word(faulty, FOREVER));
+    let events = raw.recv_all();
+    assert!(events.iter().any(|event| matches!(event, Event::Goaway { code: Code::Draining, .. })), "{events:?}");
+    let end = events.into_iter().find(|event| event.ends() == Some(hung)).expect("it was answered");
+    end.expect_error(Code::ExecutorFailed);
+    match server.ending() {
+        Ending::Fault(what) => assert!(what.contains("hangs"), "{what}"),
+        other => panic!("expected a fault, got {other:?}"),
+    }
 }
 
 #[test]

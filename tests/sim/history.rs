@@ -23,6 +23,10 @@ pub struct Entry {
     pub compose: Option<Compose>,
     /// Its result holds a NaN.
     pub poisoned: bool,
+    /// It makes its model fail, in the way of this place in `executor::sim::POISONED`.
+    pub fails: Option<usize>,
+    /// Its batch failed for nobody's fault, and it alone was in it; or it hung.
+    excused: bool,
     rows: u32,
     end: Option<(Code, Executed)>,
     /// Rows that were given to executors.
@@ -75,7 +79,7 @@ impl History {
         payload: Bytes,
         deadline: Option<Moment>,
         compose: Option<Compose>,
-        poisoned: bool,
+        (poisoned, fails): (bool, Option<usize>),
         rows: u32,
     ) {
         let id = self.entries.len();
@@ -84,6 +88,8 @@ impl History {
             deadline,
             compose,
             poisoned,
+            fails,
+            excused: false,
             rows,
             end: None,
             submitted: 0,
@@ -93,6 +99,12 @@ impl History {
         self.by_key.insert(key, id);
         self.due.extend(deadline.map(|deadline| (deadline, id)));
         self.open += 1;
+    }
+
+    /// It may be answered `executor_failed` though it is no fault of its own.
+    pub fn excuse(&mut self, key: TicketKey) {
+        let id = self.id_of(key);
+        self.entries[id].excused = true;
     }
 
     fn id_of(&self, key: TicketKey) -> usize {
@@ -114,6 +126,8 @@ impl History {
                     self.violate(format!("request {id} got a result that is not its own in batch {}", result.batch));
                 } else if entry.poisoned {
                     self.violate(format!("request {id} has a NaN and was answered"));
+                } else if entry.fails.is_some() {
+                    self.violate(format!("request {id} makes its model fail and was answered"));
                 }
                 self.trace(&[1, result.batch, u64::from(result.batch_rows), u64::from(result.padded_len)]);
                 self.ended(now, id, Code::Ok, Executed::Yes, Stage::None);
@@ -129,7 +143,23 @@ impl History {
     }
 
     fn check_refusal(&mut self, id: usize, refusal: &Refusal) {
-        let poisoned = self.entries[id].poisoned;
+        let Entry { poisoned, fails, excused, .. } = self.entries[id];
+        let how = match refusal.code {
+            // Whoever fails for memory may have been unlucky twice as well, and is in quarantine for that.
+            Code::ExecutorFailed if refusal.executed == Executed::Never => Some(fails.is_some()),
+            Code::ExecutorFailed => Some(fails == Some(0) || fails == Some(1) || excused),
+            Code::OutOfMemory => Some(fails == Some(2)),
+            _ => None,
+        };
+        if how == Some(false) {
+            self.violate(format!("request {id} was answered for another's fault: {refusal:?}"));
+        }
+        if how == Some(true) && fails.is_some() {
+            self.note("culprits");
+        }
+        if refusal.code == Code::ExecutorFailed && refusal.executed == Executed::Never {
+            self.note("requests in quarantine");
+        }
         if refusal.code == Code::NonFiniteOutput && !poisoned {
             self.violate(format!("request {id} was answered for a NaN of another row"));
         }

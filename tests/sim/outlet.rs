@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ferry::batcher::Outlet;
-use ferry::executor::sim::Faults;
+use ferry::batcher::{Outlet, Replaced};
+use ferry::executor::fence::{Fence, Pass};
+use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
 use ferry::executor::slot::FilledSlot;
-use ferry::executor::worker::Worker;
+use ferry::executor::worker::{Answers, Worker};
 use ferry::mail::{Finished, ToShard};
 use ferry::mailbox::Sender;
 use ferry::scheduler::Policy;
@@ -23,11 +24,46 @@ use super::history::History;
 /// An executor: the real worker on the simulated device, run at the moment its time is over.
 pub struct SimExecutor {
     pub worker: Worker,
+    pub answers: Answers,
     pub faults: Arc<Faults>,
+    pub fence: Arc<Fence>,
+    pub pass: Pass,
     pub inline: bool,
     pub queue: VecDeque<FilledSlot>,
-    /// What runs, and how long it takes.
-    pub running: Option<(FilledSlot, Duration)>,
+    pub running: Option<Running>,
+}
+
+/// A batch that runs.
+pub struct Running {
+    pub slot: FilledSlot,
+    pub service: Duration,
+    /// Counted over all executors.
+    pub number: u64,
+}
+
+impl SimExecutor {
+    pub fn new(answers: Answers, inline: bool) -> SimExecutor {
+        let (faults, fence) = (Arc::new(Faults::default()), Arc::new(Fence::default()));
+        let pass = fence.pass();
+        let mut executor = SimExecutor {
+            worker: worker(&answers, &faults),
+            answers,
+            faults,
+            pass,
+            fence,
+            inline,
+            queue: VecDeque::new(),
+            running: None,
+        };
+        if !inline {
+            executor.worker.hold(executor.pass.clone());
+        }
+        executor
+    }
+}
+
+fn worker(answers: &Answers, faults: &Arc<Faults>) -> Worker {
+    Worker::new(answers.clone(), Box::new(SimDevice::new(Arc::clone(faults))))
 }
 
 pub struct SimOutlet {
@@ -43,6 +79,8 @@ pub struct SimOutlet {
     pub failures: f64,
     /// Time that inline batches took since it was last asked.
     pub inline_time: Duration,
+    /// Batches that were given up, and the workers that still run them.
+    pub ghosts: Vec<(Worker, Running)>,
     /// Requests that were told they were never executed, for the planted defect that executes them.
     pub refused: Vec<TicketKey>,
 }
@@ -51,6 +89,11 @@ impl SimOutlet {
     /// Runs a batch whose time is over and says so as the worker does, but in virtual time.
     pub fn finish(&mut self, executor: usize, slot: FilledSlot, service: Duration) -> Finished {
         let fails = self.rng.random_bool(self.failures);
+        let members = &slot.staging().members;
+        if fails && members.len() == 1 {
+            // Alone it fails for good; together they run once more.
+            self.history.borrow_mut().excuse(members[0].key);
+        }
         let seat = &mut self.executors[executor];
         seat.faults.failures.store(u64::from(fails), Ordering::Relaxed);
         Finished { service, ..seat.worker.run(slot) }
@@ -84,6 +127,21 @@ impl Outlet for SimOutlet {
         let service = Duration::from_nanos(self.rng.random_range(500..8_000));
         self.inline_time += service;
         Some(self.finish(executor, slot, service))
+    }
+
+    fn replace(&mut self, executor: usize, batch: u64) -> Replaced {
+        let seat = &mut self.executors[executor];
+        let Some(pass) = seat.fence.close(batch) else { return Replaced::NotRunning };
+        let running = seat.running.take().expect("only what was started is closed");
+        let mut history = self.history.borrow_mut();
+        running.slot.staging().members.iter().for_each(|member| history.excuse(member.key));
+        history.note("hung executors");
+        let mut next = worker(&seat.answers, &seat.faults);
+        next.hold(pass.clone());
+        seat.pass = pass;
+        self.ghosts.push((std::mem::replace(&mut seat.worker, next), running));
+        self.given[executor] -= 1;
+        Replaced::Yes
     }
 
     fn end(&mut self, shard: u16, ended: Vec<(TicketKey, Refusal)>) {

@@ -14,26 +14,27 @@ use bytes::Bytes;
 use ferry::batcher::Batcher;
 use ferry::capture::{self, Source};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
-use ferry::executor::sim::{Faults, SimExecutor as SimDevice};
-use ferry::executor::worker::{Answers, Worker};
+use ferry::executor::sim::POISONED;
+use ferry::executor::slot::VacantSlot;
+use ferry::executor::worker::Answers;
 use ferry::frontend::inflight::{InFlight, Owned, Waiting};
 use ferry::mail::{
-    Burst, FinishedBatch, Member, Part, PlanOf, PolicyChange, Question, Request, SetPolicy, SetPolicyError, StartTrial,
-    ToBatcher, ToShard,
+    Burst, Finished, FinishedBatch, Member, Part, PlanOf, PolicyChange, Question, Request, SetPolicy, SetPolicyError,
+    StartTrial, ToBatcher, ToShard,
 };
 use ferry::mailbox::{Awaited, Receiver, mailbox, reply};
 use ferry::scatter::{Assemblies, Details, append_error, append_result, failure_of};
 use ferry::scheduler::{
     Buckets, Class, Compose, Group, PadTo, Policy, PolicyKind, QueueLimits, Scheduler, SeatSpec, TenantId,
 };
-use ferry::telemetry::{ModelLabels, Telemetry};
-use ferry::vocab::{Code, DType, Layout, ModelHandle, Moment, Refusal, TicketKey};
+use ferry::telemetry::{Alarm, ModelLabels, Telemetry};
+use ferry::vocab::{Code, DType, Layout, ModelHandle, Moment, Refusal, Run, TicketKey};
 use ferry::wire::encoder::align8;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::history::History;
-use super::outlet::{SimExecutor, SimOutlet};
+use super::outlet::{Running, SimExecutor, SimOutlet};
 
 /// A planted mistake, to show that the simulation would notice it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,7 +45,12 @@ pub enum Defect {
     SwapRows,
     IgnoreDeadline,
     ServeRefused,
+    /// The first of a batch pays for another of it.
+    BlameAnother,
 }
+
+/// Marks a batch that comes back a second time, for this file: the batcher looks at no such thing.
+const TWICE: u64 = u64::MAX;
 
 /// What came of a life.
 pub struct Life {
@@ -73,7 +79,7 @@ enum Event {
     Disconnect { shard: usize },
     Turn,
     Start { executor: usize },
-    Done { executor: usize },
+    Done { executor: usize, number: u64 },
     ShardMail { shard: usize },
     SetPolicy,
     Capture,
@@ -111,6 +117,15 @@ struct World {
     service: Duration,
     /// This executor takes ten seconds for one batch.
     stuck: Option<usize>,
+    /// Share of requests that make their model fail.
+    poison: f64,
+    /// Those that did so far, to be sent again.
+    poisons: Vec<(ModelHandle, u32, u32, Bytes, usize)>,
+    /// Share of batches that come back twice.
+    duplicates: f64,
+    duplicated: u64,
+    /// Batches that executors began.
+    runs: u64,
     compose: bool,
     defect: Defect,
     answers: u64,
@@ -244,19 +259,9 @@ impl World {
         let executors = (0..)
             .zip(&groups)
             .map(|(index, group)| {
-                let faults = Arc::new(Faults::default());
-                let device = Box::new(SimDevice::new(Arc::clone(&faults)));
-                let worker = Worker::new(
-                    Answers {
-                        index,
-                        contracts: contracts.clone(),
-                        shards: senders.clone(),
-                        telemetry: Arc::clone(&telemetry),
-                    },
-                    device,
-                );
-                let inline = *group == Group::Inline;
-                SimExecutor { worker, faults, inline, queue: VecDeque::new(), running: None }
+                let (contracts, shards) = (contracts.clone(), senders.clone());
+                let answers = Answers { index, contracts, shards, telemetry: Arc::clone(&telemetry) };
+                SimExecutor::new(answers, *group == Group::Inline)
             })
             .collect();
         let outlet = SimOutlet {
@@ -270,6 +275,7 @@ impl World {
             failures: if rng.random_bool(0.5) { 0.1 } else { 0.0 },
             inline_time: Duration::ZERO,
             refused: Vec::new(),
+            ghosts: Vec::new(),
         };
         let limits = QueueLimits { rows_max: rng.random_range(10..200), cells_max: 2000, bytes_max: 20_000 };
         let shared = rng.random_bool(0.2);
@@ -281,7 +287,15 @@ impl World {
         };
         let seats: Vec<SeatSpec> = groups.iter().enumerate().map(seat).collect();
         let scheduler = Scheduler::new(limits, policies.clone(), &seats);
-        let batcher = Batcher::new(scheduler, outlet, &contracts, shard_count, Arc::clone(&telemetry));
+        let mut batcher = Batcher::new(scheduler, outlet, &contracts, shard_count, Arc::clone(&telemetry));
+        let service = Duration::from_micros(rng.random_range(20..2000));
+        // Sometimes shorter than a batch that is only slow.
+        let hang_timeout =
+            if rng.random_bool(0.3) { service.mul_f64(rng.random_range(1.0..30.0)) } else { Duration::ZERO };
+        batcher.give_up_after(hang_timeout);
+        if rng.random_bool(0.5) {
+            batcher.quarantine(rng.random_range(1..8), service * 100);
+        }
         let connections = rng.random_range(1..5);
         let shards = (0..)
             .zip(inboxes)
@@ -311,8 +325,13 @@ impl World {
             draining: false,
             arrivals_left: rng.random_range(50..300),
             gap: Duration::from_micros(rng.random_range(2..400)),
-            service: Duration::from_micros(rng.random_range(20..2000)),
+            service,
             stuck,
+            poison: if rng.random_bool(0.3) { rng.random_range(0.01..0.3) } else { 0.0 },
+            poisons: Vec::new(),
+            duplicates: if rng.random_bool(0.2) { 0.05 } else { 0.0 },
+            duplicated: 0,
+            runs: 0,
             compose: rng.random_bool(0.3),
             defect,
             answers: 0,
@@ -366,7 +385,7 @@ impl World {
             Event::Disconnect { shard } => self.disconnect(shard),
             Event::Turn => self.turn(),
             Event::Start { executor } => self.start(executor),
-            Event::Done { executor } => self.done(executor),
+            Event::Done { executor, number } => self.done(executor, number),
             Event::ShardMail { shard } => self.take_mail(shard),
             Event::SetPolicy => self.set_policy(),
             Event::Capture => {
@@ -472,7 +491,22 @@ impl World {
         let len = if contract.length.is_some() { self.rng.random_range(1..=16) } else { 1 };
         let id = self.history.borrow().next_id();
         let poisoned = model.index() == 1 && self.rng.random_bool(0.05);
-        let payload = payload(&mut self.rng, &contract, rows, len, id, poisoned);
+        let mut payload = payload(&mut self.rng, &contract, rows, len, id, poisoned);
+        // Not the model of single bytes: its rows may be shorter than a poison.
+        let fails = (!poisoned && model.index() < 2 && self.rng.random_bool(self.poison))
+            .then(|| self.rng.random_range(0..POISONED.len()));
+        let again = (!poisoned && !self.poisons.is_empty() && self.rng.random_bool(self.poison))
+            .then(|| self.poisons[self.rng.random_range(0..self.poisons.len())].clone());
+        let (mut model, mut rows, mut len, mut fails) = (model, rows, len, fails);
+        if let Some((of_model, of_rows, of_len, bytes, how)) = again {
+            (model, rows, len, payload, fails) = (of_model, of_rows, of_len, bytes, Some(how));
+        } else if let Some(how) = fails {
+            let mut bytes = payload.to_vec();
+            let at = self.rng.random_range(0..rows) as usize * contract.inputs[0].row_bytes(len);
+            bytes[at..at + 4].copy_from_slice(&POISONED[how]);
+            payload = bytes.into();
+            self.poisons.push((model, rows, len, payload.clone(), how));
+        }
         let deadline = match self.rng.random_range(0..10) {
             0..4 => None,
             // It may be over before the batcher sees it.
@@ -494,7 +528,7 @@ impl World {
         };
         let shard = &mut self.shards[shard];
         let key = shard.in_flight.insert(waiting, &mut shard.connections[connection])?;
-        self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, poisoned, rows);
+        self.history.borrow_mut().accepted(key, payload.clone(), deadline, compose, (poisoned, fails), rows);
         Some(Request {
             key,
             model,
@@ -557,7 +591,8 @@ impl World {
                 burst.cancelled.iter().for_each(|key| self.history.borrow_mut().cancel_taken(*key));
             }
             if let ToBatcher::Finished(finished) = &message {
-                self.batcher.outlet_mut().given[finished.executor] -= 1;
+                let twice = finished.run.cells == TWICE;
+                self.batcher.outlet_mut().given[finished.executor] -= u32::from(!twice);
             }
             self.batcher.take(self.now, message);
         }
@@ -631,15 +666,43 @@ impl World {
             self.stuck = None;
             self.history.borrow_mut().note("stuck executors");
         }
-        self.batcher.outlet_mut().executors[executor].running = Some((slot, service));
-        self.after(service, Event::Done { executor });
+        self.runs += 1;
+        let number = self.runs;
+        let seat = &mut self.batcher.outlet_mut().executors[executor];
+        seat.pass.begin(slot.batch.id);
+        seat.running = Some(Running { slot, service, number });
+        self.after(service, Event::Done { executor, number });
     }
 
-    fn done(&mut self, executor: usize) {
+    fn done(&mut self, executor: usize, number: u64) {
         let outlet = self.batcher.outlet_mut();
-        let (slot, service) = outlet.executors[executor].running.take().expect("it was started");
+        if let Some(at) = outlet.ghosts.iter().position(|(_, running)| running.number == number) {
+            let (mut worker, Running { slot, .. }) = outlet.ghosts.swap_remove(at);
+            let brought = worker.try_run(slot).is_some();
+            let mut history = self.history.borrow_mut();
+            history.note("late results");
+            if brought || self.shards.iter().any(|shard| !shard.inbox.is_empty() && !shard.mail_scheduled) {
+                history.violate("a hung executor's result went beyond the fence".into());
+            }
+            return;
+        }
+        let Running { slot, service, .. } = outlet.executors[executor].running.take().expect("it was started");
         let finished = outlet.finish(executor, slot, service);
+        let Finished { batch, ran, run, .. } = finished;
         self.mail(ToBatcher::Finished(finished));
+        if self.rng.random_bool(self.duplicates) {
+            self.duplicated += 1;
+            let run = Run { cells: TWICE, ..run };
+            self.mail(ToBatcher::Finished(Finished {
+                executor,
+                slot: VacantSlot::default(),
+                batch,
+                service,
+                ran,
+                run,
+                blamed: Vec::new(),
+            }));
+        }
         self.after(Duration::ZERO, Event::Start { executor });
         self.deliver();
     }
@@ -675,7 +738,11 @@ impl World {
             if usize::from(member.key.shard) != shard {
                 continue;
             }
-            if let Some(refusal) = failure_of(finished, member) {
+            let mut failure = failure_of(finished, member);
+            if self.defect == Defect::BlameAnother && member.first_row == 0 && failure.is_none() {
+                failure = finished.members.iter().find_map(|mate| failure_of(finished, mate));
+            }
+            if let Some(refusal) = failure {
                 self.end(shard, member.key, &refusal);
                 if member.is_part() {
                     self.mail(ToBatcher::Burst(Burst { arrivals: Vec::new(), cancelled: vec![member.key] }));
@@ -804,6 +871,11 @@ impl World {
         let mut history = self.history.borrow_mut();
         (0..reverted).for_each(|_| history.note("trials reverted"));
         history.check_complete();
+        (0..self.duplicated).for_each(|_| history.note("batches that came back twice"));
+        let alarms = self.telemetry.alarms(Alarm::ForeignResult);
+        if alarms != self.duplicated || self.telemetry.alarms(Alarm::WrongOutput) > 0 {
+            history.violate(format!("{} batches came back twice, and {alarms} alarms were raised", self.duplicated));
+        }
         let waiting = (0..self.policies.len())
             .map(|model| self.batcher.scheduler().waiting(ModelHandle(model as u16)))
             .find(|waiting| *waiting != (0, 0, 0));

@@ -167,7 +167,14 @@ def dashboard():
                   for at in (50, 99) for model_legend in ["{{model}}"]])
     board.graph("Failures of executors", "Batches that ended with an error or a panic of the model.", "ops",
                 ("errors {{executor}}", rate("ferry_executor_failures_total", "executor")),
-                ("panics {{executor}}", rate("ferry_executor_panics_total", "executor")))
+                ("panics {{executor}}", rate("ferry_executor_panics_total", "executor")),
+                ("hangs {{executor}}", rate("ferry_executor_hangs_total", "executor")),
+                ("rebuilt models {{executor}}", rate("ferry_executor_rebuilds_total", "executor")))
+    board.graph("Requests behind failures", "Rows of failed batches that were answered all the same, and those that were not.", "ops",
+                ("{{outcome}}", rate("ferry_bisected_rows_total", "outcome")),
+                ("refused unrun", rate("ferry_quarantined_total")))
+    board.graph("Batches run again in parts", "And the parts.", "ops", ("batches", rate("ferry_bisections_total")),
+                ("parts", rate("ferry_bisection_runs_total")))
 
     board.row("Batches")
     board.heatmap("Rows of a batch", "How large batches are.", "short", "ferry_batch_rows")
@@ -246,6 +253,7 @@ def dashboard():
     board.graph("Threads and open files", "", "short", ("threads", now("ferry_process_threads")), ("open files", now("ferry_process_open_fds")))
     board.graph("Should stay 0", "Shards that had to be nudged, books that do not add up, connections that could not be taken.", "short",
                 ("stalls", rise("ferry_shard_stalls_total")), ("drift", rise("ferry_audits_total", outcome="drift")),
+                ("{{what}}", rise("ferry_alarms_total", "what")), ("late results", rise("ferry_executor_late_results_total")),
                 ("accept errors", rise("ferry_accept_errors_total")))
     board.graph("OpenTelemetry", "Messages to the receiver, and what was lost on the way.", "short",
                 ("{{signal}} {{outcome}}", rise("ferry_otel_exports_total", "signal", "outcome")),
@@ -283,6 +291,10 @@ def alerts():
          "A row was answered otherwise in its batch than alone: one caller's data may be in another's answer."),
         ("FerryBooksDrift", "critical", "0m", rise("ferry_audits_total", "instance", outcome="drift") + " > 0",
          "The scheduler's books do not add up: requests may be refused for ever, or none any more."),
+        ("FerryAlarms", "critical", "0m", rise("ferry_alarms_total", "instance", "what") + " > 0",
+         "Something that cannot be: a model gave other outputs than its contract says, or a batch came back twice."),
+        ("FerryExecutorHangs", "critical", "0m", rise("ferry_executor_hangs_total", "instance", "executor") + " > 0",
+         "A batch did not come back; another thread took the executor's seat."),
         ("FerryExecutorPanics", "critical", "0m", rise("ferry_executor_panics_total", "instance", "executor") + " > 0", "A model panicked."),
         ("FerryShardStalls", "warning", "0m", rise("ferry_shard_stalls_total", "instance") + " > 0", "A shard with work did not move until it was nudged."),
         ("FerryRefusals", "warning", "5m",
