@@ -12,13 +12,21 @@ mod common;
 
 #[path = "chaos/caller.rs"]
 mod caller;
+#[path = "chaos/controls.rs"]
+mod controls;
+#[path = "chaos/first.rs"]
+mod first;
 #[path = "chaos/history.rs"]
 mod history;
+#[path = "chaos/map.rs"]
+mod map;
 #[path = "chaos/proxy.rs"]
 mod proxy;
 #[path = "chaos/replicas.rs"]
 mod replicas;
 #[path = "chaos/signals.rs"]
 mod signals;
+#[path = "chaos/slope.rs"]
+mod slope;
 #[path = "chaos/streams.rs"]
 mod streams;

@@ -147,6 +147,11 @@ fn a_refused_request_that_is_executed_is_noticed() {
     assert!(said.contains("never executed") || said.contains("expired"), "{said}");
 }
 
+#[test]
+fn a_schedule_that_deadlocks_is_noticed() {
+    assert!(found(Defect::LoseWakeup).contains("answered"));
+}
+
 fn replay(trace: &[u8]) -> Result<Verified, ReplayError> {
     let mut reader = TraceReader::open(trace)?;
     let verified = exact::replay(&mut reader, &mut ())?;

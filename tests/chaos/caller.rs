@@ -120,10 +120,6 @@ impl Ledger {
         self.entries.lock().expect("not poisoned").push(entry);
     }
 
-    pub fn calls(&self) -> u64 {
-        self.next.load(Ordering::Relaxed) - 1
-    }
-
     /// Ends of calls so far.
     pub fn ends(&self) -> usize {
         let is_end = |entry: &&Entry| !matches!(entry, Entry::Invoke { .. } | Entry::Window { .. });

@@ -13,6 +13,7 @@ use crate::caller::{Ledger, Manner, call_on, log_of, models, percentile, rounds}
 use crate::common::process::{Child, ferry};
 use crate::common::{Ask, metric, wait_until};
 use crate::history::{Rules, Summary};
+use crate::proxy::{Act, Proxy};
 
 /// One drain under load: who was accepted is answered, nobody else was executed, the process ends by itself with status 0.
 fn drained(round: u64) -> (Summary, Duration, f64) {
@@ -68,41 +69,33 @@ fn a_drain_with_thousands_in_flight_loses_nothing_doubles_nothing_and_ends_with_
 
 #[test]
 fn a_stopped_client_is_closed_like_any_reader_that_does_not_read_and_nobody_else_notices() {
-    let child = Child::start_in(models(), &["frontend.stall_timeout_ms=500", "frontend.output_bytes_max=65536"]);
+    let child = Child::start_in(
+        models(),
+        &["frontend.stall_timeout_ms=500", "frontend.output_bytes_max=65536", "frontend.credit_requests=4096"],
+    );
     let mut bystander = child.connect();
     let echo = bystander.handle("echo");
+    // Between them sockets that hold little, so that it is the server that is left with the replies.
+    let proxy = Proxy::narrow(child.data, 64 << 10, |_| Act::PASS);
     let mut load = std::process::Command::new(ferry())
-        .args(["load", "--addr", &child.data.to_string(), "--model", "echo", "--length", "1024", "--concurrency", "64"])
-        .args(["--connections", "2", "--duration", "600s", "--warmup", "0s"])
+        .args(["load", "--addr", &proxy.addr.to_string(), "--model", "echo", "--lengths", "fixed:1024"])
+        .args(["--concurrency", "4000", "--connections", "1", "--duration", "600s", "--warmup", "0s"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
         .expect("the binary runs");
     let pid = Pid::from_raw(load.id() as i32);
-    wait_until("load is on", || child.metric("ferry_requests_accepted_total", &[]) > 1000.0);
-    let slow = |page: &str| metric(page, "ferry_slow_readers_total", &[]);
-    // It is stopped at a moment in which replies are pending: at most of them, and again where it was not.
-    let mut closed = false;
-    for _ in 0..20 {
-        kill(pid, Signal::SIGSTOP).expect("the process is ours");
-        let page = child.metrics();
-        let is_quiet = || child.metric("ferry_requests_in_flight", &[]) == 0.0;
-        wait_until("what was accepted is answered", is_quiet);
+    wait_until("load is on", || child.metric("ferry_requests_accepted_total", &[]) > 8000.0);
+    kill(pid, Signal::SIGSTOP).expect("the process is ours");
+    wait_until("it is closed, and only the bystander is left", || {
         bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
-        closed = slow(&child.metrics()) > 0.0;
-        if closed {
-            break;
-        }
-        kill(pid, Signal::SIGCONT).expect("the process is ours");
-        let before = metric(&page, "ferry_requests_accepted_total", &[]);
-        wait_until("it goes on", || child.metric("ferry_requests_accepted_total", &[]) > before + 100.0);
-    }
-    let _ = (load.kill(), load.wait());
-    wait_until("only the bystander is left", || {
         let page = child.metrics();
         metric(&page, "ferry_connections_opened_total", &[]) - metric(&page, "ferry_connections_closed_total", &[]) == 1.0
-            && metric(&page, "ferry_live_bytes", &["unsent"]) == 0.0
     });
-    println!("closed as a slow reader: {closed}");
+    let _ = (load.kill(), load.wait());
+    wait_until("nothing is held for it", || {
+        let page = child.metrics();
+        metric(&page, "ferry_requests_in_flight", &[]) == 0.0 && metric(&page, "ferry_live_bytes", &["unsent"]) == 0.0
+    });
     bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
 }

@@ -148,6 +148,10 @@ impl Child {
         nix::sys::signal::kill(self.pid(), signal).expect("the process is ours");
     }
 
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().expect("the process is ours").is_some()
+    }
+
     /// Waits for the end; the exit status, if it was not a signal.
     pub fn status(&mut self) -> Option<i32> {
         let mut status = None;

@@ -44,6 +44,8 @@ pub enum Defect {
     SwapRows,
     IgnoreDeadline,
     ServeRefused,
+    /// The batcher is not woken, and believes that it will be: nobody goes on.
+    LoseWakeup,
 }
 
 /// What came of a life.
@@ -433,6 +435,9 @@ impl World {
         let at = self.now + delay;
         if self.turn_at.is_none_or(|turn_at| at < turn_at) {
             self.turn_at = Some(at);
+            if self.defect == Defect::LoseWakeup && self.sequence > 100 {
+                return;
+            }
             self.after(delay, Event::Turn);
         }
     }
