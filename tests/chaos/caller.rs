@@ -221,10 +221,13 @@ impl Manner {
         let micros = if numbers.below(8) == 0 { numbers.below(u64::from(self.micros) + 1) as u32 } else { 0 };
         let call = ledger.call_by(micros, self.allowed);
         let request = call.request();
-        (call, match self.allowed {
-            Some(allowed) => request.deadline(allowed),
-            None => request,
-        })
+        (
+            call,
+            match self.allowed {
+                Some(allowed) => request.deadline(allowed),
+                None => request,
+            },
+        )
     }
 }
 

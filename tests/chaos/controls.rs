@@ -86,8 +86,11 @@ fn readdressed(frame: &[u8], id: u64) -> Vec<u8> {
     let Ok(Step::Frame(parts)) = decoder.next(frame) else { panic!("a whole frame") };
     let mut header = parts.header;
     header.request_id = id;
-    [&header.encode(parts.metadata(frame))[..], &frame[frame.len() - parts.payload(frame).len() - parts.metadata(frame).len()..]]
-        .concat()
+    [
+        &header.encode(parts.metadata(frame))[..],
+        &frame[frame.len() - parts.payload(frame).len() - parts.metadata(frame).len()..],
+    ]
+    .concat()
 }
 
 fn id_of(frame: &[u8]) -> u64 {
@@ -163,7 +166,9 @@ fn c12_half_floats_read_as_the_other_kind_are_found() {
     };
     assert!(is_right(DType::F16, &halves) && is_right(DType::BF16, &brains));
     assert!(!is_right(DType::BF16, &halves) && !is_right(DType::F16, &brains));
-    let wrong = |dtype, bytes: &[u8]| to_f64(dtype, bytes).iter().zip(values).filter(|(got, want)| **got != f64::from(*want)).count();
+    let wrong = |dtype, bytes: &[u8]| {
+        to_f64(dtype, bytes).iter().zip(values).filter(|(got, want)| **got != f64::from(*want)).count()
+    };
     assert!(wrong(DType::BF16, &halves) == values.len() && wrong(DType::F16, &brains) == values.len());
 }
 
@@ -196,7 +201,9 @@ fn shown<'s>(text: &str, secrets: &[&'s str]) -> Vec<&'s str> {
     let hex = |secret: &str| secret.bytes().map(|byte| format!("{byte:02x}")).collect::<String>();
     let bytes = |secret: &str| format!("{:?}", secret.as_bytes()).trim_matches(['[', ']']).to_owned();
     let is_shown = |secret: &&&str| {
-        [(**secret).to_owned(), hex(secret), bytes(secret)].iter().any(|form| text.to_lowercase().contains(&form.to_lowercase()))
+        [(**secret).to_owned(), hex(secret), bytes(secret)]
+            .iter()
+            .any(|form| text.to_lowercase().contains(&form.to_lowercase()))
     };
     secrets.iter().filter(is_shown).copied().collect()
 }

@@ -313,10 +313,7 @@ fn an_end_behind_the_deadline_is_found() {
 
 #[test]
 fn ends_and_executions_of_calls_that_nobody_made_are_found() {
-    assert_eq!(
-        found(|all| all.push(Entry::Ok { id: 9, at_us: 60, hash: 7 })),
-        [Violation::NeverInvoked { id: 9 }]
-    );
+    assert_eq!(found(|all| all.push(Entry::Ok { id: 9, at_us: 60, hash: 7 })), [Violation::NeverInvoked { id: 9 }]);
     assert_eq!(found(|all| all.push(Entry::Executed { id: 9 })), [Violation::ExecutedUninvoked { id: 9 }]);
     assert_eq!(found(|all| all.push(all[0].clone())), [Violation::InvokedTwice { id: 1 }]);
 }

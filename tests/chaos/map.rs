@@ -81,7 +81,9 @@ fn wrong_with(map: &BTreeMap<String, Case>, tests: &BTreeSet<String>) -> Vec<Str
         if case.what.is_empty() {
             wrong.push(format!("{id} does not say what it is"));
         }
-        wrong.extend(case.tests.iter().filter(|name| !tests.contains(*name)).map(|name| format!("{id}: no test {name}")));
+        wrong.extend(
+            case.tests.iter().filter(|name| !tests.contains(*name)).map(|name| format!("{id}: no test {name}")),
+        );
         let is_missing = |script: &&String| !root().join(script).exists();
         wrong.extend(case.scripts.iter().filter(is_missing).map(|script| format!("{id}: no file {script}")));
     }
@@ -102,13 +104,21 @@ fn a_map_that_has_rotted_is_found() {
         wrong_with(&map, &tests)
     };
     assert_eq!(wrong(&|map| drop(map.remove("F15"))), ["F15 is missing"]);
-    assert_eq!(wrong(&|map| drop(map.insert("F96".into(), Case { what: "new".into(), pending: Some("now".into()), ..Case::default() }))), ["F96 is no case"]);
+    assert_eq!(
+        wrong(&|map| drop(
+            map.insert("F96".into(), Case { what: "new".into(), pending: Some("now".into()), ..Case::default() })
+        )),
+        ["F96 is no case"]
+    );
     assert_eq!(
         wrong(&|map| map.get_mut("F15").expect("it is there").tests.push("a_test_that_was_renamed".into())),
         ["F15: no test a_test_that_was_renamed"]
     );
     let empty = || Case { what: "nothing".into(), ..Case::default() };
-    assert_eq!(wrong(&|map| drop(map.insert("F15".into(), empty()))), ["F15 says neither a test nor why there is none"]);
+    assert_eq!(
+        wrong(&|map| drop(map.insert("F15".into(), empty()))),
+        ["F15 says neither a test nor why there is none"]
+    );
 }
 
 #[test]

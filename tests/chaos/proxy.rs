@@ -300,7 +300,8 @@ impl Pump {
                     return true;
                 }
                 Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                }
                 Err(error) => {
                     // A reset is passed on as one.
                     self.link.end(error.kind() == ErrorKind::ConnectionReset);
@@ -330,7 +331,8 @@ impl Pump {
                 Ok(0) => return false,
                 Ok(count) => rest = &rest[count..],
                 Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
+                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {
+                }
                 Err(_) => return false,
             }
         }
@@ -452,17 +454,8 @@ pub struct Mix {
 }
 
 impl Mix {
-    pub const NONE: Mix = Mix {
-        seed: 0,
-        block: 4096,
-        piece: 64 << 10,
-        delay: 0,
-        flip: 0,
-        stall: 0,
-        cut: 0,
-        half_close: 0,
-        reset: 0,
-    };
+    pub const NONE: Mix =
+        Mix { seed: 0, block: 4096, piece: 64 << 10, delay: 0, flip: 0, stall: 0, cut: 0, half_close: 0, reset: 0 };
 
     /// What happens at a place. Pure.
     pub fn act(&self, at: Place) -> Act {

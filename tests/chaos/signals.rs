@@ -51,7 +51,11 @@ fn a_drain_with_thousands_in_flight_loses_nothing_doubles_nothing_and_ends_with_
         assert!(summary.ok > 0, "round {round}: {summary:?}");
         // What was refused was refused for the drain, or never left the client.
         let reasons: Vec<&str> = summary.failed.keys().map(String::as_str).collect();
-        assert!(reasons.iter().all(|code| ["draining", "unsent"].contains(code)), "round {round}: {:?}", summary.failed);
+        assert!(
+            reasons.iter().all(|code| ["draining", "unsent"].contains(code)),
+            "round {round}: {:?}",
+            summary.failed
+        );
         calls += summary.calls;
         ok += summary.ok;
         unsent += summary.failed.values().sum::<u64>();
@@ -90,7 +94,8 @@ fn a_stopped_client_is_closed_like_any_reader_that_does_not_read_and_nobody_else
     wait_until("it is closed, and only the bystander is left", || {
         bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
         let page = child.metrics();
-        metric(&page, "ferry_connections_opened_total", &[]) - metric(&page, "ferry_connections_closed_total", &[]) == 1.0
+        metric(&page, "ferry_connections_opened_total", &[]) - metric(&page, "ferry_connections_closed_total", &[])
+            == 1.0
     });
     let _ = (load.kill(), load.wait());
     wait_until("nothing is held for it", || {

@@ -78,12 +78,16 @@ fn samples(per_x: f64, noise: f64, seed: u64) -> Vec<(f64, f64)> {
 
 #[test]
 fn the_interval_is_that_of_a_worked_example() {
-    // y = 2x with errors of 1, -1, 0, 1, -1 around it: slope 1.8, standard error 0.3266 (by hand), t of 3 degrees 3.182.
+    // y = 2x with errors of 1, -1, 0, 1, -1 around it: slope 1.8, standard error 0.3464 (by hand: sqrt(3.6 / 3 / 10)), t of 3 degrees 3.182.
     let found = slope(&[(0.0, 1.0), (1.0, 1.0), (2.0, 4.0), (3.0, 7.0), (4.0, 7.0)]).expect("five points");
-    let by_hand = (1.8, 0.326_6);
+    let by_hand = (1.8, 0.346_4);
     assert!((found.slope - by_hand.0).abs() < 1e-9, "{found:?}");
     assert!(((found.high - found.slope) / by_hand.1 - 3.182).abs() < 0.03, "{found:?}");
-    assert!((student(3.0) - 3.182).abs() < 0.03 && (student(10.0) - 2.228).abs() < 0.002 && (student(1e6) - 1.96).abs() < 0.001);
+    assert!(
+        (student(3.0) - 3.182).abs() < 0.03
+            && (student(10.0) - 2.228).abs() < 0.002
+            && (student(1e6) - 1.96).abs() < 0.001
+    );
     assert_eq!(slope(&[(0.0, 1.0); 4]), None);
     assert_eq!(slope(&[(1.0, 1.0); 9]), None);
 }
@@ -140,7 +144,7 @@ fn cancelled_requests_keep_less_than_a_byte_each() {
     let child = Child::start_in(models(), &[]);
     let mut raw = child.connect();
     let echo = raw.handle("echo");
-    let cancels = rounds(100_000, 1_000_000);
+    let cancels = rounds(1_000_000, 10_000_000);
     let mut points = Vec::new();
     for burst in 0..cancels / BURST {
         let mut bytes = Vec::new();
@@ -155,13 +159,13 @@ fn cancelled_requests_keep_less_than_a_byte_each() {
             points.push(((burst * BURST) as f64, child.resident_bytes() as f64));
         }
     }
-    let found = slope(&steady(&points, cancels as f64 / 4.0, 30)).expect("enough points");
+    let found = slope(&steady(&points, cancels as f64 / 2.0, 30)).expect("enough points");
     let cancelled = child.metric("ferry_requests_finished_total", &["code=\"cancelled\""]);
-    println!("{cancelled} of {cancels} cancelled in time; {found:?} bytes each");
+    let few: Vec<_> = steady(&points, 0.0, 10).iter().map(|(x, y)| (*x as u64, (*y / 1024.0) as u64)).collect();
+    println!("{cancelled} of {cancels} cancelled in time; {found:?} bytes each; KiB over time: {few:?}");
     assert!(cancelled > cancels as f64 / 4.0);
-    // What is bounded is what cannot be noise: buffers that still grow a little make a short run less sure.
-    assert!(found.low < 1.0, "{found:?}");
-    assert!(cancels < 1_000_000 || found.high < 1.0, "{found:?}");
+    // Behind the first half: tables and histograms are as large by then as they get.
+    assert!(found.high < 1.0, "{found:?}");
 }
 
 /// What a soak looks at besides memory. None of these may be more at the end than behind the warm-up.

@@ -8,9 +8,7 @@ use ferry::wire::Kind;
 
 use crate::caller::{Ledger, Manner, call_through, log_of, models, rounds};
 use crate::common::process::Child;
-use crate::common::{
-    Ask, Event, Numbers, Raw, bare_frame, describe_frame, hello_frame, metric, wait_until,
-};
+use crate::common::{Ask, Event, Numbers, Raw, bare_frame, describe_frame, hello_frame, metric, wait_until};
 use crate::history::{Entry, Rules};
 use crate::proxy::{Act, Direction, Mix, Place, Proxy, Then};
 
@@ -32,7 +30,12 @@ fn a_request_cut_at_any_byte_by_an_end_or_a_reset_is_never_executed_and_leaves_n
     let long = Ask::new(echo, DType::F32, &[16, 1024], &[7; 64 << 10]).frame(1);
     let cuts = rounds(1000, 10_000);
     let short = ledger.call(0).ask(witness).frame(1);
-    ledger.note(Entry::Fail { id: 1, at_us: 0, code: "never sent whole".into(), executed: crate::history::Executed::Never });
+    ledger.note(Entry::Fail {
+        id: 1,
+        at_us: 0,
+        code: "never sent whole".into(),
+        executed: crate::history::Executed::Never,
+    });
     let lens = [short.len() as u64, long.len() as u64];
     let cut_at = move |connection: u64| greeting + Numbers(connection).below(lens[usize::from(connection % 8 == 0)]);
     let proxy = Proxy::start(child.data, move |at: Place| {
@@ -317,11 +320,7 @@ fn mixed_life(seed: u64, time: Duration) -> (u64, u64) {
     let summary = ledger.check(&[log_of(child.models())], &Rules::default());
     println!(
         "seed {seed}: {} calls, {} ok, {:?}, {} unknown; {:?}",
-        summary.calls,
-        summary.ok,
-        summary.failed,
-        summary.unknown,
-        mix
+        summary.calls, summary.ok, summary.failed, summary.unknown, mix
     );
     (summary.ok, summary.unknown)
 }
