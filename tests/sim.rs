@@ -159,6 +159,11 @@ fn a_request_that_pays_for_its_mate_is_noticed() {
     assert!(said.contains("for another's fault") || said.contains("NaN of another"), "{said}");
 }
 
+#[test]
+fn a_schedule_that_deadlocks_is_noticed() {
+    assert!(found(Defect::LoseWakeup).contains("answered"));
+}
+
 fn replay(trace: &[u8]) -> Result<Verified, ReplayError> {
     let mut reader = TraceReader::open(trace)?;
     let verified = exact::replay(&mut reader, &mut ())?;

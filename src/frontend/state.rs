@@ -712,6 +712,8 @@ impl State {
         let mut burst = std::mem::take(&mut self.burst);
         self.hand_on(&mut burst);
         self.burst = burst;
+        // No burst may follow: what the connection held would be shown for as long as nobody sends.
+        self.publish();
         if self.is_done() {
             self.wake_main();
         }

@@ -14,6 +14,7 @@ pub mod manifest;
 pub mod repository;
 pub mod sleep;
 pub mod weights;
+pub mod witness;
 
 use candle_core::{Storage, Tensor};
 

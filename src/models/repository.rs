@@ -22,13 +22,13 @@ use candle_core::Device;
 
 use super::manifest::{Manifest, ManifestError, Placement, Precision, WeightsSpec};
 use super::weights::{Weights, WeightsError, WeightsFault};
-use super::{bert, digits, echo, faulty, sleep};
+use super::{bert, digits, echo, faulty, sleep, witness};
 use crate::contract::name_is_valid;
 use crate::executor::model::LoadedModel;
 use crate::tokenize::{TextLimits, TextTokenizer, TokenizerError};
 
 /// What `architecture` in a manifest may say.
-pub const ARCHITECTURES: [&str; 5] = ["bert", "digits", "echo", "faulty", "sleep"];
+pub const ARCHITECTURES: [&str; 6] = ["bert", "digits", "echo", "faulty", "sleep", "witness"];
 
 /// A manifest is read by people; one of more bytes than this was written by an accident.
 const MANIFEST_BYTES_MAX: u64 = 1 << 20;
@@ -290,6 +290,7 @@ fn check_architecture(manifest: &Manifest) -> Result<(), String> {
         "echo" => echo::check(contract).map(|()| false),
         "faulty" => faulty::check(contract).map(|()| false),
         "sleep" => sleep::check(contract).map(|()| false),
+        "witness" => witness::check(contract).map(|()| false),
         _ => {
             let nearest = (ARCHITECTURES.iter())
                 .max_by(|a, b| strsim::jaro_winkler(architecture, a).total_cmp(&strsim::jaro_winkler(architecture, b)))
@@ -318,6 +319,7 @@ fn build(manifest: &Manifest, folder: &Path, options: &LoadOptions) -> Result<Ar
         "echo" => Ok(Arc::new(echo::Echo::new(contract))),
         "sleep" => Ok(Arc::new(sleep::Sleep::new(contract))),
         "faulty" => Ok(Arc::new(faulty::Faulty::new(contract))),
+        "witness" => Ok(Arc::new(witness::Witness::new(contract, folder.parent().unwrap_or(folder)))),
         "digits" => {
             let mut weights = open()?;
             let model = digits::Digits::load(contract, &mut weights, &options.device)?;

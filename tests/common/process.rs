@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::thread::JoinHandle;
 
@@ -18,6 +18,11 @@ use seccompiler::{
 
 use super::{Raw, get, metric, models_directory, settings, wait_until};
 
+/// The binary under test: that of this build, or the one that FERRY_BIN names.
+pub fn ferry() -> PathBuf {
+    std::env::var_os("FERRY_BIN").map_or_else(|| env!("CARGO_BIN_EXE_ferry").into(), PathBuf::from)
+}
+
 /// The arguments of `ferry serve` with these settings.
 fn arguments(models: &Path, sets: &[&str]) -> Vec<String> {
     let sets = settings(models, sets).into_iter().flat_map(|set| ["--set".to_owned(), set]);
@@ -29,7 +34,7 @@ pub fn run_under(limit: &str, models: &Path, sets: &[&str]) -> Output {
     Command::new("sh")
         .arg("-c")
         .arg(format!("{limit}; exec \"$0\" \"$@\""))
-        .arg(env!("CARGO_BIN_EXE_ferry"))
+        .arg(ferry())
         .args(arguments(models, sets))
         .output()
         .expect("a shell runs")
@@ -70,7 +75,7 @@ impl Denied {
 
 /// Runs a server that is expected not to start, under a seccomp profile.
 pub fn run_denied(denied: &Denied, models: &Path, sets: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
+    let mut command = Command::new(ferry());
     command.args(arguments(models, sets));
     denied.around(move || command.output().expect("the binary runs"))
 }
@@ -81,7 +86,7 @@ pub struct Child {
     pub control: SocketAddr,
     process: std::process::Child,
     log: Option<JoinHandle<String>>,
-    _models: tempfile::TempDir,
+    models: tempfile::TempDir,
 }
 
 impl Child {
@@ -102,7 +107,7 @@ impl Child {
     }
 
     fn start_by(models: tempfile::TempDir, sets: &[&str], spawn: impl FnOnce(Command) -> std::process::Child) -> Child {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ferry"));
+        let mut command = Command::new(ferry());
         command.args(arguments(models.path(), sets)).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = spawn(command);
         let mut line = String::new();
@@ -123,11 +128,16 @@ impl Child {
             let value = line.split_whitespace().find_map(|field| field.strip_prefix(name)).expect("the field is there");
             value.parse().expect("an address")
         };
-        Child { data: field("data="), control: field("control="), process, log: Some(log), _models: models }
+        Child { data: field("data="), control: field("control="), process, log: Some(log), models }
     }
 
     pub fn connect(&self) -> Raw {
         Raw::open(self.data)
+    }
+
+    /// The models directory that it serves.
+    pub fn models(&self) -> &Path {
+        self.models.path()
     }
 
     pub fn pid(&self) -> Pid {
@@ -136,6 +146,10 @@ impl Child {
 
     pub fn signal(&self, signal: Signal) {
         nix::sys::signal::kill(self.pid(), signal).expect("the process is ours");
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        self.process.try_wait().expect("the process is ours").is_some()
     }
 
     /// Waits for the end; the exit status, if it was not a signal.

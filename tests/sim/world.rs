@@ -47,6 +47,8 @@ pub enum Defect {
     ServeRefused,
     /// The first of a batch pays for another of it.
     BlameAnother,
+    /// The batcher is not woken, and believes that it will be: nobody goes on.
+    LoseWakeup,
 }
 
 /// Marks a batch that comes back a second time, for this file: the batcher looks at no such thing.
@@ -452,6 +454,9 @@ impl World {
         let at = self.now + delay;
         if self.turn_at.is_none_or(|turn_at| at < turn_at) {
             self.turn_at = Some(at);
+            if self.defect == Defect::LoseWakeup && self.sequence > 100 {
+                return;
+            }
             self.after(delay, Event::Turn);
         }
     }
