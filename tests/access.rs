@@ -498,3 +498,99 @@ fn a_token_from_the_command_is_what_the_server_takes_and_is_in_no_log() {
         assert!(!log.contains(secret), "a secret is in the log");
     }
 }
+
+#[test]
+fn a_check_reads_certificates_and_tenants_as_the_server_would() {
+    let office = Office::new();
+    office.write("tenants.toml", &office.tenant("search", "\"infer\"", 1).0);
+    office.write("broken.toml", "[tenant.x]\nroles = [\"root\"]\n");
+    let models = models_directory();
+    let check = |tenants: &str| {
+        let mut sets = office.tls_sets();
+        sets.push(office.set("auth.tenants", tenants));
+        let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+        let sets = common::settings(models.path(), &sets).into_iter().flat_map(|set| ["--set".to_owned(), set]);
+        let done = std::process::Command::new(env!("CARGO_BIN_EXE_ferry")).arg("check").args(sets).output();
+        done.expect("the binary runs")
+    };
+    let good = check("tenants.toml");
+    assert_eq!(good.status.code(), Some(0), "{good:?}");
+    let bad = check("broken.toml");
+    assert_eq!(bad.status.code(), Some(1), "{bad:?}");
+    let said = String::from_utf8_lossy(&bad.stdout);
+    assert!(said.contains("broken.toml") && said.contains("expected roles among infer, observe, admin"), "{said}");
+}
+
+/// The client that knows WIRE.md alone, against the real server behind TLS. Where there is no python3 nothing is tested.
+#[test]
+fn the_python_client_comes_in_with_its_token_and_not_without() {
+    let office = Office::new();
+    let (table, token) = office.tenant("search", "\"infer\"", 1);
+    office.write("tenants.toml", &table);
+    office.write("token", &format!("{token}\n"));
+    let mut sets = office.tls_sets();
+    sets.push(office.set("auth.tenants", "tenants.toml"));
+    let server = start(&sets);
+    let file = |name: &str| office.path(name).display().to_string();
+    let (trusted, other, token) = (file("server-ca.pem"), file("client-ca.pem"), file("token"));
+    let run = |flags: &[&str]| {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tools/python_client.py");
+        let mut command = std::process::Command::new("python3");
+        command.env_remove("FERRY_TOKEN").arg(script).args(["--addr", &server.data.to_string()]).args(flags).output()
+    };
+    let Ok(good) = run(&["--tls-ca", &trusted, "--token-file", &token]) else {
+        return println!("not tested, python3 does not start");
+    };
+    assert_eq!(String::from_utf8_lossy(&good.stdout), "7\n", "{good:?}");
+    for (flags, expected) in [
+        (&["--tls-ca", trusted.as_str()][..], "refused with code 4"),
+        (&["--tls-ca", other.as_str(), "--token-file", token.as_str()], "TLS: "),
+    ] {
+        let output = run(flags).expect("it started before");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(1) && said.contains(expected), "{said}");
+    }
+}
+
+#[test]
+fn f50_whoever_begins_with_something_else_than_a_hello_has_proved_nothing_and_is_counted() {
+    let office = Office::new();
+    office.write("tenants.toml", &office.tenant("search", "\"infer\"", 1).0);
+    let server = start(&[office.set("auth.tenants", "tenants.toml")]);
+    let infer = common::header(ferry::wire::Kind::Infer as u8, 0, 60, 16 << 20);
+    let stats = common::bare_frame(ferry::wire::Kind::Stats, 1);
+    for (round, first) in [&infer, &stats].into_iter().enumerate() {
+        let mut raw = common::Raw::connect(server.data);
+        raw.send(first);
+        let goaway = raw.recv().expect_goaway(Code::Unauthenticated);
+        assert_eq!(goaway.last_accepted_id, 0);
+        assert!(matches!(raw.recv(), common::Event::End));
+        assert_eq!(server.metric("ferry_authentications_total", &["failed"]), round as f64 + 1.0);
+    }
+    // Noise is noise, and tells whoever speaks another protocol so.
+    let mut raw = common::Raw::connect(server.data);
+    raw.send(b"GET / HTTP/1.1\r\n\r\n");
+    raw.recv().expect_goaway(Code::ProtocolError);
+}
+
+#[test]
+fn f52_a_peer_that_speaks_tls_on_a_plain_port_or_plain_on_a_tls_port_is_named_in_the_log() {
+    let office = Office::new();
+    let tls_sets = office.tls_sets();
+    let sets: Vec<&str> = tls_sets.iter().map(String::as_str).collect();
+    for (sets, options, expected) in [
+        (&sets[..], options(None, ""), "does not speak TLS"),
+        (&[], options(Some(office.client(None)), ""), "tls.certificate is not set"),
+    ] {
+        let mut child = Child::start(sets);
+        for _ in 0..50 {
+            assert_eq!(refused(Client::connect(child.data, options.clone())), None);
+        }
+        child.signal(nix::sys::signal::Signal::SIGTERM);
+        assert_eq!(child.status(), Some(0));
+        let log = child.log();
+        let said = log.lines().filter(|line| line.contains(expected)).count();
+        // Said, and not once for each of them: whoever wants to could fill the disk.
+        assert!((1..=15).contains(&said), "{said} lines: {log}");
+    }
+}

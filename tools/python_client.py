@@ -2,12 +2,13 @@
 """Asks a ferry server which digit an 8x8 image shows. Standard library only, written from src/wire/WIRE.md alone.
 
     python3 tools/python_client.py --addr 127.0.0.1:7600 [image.csv]
+    python3 tools/python_client.py --addr host:7600 --tls-ca ca.pem --token-file token [image.csv]
 
 The image file holds 64 numbers 0 to 16, separated by commas or white space; without one, a built-in digit is sent.
 Prints the predicted digit. It is the test of that page, and a start for clients in other languages; a client for
 production would pipeline requests and follow credit and goaway.
 """
-import argparse, json, math, socket, struct, sys
+import argparse, json, math, os, socket, ssl, struct, sys
 
 SEVEN = """0 0 7 8 13 16 15 1   0 0 7 7 4 11 12 0   0 0 0 0 8 13 1 0   0 4 8 8 15 15 6 0
            0 2 11 15 15 4 0 0   0 0 0 16 5 0 0 0    0 0 9 15 1 0 0 0    0 0 13 5 0 0 0 0"""
@@ -53,12 +54,29 @@ def receive(stream, wanted):
 args = argparse.ArgumentParser(description="Sends one 8x8 image to the model digits.")
 args.add_argument("image", nargs="?", help="text file of 64 numbers 0 to 16")
 args.add_argument("--addr", default="127.0.0.1:7600", help="host:port")
+args.add_argument("--tls-ca", metavar="FILE", help="encrypt; authorities that the server's certificate may be of")
+args.add_argument("--tls-name", metavar="NAME", help="name in the server's certificate (default: the host of --addr)")
+args.add_argument("--tls-cert", metavar="FILE", help="a certificate to show, with its key in --tls-key")
+args.add_argument("--tls-key", metavar="FILE")
+args.add_argument("--token-file", metavar="FILE", help="a token to show (default: the variable FERRY_TOKEN)")
 args = args.parse_args()
+token = open(args.token_file).read().strip() if args.token_file else os.environ.get("FERRY_TOKEN", "")
 text = open(args.image).read() if args.image else SEVEN
 pixels = [float(number) for number in text.replace(",", " ").split()]
-sock = socket.create_connection(args.addr.rsplit(":", 1), timeout=10)
+host, port = args.addr.rsplit(":", 1)
+sock = socket.create_connection((host, port), timeout=10)
+if args.tls_ca:
+    context = ssl.create_default_context(cafile=args.tls_ca)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols(["ferry/1"])
+    if args.tls_cert:
+        context.load_cert_chain(args.tls_cert, args.tls_key)
+    try:
+        sock = context.wrap_socket(sock, server_hostname=args.tls_name or host)
+    except ssl.SSLError as error:
+        sys.exit(f"TLS: {error}")
 stream = sock.makefile("rb")
-send(sock, HELLO, 0, struct.pack("<BBQ", 1, 1, 0) + string("python_client") + string("") + string(""))
+send(sock, HELLO, 0, struct.pack("<BBQ", 1, 1, 0) + string("python_client") + string("") + string(token))
 receive(stream, HELLO_ACK)
 send(sock, DESCRIBE, 1, string("digits") + string(""))
 metadata, document = receive(stream, DESCRIPTION)

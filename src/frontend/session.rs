@@ -18,7 +18,6 @@ use crate::mail::{Part, Request};
 use crate::scatter::{Details, append_error};
 use crate::scheduler::{Class, Compose};
 use crate::telemetry::Operation;
-use crate::tenants::guard::BAN;
 use crate::tenants::{Identity, Role};
 use crate::vocab::{Code, ModelHandle, Moment, Refusal, Stage};
 use crate::wire::encoder::{Head, append_bare, append_frame};
@@ -58,6 +57,10 @@ pub fn handle_frame(
     }
     match (state.connections[at as usize].phase, frame.kind) {
         (Phase::Greeting, Kind::Hello) => hello(state, at, frame.metadata(data), now),
+        (Phase::Greeting, _) if state.wants_proof() => {
+            state.proof_failed(at, now);
+            Err(Fatal { code: Code::Unauthenticated, message: "a hello with credentials comes first".into() })
+        }
         (Phase::Greeting, _) => Err(Fatal::protocol(format!("expected a hello first, got kind {}", frame.header.kind))),
         (_, Kind::Hello) => Err(Fatal::protocol("a second hello")),
         (Phase::Open, Kind::Infer) => infer(state, at, frame, data, now, burst),
@@ -148,12 +151,7 @@ fn prove(state: &mut State, at: u32, hello: &Hello, now: Moment) -> Result<Optio
             Ok(Some(identity))
         }
         Err(fatal) => {
-            state.metrics().authenticated(false);
-            if let Some(source) = connection.source
-                && state.guard.failed(source, now)
-            {
-                tracing::warn!(ban = ?BAN, "an address failed too often to prove who it is: it is not listened to for a while");
-            }
+            state.proof_failed(at, now);
             Err(fatal)
         }
     }

@@ -27,9 +27,9 @@ use crate::mailbox::{SendError, Sender};
 use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
 use crate::telemetry::{ShardMetrics, Telemetry, TurnedAway};
 use crate::tenants::Day;
-use crate::tenants::guard::{Bucket, Guard, Source};
+use crate::tenants::guard::{BAN, Bucket, Guard, Source};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
-use crate::wire::decoder::Step;
+use crate::wire::decoder::{DecodeError, Step};
 
 /// A fresh read buffer. Frames of many requests, also of several connections, share one.
 const CHUNK: usize = 64 << 10;
@@ -45,6 +45,9 @@ const RECORDS: usize = 32 << 10;
 const STRANGERS_MAX: u32 = 256;
 /// Handshakes that a shard begins at once, and in each second after that.
 const HANDSHAKES: f64 = 200.0;
+/// Lines in the log about peers that cannot connect, at once and in each second after that.
+const COMPLAINTS: f64 = 10.0;
+const COMPLAINTS_PER_SECOND: f64 = 0.2;
 /// How long an answered, leaving connection may take to close its side.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -76,6 +79,8 @@ pub struct State {
     /// Who failed to prove who it is.
     pub guard: Guard,
     handshakes: Bucket,
+    /// What may be said in the log about peers that cannot connect: they could fill it.
+    complaints: Bucket,
     /// Connections that have not said hello.
     pub(super) strangers: u32,
     /// Generation and day that connections' identities were last compared with.
@@ -123,6 +128,7 @@ impl State {
             traces,
             guard: Guard::default(),
             handshakes: Bucket::new(HANDSHAKES, HANDSHAKES, Moment::ZERO),
+            complaints: Bucket::new(COMPLAINTS, COMPLAINTS_PER_SECOND, Moment::ZERO),
             strangers: 0,
             access_seen: (0, Day(0)),
             records: Vec::new(),
@@ -188,12 +194,24 @@ impl State {
         now: impl Fn() -> Moment,
         read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
     ) -> Poll<ReadEnd> {
+        self.read_at_most(READ_MAX, at, cx, now, read)
+    }
+
+    /// The same, where `read` has no more than `most` bytes for a long frame.
+    fn read_at_most(
+        &mut self,
+        most: usize,
+        at: u32,
+        cx: &mut Context<'_>,
+        now: impl Fn() -> Moment,
+        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
+    ) -> Poll<ReadEnd> {
         let connection = &mut self.connections[at as usize];
         let mut partial = std::mem::take(&mut connection.partial);
         let needed = connection.needed;
         self.receiving -= partial.len() as u64;
         if needed > OWN_BUFFER_MIN {
-            return self.read_long(at, partial, needed, cx, now, read);
+            return self.read_long(at, partial, needed, most, cx, now, read);
         }
         if self.chunk.len() < partial.len() + READ_MIN {
             self.chunk = BytesMut::zeroed(CHUNK);
@@ -223,12 +241,13 @@ impl State {
         at: u32,
         mut partial: BytesMut,
         needed: usize,
+        most: usize,
         cx: &mut Context<'_>,
         now: impl Fn() -> Moment,
         read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
     ) -> Poll<ReadEnd> {
         let have = partial.len();
-        let room = (needed - have).min(READ_MAX);
+        let room = (needed - have).min(most);
         if self.receiving + (have + room) as u64 > self.options.receiving_bytes_max {
             let message = "too many bytes of unfinished frames are held for all connections";
             self.fail(at, &Fatal { code: Code::Overloaded, message: message.into() }, now());
@@ -295,27 +314,32 @@ impl State {
                     self.metrics().handshake(true);
                 }
                 Err(fault) => {
-                    tracing::debug!(reason = fault.0, established = tls.is_established(), "a TLS session ended");
                     if !tls.is_established() {
                         self.metrics().handshake(false);
+                        if self.complaints.take(1.0, now) {
+                            tracing::warn!(reason = fault.0, "a TLS handshake failed");
+                        }
+                    } else {
+                        tracing::debug!(reason = fault.0, "a TLS session ended");
                     }
                     end = ReadEnd::Gone;
+                    break;
                 }
             }
-            loop {
-                let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| match tls.read(buffer) {
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Poll::Pending,
-                    outcome => Poll::Ready(outcome),
-                };
-                match self.read(at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
-                    Poll::Pending => break,
-                    Poll::Ready(ReadEnd::Gone) => {
-                        end = ReadEnd::Gone;
-                        break 'records;
-                    }
-                    Poll::Ready(_) if self.connections[at as usize].phase == Phase::Closed => break 'records,
-                    Poll::Ready(_) => {}
+            // No more than is there: room for a whole frame would be cleared for each record of it.
+            while tls.readable() > 0 {
+                let most = tls.readable();
+                let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| Poll::Ready(tls.read(buffer));
+                match self.read_at_most(most, at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
+                    Poll::Ready(ReadEnd::Burst | ReadEnd::Filled) => {}
+                    Poll::Ready(ReadEnd::Gone) | Poll::Pending => unreachable!("what is readable is read"),
                 }
+                if self.connections[at as usize].phase == Phase::Closed {
+                    break 'records;
+                }
+            }
+            if tls.has_ended() {
+                end = ReadEnd::Gone;
             }
         }
         let connection = &mut self.connections[at as usize];
@@ -363,7 +387,8 @@ impl State {
                     break;
                 }
                 Err(error) => {
-                    self.fail(at, &Fatal { code: error.code(), message: error.to_string() }, now);
+                    let fatal = self.undecodable(at, error, now);
+                    self.fail(at, &fatal, now);
                     break;
                 }
             }
@@ -388,6 +413,37 @@ impl State {
         }
         self.hand_on(&mut burst);
         self.burst = burst;
+    }
+
+    /// What a stream that is no frames costs its connection. Of a stranger who had to prove who it is, it is a failure to do so.
+    #[cold]
+    fn undecodable(&mut self, at: u32, error: DecodeError, now: Moment) -> Fatal {
+        // The head of a TLS record that begins a handshake.
+        if matches!(error, DecodeError::Magic([0x16, 3, _])) && self.complaints.take(1.0, now) {
+            tracing::warn!("a peer speaks TLS, but tls.certificate is not set: this port does not");
+        }
+        let is_large = matches!(error, DecodeError::PayloadTooLong { .. } | DecodeError::MetadataTooLong { .. });
+        if is_large && self.connections[at as usize].phase == Phase::Greeting && self.wants_proof() {
+            self.proof_failed(at, now);
+            return Fatal { code: Code::Unauthenticated, message: "a hello with credentials comes first".into() };
+        }
+        Fatal { code: error.code(), message: error.to_string() }
+    }
+
+    /// Whether a hello has to prove who says it.
+    pub fn wants_proof(&self) -> bool {
+        self.options.access.as_ref().is_some_and(|access| access.current().tenants.is_some())
+    }
+
+    /// Somebody failed to prove who it is, which is noted by where it comes from.
+    pub fn proof_failed(&mut self, at: u32, now: Moment) {
+        self.metrics().authenticated(false);
+        if let Some(source) = self.connections[at as usize].source
+            && self.guard.failed(source, now)
+            && self.complaints.take(1.0, now)
+        {
+            tracing::warn!(ban = ?BAN, "an address failed too often to prove who it is: it is not listened to for a while");
+        }
     }
 
     /// Mails a burst to the batcher and its texts to the tokenizers.

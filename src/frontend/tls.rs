@@ -16,6 +16,8 @@ use crate::tls::{ALPN, uris_of};
 
 /// Bytes of output that are encrypted at a time. With what records add this is also how much is held.
 const RECORDS_MAX: usize = 32 << 10;
+/// Bytes of a handshake. A chain of certificates has a few thousand; rustls alone would gather a message of 64 KiB of anybody.
+const HANDSHAKE_BYTES_MAX: usize = 32 << 10;
 
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,13 +30,19 @@ pub struct Tls {
     wire: Vec<u8>,
     sent: usize,
     established: bool,
+    /// Of the handshake, as long as it lasts.
+    received: usize,
+    /// Decrypted bytes that wait to be read.
+    readable: usize,
+    /// The peer said that nothing more comes.
+    ended: bool,
 }
 
 impl Tls {
     pub fn new(config: Arc<ServerConfig>) -> Result<Tls, TlsFault> {
         let mut session = ServerConnection::new(config).map_err(|error| TlsFault(error.to_string()))?;
         session.set_buffer_limit(Some(RECORDS_MAX));
-        Ok(Tls { session, wire: Vec::new(), sent: 0, established: false })
+        Ok(Tls { session, wire: Vec::new(), sent: 0, established: false, received: 0, readable: 0, ended: false })
     }
 
     pub fn is_established(&self) -> bool {
@@ -43,11 +51,19 @@ impl Tls {
 
     /// Takes records from the front of `bytes`, as many as fit. True when the handshake ended with them.
     pub fn feed(&mut self, bytes: &mut &[u8]) -> Result<bool, TlsFault> {
-        self.session.read_tls(bytes).map_err(|error| TlsFault(error.to_string()))?;
+        let count = self.session.read_tls(bytes).map_err(|error| TlsFault(error.to_string()))?;
+        if !self.established {
+            self.received += count;
+            if self.received > HANDSHAKE_BYTES_MAX {
+                return Err(TlsFault(format!("a handshake of more than {HANDSHAKE_BYTES_MAX} bytes")));
+            }
+        }
         // What the peer is to know of a failure, an alert, lies among the records then.
         let outcome = self.session.process_new_packets();
         self.collect();
-        outcome.map_err(|error| TlsFault(error.to_string()))?;
+        let state = outcome.map_err(explained)?;
+        self.readable = state.plaintext_bytes_to_read();
+        self.ended = state.peer_has_closed();
         if self.established || self.session.is_handshaking() {
             return Ok(false);
         }
@@ -58,10 +74,21 @@ impl Tls {
         Ok(true)
     }
 
-    /// Decrypted bytes. `WouldBlock`: none are there; 0: the peer said that it ends; `UnexpectedEof` cannot be, for ends of the socket
-    /// are not told here.
+    /// Decrypted bytes that wait to be read.
+    pub fn readable(&self) -> usize {
+        self.readable
+    }
+
+    /// Whether the peer said that nothing more comes, behind what is readable.
+    pub fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    /// Decrypted bytes, of which there are some.
     pub fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.session.reader().read(buffer)
+        let count = self.session.reader().read(buffer)?;
+        self.readable -= count;
+        Ok(count)
     }
 
     /// Encrypts from the front of `output` if all records before have gone, and says how much.
@@ -119,5 +146,161 @@ impl Tls {
         if self.wire.is_empty() && self.wire.capacity() > 0 {
             self.wire = Vec::new();
         }
+    }
+}
+
+/// What rustls says, or what that mostly means.
+fn explained(error: rustls::Error) -> TlsFault {
+    TlsFault(match error {
+        rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType) => {
+            "the peer does not speak TLS, and this port nothing else".into()
+        }
+        error => error.to_string(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertifiedKey, generate_simple_self_signed};
+    use rustls::ClientConnection;
+
+    use super::*;
+    use crate::tls::{ClientAuth, ServerFiles, client_config, server_config};
+
+    /// Both ends of a session that has not begun.
+    fn ends() -> (Tls, ClientConnection) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let CertifiedKey { cert, signing_key } =
+            generate_simple_self_signed(["server".to_owned()]).expect("a certificate");
+        let (certificate, key) = (folder.path().join("server.pem"), folder.path().join("server.key"));
+        std::fs::write(&certificate, cert.pem()).expect("written");
+        std::fs::write(&key, signing_key.serialize_pem()).expect("written");
+        let ours = client_config(&certificate, None).expect("a good file");
+        let files = ServerFiles { certificate, key, client_ca: None, client_auth: ClientAuth::None };
+        let client = ClientConnection::new(ours, "server".try_into().expect("a name")).expect("a session");
+        (Tls::new(server_config(&files).expect("good files")).expect("a session"), client)
+    }
+
+    /// Carries all that waits from the client to the server, `at_once` bytes at a time, and gives what the server reads.
+    fn carry_up(client: &mut ClientConnection, server: &mut Tls, at_once: usize) -> Result<Vec<u8>, TlsFault> {
+        let (mut wire, mut plain) = (Vec::new(), Vec::new());
+        while client.wants_write() {
+            client.write_tls(&mut wire).expect("into memory");
+        }
+        for mut part in wire.chunks(at_once) {
+            while !part.is_empty() {
+                server.feed(&mut part)?;
+                while server.readable() > 0 {
+                    let from = plain.len();
+                    // A part of it at a time, as where a frame is to end.
+                    plain.resize(from + server.readable().min(1000), 0);
+                    let count = server.read(&mut plain[from..]).expect("it is readable");
+                    plain.truncate(from + count);
+                }
+            }
+        }
+        Ok(plain)
+    }
+
+    /// The same the other way: of `output` as much as is encrypted, in pieces that a socket might take.
+    fn carry_down(server: &mut Tls, output: &[u8], client: &mut ClientConnection) -> Vec<u8> {
+        let (mut taken, mut plain) = (0, Vec::new());
+        loop {
+            taken += server.encrypt(&output[taken..]);
+            if server.unsent() == 0 {
+                break;
+            }
+            assert!(server.unsent() <= RECORDS_MAX + 4096, "{} bytes of records are held", server.unsent());
+            let count = server.unsent().min(777);
+            let mut piece = &server.unsent_bytes()[..count];
+            while !piece.is_empty() {
+                client.read_tls(&mut piece).expect("from memory");
+                client.process_new_packets().expect("sound records");
+                let mut part = [0; 20_000];
+                while let Ok(read @ 1..) = client.reader().read(&mut part) {
+                    plain.extend_from_slice(&part[..read]);
+                }
+            }
+            server.advance(count);
+        }
+        assert!(!server.is_established() || taken == output.len());
+        plain
+    }
+
+    fn shake_hands(server: &mut Tls, client: &mut ClientConnection, at_once: usize) {
+        for _ in 0..3 {
+            assert_eq!(carry_up(client, server, at_once), Ok(Vec::new()));
+            assert!(carry_down(server, &[], client).is_empty());
+        }
+        assert!(server.is_established() && !client.is_handshaking());
+    }
+
+    #[test]
+    fn bytes_of_every_size_cross_in_both_directions_however_they_are_cut() {
+        for at_once in [1, 5, 4096, 1 << 20] {
+            let (mut server, mut client) = ends();
+            assert_eq!(server.encrypt(b"too early"), 0, "nothing is taken before the handshake has ended");
+            shake_hands(&mut server, &mut client, at_once);
+            for size in [1, 100, 16_383, 16_384, 16_385, 60_000, 200_000] {
+                if at_once == 1 && size > 20_000 {
+                    continue;
+                }
+                let bytes: Vec<u8> = (0..size).map(|at| (at * 7 + size) as u8).collect();
+                assert!(carry_down(&mut server, &bytes, &mut client) == bytes, "{size} bytes down");
+                let mut up = Vec::new();
+                for part in bytes.chunks(30_000) {
+                    client.writer().write_all(part).expect("into memory");
+                    up.extend(carry_up(&mut client, &mut server, at_once).expect("sound records"));
+                }
+                assert!(up == bytes, "{size} bytes up");
+            }
+            client.send_close_notify();
+            assert!(!server.has_ended());
+            assert_eq!(carry_up(&mut client, &mut server, at_once), Ok(Vec::new()));
+            assert!(server.has_ended());
+        }
+    }
+
+    #[test]
+    fn a_handshake_is_bounded_whatever_it_claims_to_be() {
+        let (mut server, _) = ends();
+        // A client hello of 60,000 bytes, record by record.
+        let mut wire = vec![1, 0, 60_000u16.to_be_bytes()[0], 60_000u16.to_be_bytes()[1]];
+        wire.resize(60_000, 0);
+        let mut taken = 0;
+        let fault = wire.chunks(1000).find_map(|part| {
+            let length = (part.len() as u16).to_be_bytes();
+            let record = [&[0x16, 3, 1, length[0], length[1]], part].concat();
+            let mut bytes = record.as_slice();
+            while !bytes.is_empty() {
+                if let Err(fault) = server.feed(&mut bytes) {
+                    return Some(fault);
+                }
+            }
+            taken += record.len();
+            None
+        });
+        let fault = fault.expect("it does not take all of it");
+        assert!(fault.0.contains("more than 32768 bytes"), "{fault:?}");
+        assert!(taken <= HANDSHAKE_BYTES_MAX);
+    }
+
+    #[test]
+    fn who_does_not_speak_tls_is_called_that_and_a_goodbye_in_the_handshake_ends_it() {
+        for noise in [&b"FRY\x01\x01\x00\x00\x00"[..], b"GET / HTTP/1.1\r\n\r\n"] {
+            let (mut server, _) = ends();
+            let mut bytes = noise;
+            let fault = server.feed(&mut bytes).expect_err("it is no record");
+            assert!(fault.0.contains("does not speak TLS"), "{fault:?}");
+        }
+        let (mut server, _) = ends();
+        // Before a version is agreed on rustls forgives a few; each is used up, and more of them are no way to stay.
+        let over = (0..8).find(|_| {
+            let mut bytes = &[0x15, 3, 3, 0, 2, 1, 0][..];
+            let over = server.feed(&mut bytes).is_err() || server.has_ended();
+            assert!(bytes.is_empty(), "it is used up");
+            over
+        });
+        assert!(over.is_some() && !server.is_established());
     }
 }

@@ -11,6 +11,7 @@ mod findings;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use ferry::access::AccessFiles;
 use ferry::config::limits::{MemoryPart, SETTINGS, memory, memory_total};
 use ferry::config::{Config, Machine};
 use ferry::models::manifest::Manifest;
@@ -58,6 +59,9 @@ fn check(args: &ConfigArgs) -> Report {
             return report;
         }
     };
+    if let Some(Err(message)) = AccessFiles::of(&config).map(AccessFiles::open) {
+        report.errors.push(message);
+    }
     match repository::names(&config.models) {
         Ok(names) if names.is_empty() => {
             report.errors.push(format!("{} holds no <name>/model.toml", config.models.display()));
