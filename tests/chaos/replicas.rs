@@ -24,7 +24,7 @@ struct Replica {
 
 impl Replica {
     fn start() -> Replica {
-        Replica::behind(|target| Proxy::plain(target))
+        Replica::behind(Proxy::plain)
     }
 
     fn behind(proxy: impl FnOnce(SocketAddr) -> Proxy) -> Replica {

@@ -37,7 +37,8 @@ fn a_request_cut_at_any_byte_by_an_end_or_a_reset_is_never_executed_and_leaves_n
         executed: crate::history::Executed::Never,
     });
     let lens = [short.len() as u64, long.len() as u64];
-    let cut_at = move |connection: u64| greeting + Numbers(connection).below(lens[usize::from(connection % 8 == 0)]);
+    let cut_at =
+        move |connection: u64| greeting + Numbers(connection).below(lens[usize::from(connection.is_multiple_of(8))]);
     let proxy = Proxy::start(child.data, move |at: Place| {
         let cut = cut_at(at.connection);
         let then = match (at.direction, at.connection % 3) {
@@ -197,7 +198,7 @@ fn ten_thousand_flipped_bits_are_found_and_no_damaged_request_reaches_an_executo
             let event = raw.recv();
             let id = event.ends().expect("an end");
             ledger.told_raw(id, &event);
-            if (id - 1) % EVERY == 0 {
+            if (id - 1).is_multiple_of(EVERY) {
                 event.expect_result();
             } else {
                 assert_eq!(event.expect_error(Code::ChecksumMismatch).executed, Executed::Never, "burst {burst}");
