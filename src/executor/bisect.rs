@@ -88,7 +88,7 @@ impl Bisection {
     }
 
     /// The next members to run, together. None: all that will be known is known; see [`Bisection::given_up`].
-    pub fn next(&mut self) -> Option<Range<usize>> {
+    pub fn poll_next(&mut self) -> Option<Range<usize>> {
         debug_assert!(self.running.is_none(), "a run is reported before the next");
         loop {
             let span = self.queue.pop_front()?;
@@ -195,7 +195,7 @@ mod tests {
             }
         };
         bisection.start(first, (0..members).map(|_| 10));
-        while let Some(range) = bisection.next() {
+        while let Some(range) = bisection.poll_next() {
             assert!(!range.is_empty());
             match bisection.report(fails(&range).map_or(Ok(()), Err)) {
                 Step::Saved(saved) => {
@@ -299,7 +299,7 @@ mod tests {
     fn a_batch_of_one_has_stood_alone_already() {
         let mut bisection = Bisection::default();
         bisection.start(Failing::Model, std::iter::once(1));
-        assert_eq!(bisection.next(), None);
+        assert_eq!(bisection.poll_next(), None);
         assert_eq!(bisection.given_up().count(), 0);
     }
 

@@ -72,7 +72,7 @@ impl Isolation {
         };
         let mut stopped = None;
         while in_time()
-            && let Some(part) = self.bisection.next()
+            && let Some(part) = self.bisection.poll_next()
         {
             let rows = rows_of(&members[part.clone()]);
             let result = self.run_rows(model, batch, rows.clone(), &mut run);
@@ -84,7 +84,7 @@ impl Isolation {
                     break;
                 }
             }
-            match self.bisection.report(result.as_ref().map(|()| ()).map_err(failing)) {
+            match self.bisection.report(result.as_ref().copied().map_err(failing)) {
                 Step::Saved(_) => {
                     isolated.saved += rows.len() as u32;
                     out.take_rows(batch.contract, rows, &mut self.output);

@@ -5,7 +5,8 @@ use super::device::Program;
 use crate::contract::Contract;
 use crate::vocab::Layout;
 
-/// A batch that could not be run. Costs the batch: each member is answered `executor_failed` with this sentence.
+/// A batch that could not be run. Its members run again in parts, until the one stands alone that cannot be run: that one is answered
+/// `executor_failed`. The sentence is for the log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelError(pub String);
 
@@ -28,7 +29,8 @@ pub trait Model: Send {
     /// Computes the batch. `out` has been prepared for it: every output is `[rows, …]`, at the padded length or end to end
     /// as the inputs are, with arbitrary content that `run` must overwrite. A row that fails alone goes into `out.row_errors`.
     ///
-    /// May panic: the executor catches it, answers the batch, and builds a new instance.
+    /// May panic: the executor catches it and builds a new instance before the next run. As after an error, the members of the batch
+    /// run again in parts.
     fn run(&mut self, batch: BatchView<'_>, out: &mut BatchOutput) -> Result<(), ModelError>;
 }
 

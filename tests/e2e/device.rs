@@ -303,6 +303,30 @@ fn a_stalled_device_holds_neither_deadlines_nor_memory() {
     assert_eq!(device.violations(), [""; 0]);
 }
 
+/// F57 on a device: it cannot be taken from whoever hangs on it, so another process has to.
+#[test]
+fn a_device_that_hangs_for_too_long_is_given_up_with_the_process() {
+    let device = SimDevice::new(9);
+    let server = server(&device, &["executor.hang_timeout_ms=300"]);
+    let mut raw = server.connect();
+    let handle = raw.handle("small");
+    raw.round(&row(handle, &[1, 2, 3])).expect_result();
+    device.set_faults(Faults { stalled: true, ..Faults::default() });
+    let asked = [raw.ask(&row(handle, &[4; 20])), raw.ask(&row(handle, &[5; 20]))];
+    let mut failed = Vec::new();
+    for event in raw.recv_all() {
+        if let Event::Error { id, refusal } = event {
+            assert_eq!(refusal.code, Code::ExecutorFailed);
+            failed.push(id);
+        }
+    }
+    failed.sort_unstable();
+    assert_eq!(failed, asked);
+    assert!(!is_ready(&server));
+    assert!(matches!(server.ending(), Ending::DeviceLost(message) if message.contains("on its device")));
+    assert_eq!(device.violations(), [""; 0]);
+}
+
 #[test]
 fn a_padded_policy_is_obeyed_by_rows_and_ignored_by_the_device() {
     let texts = texts(13, 60);
