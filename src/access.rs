@@ -12,10 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::clock;
 use crate::config::Config;
 use crate::frontend::access::{Access, SharedAccess};
 use crate::telemetry::Telemetry;
-use crate::tenants::Tenants;
+use crate::tenants::{Day, Tenants};
 use crate::tls::{self, ServerFiles};
 use crate::vocab::Moment;
 
@@ -57,7 +58,7 @@ impl AccessFiles {
         }
         Ok(OpenAccess {
             files: self,
-            shared: Arc::new(SharedAccess::new(access)),
+            shared: Arc::new(SharedAccess::new(access, today())),
             seen: seen.clone(),
             taken: seen,
             look_at: Moment::ZERO,
@@ -89,6 +90,11 @@ impl Stamp {
             modified: (metadata.mtime(), metadata.mtime_nsec()),
         })
     }
+}
+
+/// By the wall clock, which only says when credentials have expired.
+fn today() -> Day {
+    Day::of_unix(clock::unix_time(clock::now()))
 }
 
 fn read_tenants(file: &Path) -> Result<Tenants, String> {
@@ -126,6 +132,7 @@ impl OpenAccess {
             return;
         }
         self.look_at = now + EVERY;
+        self.shared.set_today(today());
         let stamps = self.files.stamps();
         for what in [TLS, TENANTS] {
             if stamps[what] != self.taken[what] && stamps[what] == self.seen[what] {

@@ -250,9 +250,15 @@ fn an_address_beyond_this_machine_is_refused_until_it_is_allowed_in_words() {
         let set = format!("{key}={addr}");
         let found = mistakes(of_sets(&[&set]));
         assert_eq!(found.len(), 1, "{found:#?}");
-        assert!(found[0].contains("no authentication yet") && found[0].contains(addr), "{found:#?}");
+        assert!(found[0].starts_with(key) && found[0].contains(addr), "{found:#?}");
+        assert!(found[0].contains("allow_unauthenticated = true"), "{found:#?}");
         assert!(of_sets(&[&set, "allow_unauthenticated=true"]).is_ok());
     }
+    let anywhere = ["listen=0.0.0.0:7600", "auth.tenants=a", "tls.certificate=b", "tls.key=c"];
+    assert!(of_sets(&anywhere).is_ok(), "tenants who prove themselves over TLS need no such words");
+    let found = mistakes(of_sets(&anywhere[..2]));
+    assert!(found.len() == 1 && found[0].contains("credentials are not encrypted"), "{found:#?}");
+    assert_eq!(mistakes(of_sets(&[anywhere[0], anywhere[2], anywhere[3]])).len(), 1, "TLS alone proves nobody");
     assert!(of_sets(&["listen=127.8.7.6:1"]).is_ok(), "all of 127/8 is this machine");
 }
 

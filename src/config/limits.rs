@@ -244,6 +244,31 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::U32 { min: 0, max: 1_000_000_000, at: |c| &mut c.executor.canary_every },
     },
     Setting {
+        key: "executor.hang_timeout_ms",
+        about: "A batch that runs for longer has hung: its requests are answered executor_failed, its thread is left to itself,
+                and another thread takes the executor's seat (ferry_executor_hangs_total). On a device the process ends
+                instead, with status 75. Longer than any batch of yours takes; 0: never. A model that runs inline is not
+                watched: its thread is the batcher's.",
+        access: Access::Millis { min: 0, max: TIMEOUT_MAX_MS, at: |c| &mut c.executor.hang_timeout },
+    },
+    Setting {
+        key: "executor.replacements_max",
+        about: "Threads that take the seats of hung ones, in all: each hung one keeps its memory and, where it computes, its
+                core. When one more would be needed, the server drains and ends with status 1.",
+        access: Access::U32 { min: 0, max: 1024, at: |c| &mut c.executor.replacements_max },
+    },
+    Setting {
+        key: "executor.quarantine_max",
+        about: "Requests that are remembered for having made their model fail or panic, in company and alone, or alone twice:
+                the same bytes are then answered executor_failed without being run (ferry_quarantined_total). 0: none.",
+        access: Access::U32 { min: 0, max: 1 << 20, at: |c| &mut c.executor.quarantine_max },
+    },
+    Setting {
+        key: "executor.quarantine_ms",
+        about: "How long such a request is remembered after it failed last.",
+        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.executor.quarantine },
+    },
+    Setting {
         key: "auth.tenants",
         about: "File of those who may ask: tenants with tokens, certificates and roles (README, Who may ask). Read again when it
                 changes. Empty: nobody has to prove anything.",
@@ -269,31 +294,6 @@ pub const SETTINGS: &[Setting] = &[
         key: "tls.client_auth",
         about: "Whether clients show a certificate: none, optional (or a token), required.",
         access: Access::ClientAuth(|c| &mut c.tls.client_auth),
-    },
-    Setting {
-        key: "executor.hang_timeout_ms",
-        about: "A batch that runs for longer has hung: its requests are answered executor_failed, its thread is left to itself,
-                and another thread takes the executor's seat (ferry_executor_hangs_total). On a device the process ends
-                instead, with status 75. Longer than any batch of yours takes; 0: never. A model that runs inline is not
-                watched: its thread is the batcher's.",
-        access: Access::Millis { min: 0, max: TIMEOUT_MAX_MS, at: |c| &mut c.executor.hang_timeout },
-    },
-    Setting {
-        key: "executor.replacements_max",
-        about: "Threads that take the seats of hung ones, in all: each hung one keeps its memory and, where it computes, its
-                core. When one more would be needed, the server drains and ends with status 1.",
-        access: Access::U32 { min: 0, max: 1024, at: |c| &mut c.executor.replacements_max },
-    },
-    Setting {
-        key: "executor.quarantine_max",
-        about: "Requests that are remembered for having made their model fail or panic, in company and alone, or alone twice:
-                the same bytes are then answered executor_failed without being run (ferry_quarantined_total). 0: none.",
-        access: Access::U32 { min: 0, max: 1 << 20, at: |c| &mut c.executor.quarantine_max },
-    },
-    Setting {
-        key: "executor.quarantine_ms",
-        about: "How long such a request is remembered after it failed last.",
-        access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.executor.quarantine },
     },
     Setting {
         key: "recorder.batches",

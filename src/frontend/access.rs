@@ -4,7 +4,7 @@
 //! - A connection keeps what it proved to be; when tenants change it is asked again whether that still holds.
 //! - Nothing here is touched by a request: looked at when a connection comes, when it says hello, and a few times a second.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustls::ServerConfig;
@@ -28,11 +28,25 @@ pub struct SharedAccess {
     current: Mutex<Arc<Access>>,
     /// Raised with each change.
     generation: AtomicU64,
+    /// By which credentials are judged: said by whoever looks at the wall clock, which no room that decides does.
+    today: AtomicI64,
 }
 
 impl SharedAccess {
-    pub fn new(access: Access) -> SharedAccess {
-        SharedAccess { current: Mutex::new(Arc::new(access)), generation: AtomicU64::new(1) }
+    pub fn new(access: Access, today: Day) -> SharedAccess {
+        SharedAccess {
+            current: Mutex::new(Arc::new(access)),
+            generation: AtomicU64::new(1),
+            today: AtomicI64::new(today.0),
+        }
+    }
+
+    pub fn today(&self) -> Day {
+        Day(self.today.load(Ordering::Relaxed))
+    }
+
+    pub fn set_today(&self, today: Day) {
+        self.today.store(today.0, Ordering::Relaxed);
     }
 
     pub fn current(&self) -> Arc<Access> {

@@ -141,11 +141,10 @@ fn hello(state: &mut State, at: u32, metadata: &[u8], now: Moment) -> Result<(),
 
 /// Who says hello, where that has to be proved. Who fails is noted by where it comes from.
 fn prove(state: &mut State, at: u32, hello: &Hello, now: Moment) -> Result<Option<Identity>, Fatal> {
-    let Some(tenants) = state.options.access.as_ref().and_then(|access| access.current().tenants.clone()) else {
-        return Ok(None);
-    };
+    let Some(access) = state.options.access.clone() else { return Ok(None) };
+    let Some(tenants) = access.current().tenants.clone() else { return Ok(None) };
     let connection = &state.connections[at as usize];
-    match identify(&tenants, &hello.token, &connection.uris, &hello.tenant, State::today(now)) {
+    match identify(&tenants, &hello.token, &connection.uris, &hello.tenant, access.today()) {
         Ok(identity) => {
             state.metrics().authenticated(true);
             Ok(Some(identity))

@@ -865,15 +865,10 @@ impl State {
         }
     }
 
-    /// The day by which credentials are judged.
-    pub fn today(now: Moment) -> Day {
-        Day::of_unix(clock::unix_time(now))
-    }
-
     /// Ends connections whose credentials were revoked or have expired, once tenants have changed or a day has.
     fn recheck_identities(&mut self, now: Moment) {
         let Some(access) = &self.options.access else { return };
-        let seen = (access.generation(), State::today(now));
+        let seen = (access.generation(), access.today());
         if std::mem::replace(&mut self.access_seen, seen) == seen {
             return;
         }
