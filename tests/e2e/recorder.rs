@@ -257,13 +257,13 @@ fn a_batch_on_a_device_shows_its_copies_in_receipt_and_timeline() {
     let (result, _) = event.expect_result();
     let (receipt, timings) = (result.receipt.expect("asked for"), result.timings.expect("too"));
     assert!(receipt.upload_ns <= timings.wait_ns && receipt.readback_ns <= timings.run_ns, "{receipt:?}, {timings:?}");
-    let timeline = get(&server, "/v1/timeline");
-    let named: Vec<&Value> = list(&timeline, "traceEvents")
-        .iter()
-        .filter(|event| event["ph"] == "M")
-        .map(|event| &event["args"]["name"])
-        .collect();
-    for track in ["executor 0", "executor 0: upload", "executor 0: read back"] {
-        assert!(named.contains(&&json!(track)), "no {track} among {named:?}");
-    }
+    // Whoever asked has its answer before the batcher hears that the batch is done.
+    wait_until("the batch is in the timeline with its copies", || {
+        let timeline = get(&server, "/v1/timeline");
+        let is_named = |track: &str| {
+            let name = |event: &&Value| event["ph"] == "M" && event["args"]["name"] == json!(track);
+            list(&timeline, "traceEvents").iter().any(|event| name(&event))
+        };
+        ["executor 0", "executor 0: upload", "executor 0: read back"].into_iter().all(is_named)
+    });
 }
