@@ -61,6 +61,8 @@ pub mod models;
 #[forbid(unsafe_code)]
 pub mod otel;
 #[forbid(unsafe_code)]
+pub mod quota;
+#[forbid(unsafe_code)]
 pub mod replay;
 #[forbid(unsafe_code)]
 pub mod scatter;

@@ -31,7 +31,7 @@ use crate::executor::slot::VacantSlot;
 use crate::executor::worker::{Answers, Worker};
 use crate::frontend::traces::Tracing;
 use crate::frontend::watchdog::Watch;
-use crate::frontend::{self, Catalog, preflight, shard};
+use crate::frontend::{self, Catalog, abuse, preflight, shard};
 use crate::gpu::driver::Driver;
 #[cfg(feature = "cuda")]
 use crate::gpu::driver::Fault;
@@ -41,6 +41,7 @@ use crate::mailbox::{Receiver, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement, Precision};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::otel;
+use crate::quota::{QuotaSpec, Quotas};
 use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::shadow::{self, Board, Worker as ShadowWorker};
@@ -917,9 +918,29 @@ fn start_shards(
 
 const SHARD_START_MAX: Duration = Duration::from_secs(10);
 
+fn quota_spec(quota: &crate::config::Quota) -> QuotaSpec {
+    QuotaSpec {
+        requests_per_second: quota.requests_per_second,
+        rows_per_second: quota.rows_per_second,
+        cells_per_second: quota.cells_per_second,
+        bytes_per_second: quota.bytes_per_second,
+        in_flight_max: quota.in_flight_max,
+        connections_max: quota.connections_max,
+    }
+}
+
 fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> frontend::Options {
     let limits = &config.frontend;
+    let rules = abuse::Rules {
+        size: config.abuse.points,
+        per_second: config.abuse.points_per_second,
+        ban: config.abuse.ban,
+        ban_loopback: config.abuse.ban_loopback,
+    };
     frontend::Options {
+        rules,
+        bans: Arc::new(abuse::Bans::new(rules)),
+        quotas: Arc::new(Quotas::new(quota_spec(&config.quota))),
         connections_max: limits.connections_max.div_ceil(config.threads.shards as u32),
         credit_requests: limits.credit_requests,
         credit_bytes: limits.credit_bytes,

@@ -15,7 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("scheduler", &["vocab"]),
     ("telemetry", &["clock", "live", "vocab"]),
     // Text and dates to who somebody is; files to what rustls wants.
-    ("tenants", &["vocab"]),
+    ("tenants", &["quota", "vocab"]),
     ("tls", &[]),
     ("timeline", &["vocab"]),
     ("config", &["timeline", "vocab", "wire"]),
@@ -63,7 +63,23 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("models", &["contract", "executor", "gpu", "kernels", "scheduler", "tokenize", "vocab"]),
     ("tokenize", &["models", "vocab"]),
     ("tokenizers", &["mail", "mailbox", "tokenize", "vocab"]),
-    ("frontend", &["clock", "contract", "mail", "mailbox", "scatter", "scheduler", "telemetry", "vocab", "wire"]),
+    (
+        "frontend",
+        &[
+            "clock",
+            "contract",
+            "mail",
+            "mailbox",
+            "quota",
+            "scatter",
+            "scheduler",
+            "telemetry",
+            "tenants",
+            "vocab",
+            "wire",
+        ],
+    ),
+    ("quota", &["vocab"]),
     // It asks the batcher, and shows what the scheduler answers.
     (
         "control",

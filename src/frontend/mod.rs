@@ -7,8 +7,9 @@
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
 //! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
-//! inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+//! abuse.rs (what waste costs), inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
+pub mod abuse;
 pub mod connection;
 pub mod inflight;
 pub mod ledger;
@@ -23,7 +24,9 @@ pub mod watchdog;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use self::abuse::{Bans, Rules};
 use crate::contract::Contract;
+use crate::quota::Quotas;
 use crate::scheduler::TenantId;
 use crate::vocab::ModelHandle;
 
@@ -46,6 +49,11 @@ pub struct Options {
     pub frame_timeout: Duration,
     pub stall_timeout: Duration,
     pub idle_timeout: Duration,
+    /// What waste costs a connection.
+    pub rules: Rules,
+    /// Whom no shard listens to.
+    pub bans: Arc<Bans>,
+    pub quotas: Arc<Quotas>,
     /// How long an idle shard looks for work before it sleeps.
     pub spin: Duration,
     /// Where requests that are recorded for a trace go; None: none is.
@@ -74,6 +82,9 @@ impl Options {
             frame_timeout: long,
             stall_timeout: long,
             idle_timeout: long,
+            rules: Rules::NONE,
+            bans: Arc::default(),
+            quotas: Arc::default(),
             spin: Duration::ZERO,
             tracing: None,
             panic_on_request_id: None,

@@ -26,6 +26,7 @@ use nix::sys::pthread::{Pthread, pthread_self};
 use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::AsRawFd;
 
+use super::abuse::Points;
 use super::connection::{Connection, Phase};
 use super::session::append_goaway;
 use super::state::{Mode, ReadEnd, State};
@@ -252,8 +253,15 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     // Answers leave when they are ready; the batch has gathered them already.
     let _ = stream.set_nodelay(true);
     let now = clock::now();
-    let mut connection = Connection::new(stream.as_raw_fd(), now);
+    let addr = stream.peer_addr().ok().map(|addr| addr.ip());
     let mut state = shard.state.borrow_mut();
+    if addr.is_some_and(|addr| !state.options.bans.admits(addr, now)) {
+        // Without a word: that would be work again.
+        return state.metrics().banned();
+    }
+    let mut connection = Connection::new(stream.as_raw_fd(), now);
+    connection.addr = addr;
+    connection.points = Points::full(&state.options.rules, now);
     state.metrics().connection_opened();
     let full = state.connections.len() >= state.options.connections_max as usize;
     if full {

@@ -15,6 +15,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 
+use super::abuse::Act;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
 use super::session::{Fatal, append_goaway, handle_frame};
@@ -258,12 +259,16 @@ impl State {
             match self.connections[at as usize].decoder.next(&data) {
                 Ok(Step::Frame(frame)) => {
                     if let Err(fatal) = handle_frame(self, at, &frame, &data, now, &mut burst) {
-                        self.fail(at, &fatal, now);
+                        self.send_away(at, &fatal, now);
                         break;
                     }
                     let _ = data.split_to(frame.len);
                 }
                 Ok(Step::Skip { len }) => {
+                    if let Err(fatal) = self.charge(at, Act::Unknown, now) {
+                        self.send_away(at, &fatal, now);
+                        break;
+                    }
                     let _ = data.split_to(len);
                 }
                 Ok(Step::Incomplete { needed: more }) => {
@@ -271,7 +276,7 @@ impl State {
                     break;
                 }
                 Err(error) => {
-                    self.fail(at, &Fatal { code: error.code(), message: error.to_string() }, now);
+                    self.send_away(at, &Fatal { code: error.code(), message: error.to_string() }, now);
                     break;
                 }
             }
@@ -417,6 +422,7 @@ impl State {
 
     /// A request is answered with a result now.
     fn count_answer(&mut self, waiting: &Waiting, finished: &FinishedBatch, member: &Member, now: Moment) {
+        self.connections[waiting.connection as usize].points.earn(&self.options.rules);
         self.metrics().answered(waiting.model, now.since(member.received_at), waiting.send_lag());
         self.record(waiting, (Code::Ok, ""), Some((finished, member)), || now);
     }
@@ -457,6 +463,9 @@ impl State {
         self.assemblies.drop_entry(key.slot);
         connection.requests_in_flight -= 1;
         connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
+        if let Some(seat) = &connection.seat {
+            seat.quota().finished();
+        }
         Some(waiting)
     }
 
@@ -516,6 +525,29 @@ impl State {
             connection.phase = Phase::Lingering;
             connection.wrote_at = now;
         }
+    }
+
+    /// Takes what a wasteful act costs this connection, or says that it has to go.
+    pub fn charge(&mut self, at: u32, act: Act, now: Moment) -> Result<(), Fatal> {
+        self.metrics().wasted(act.points());
+        if self.connections[at as usize].points.pay(act, &self.options.rules, now) {
+            return Ok(());
+        }
+        let message = format!("too many {}: enhance your calm", act.plural());
+        if let Some(addr) = self.connections[at as usize].addr {
+            self.options.bans.ban(addr, now);
+        }
+        Err(Fatal { code: Code::QuotaExceeded, message })
+    }
+
+    /// [`State::fail`] for what the peer itself did, which its address pays for.
+    fn send_away(&mut self, at: u32, fatal: &Fatal, now: Moment) {
+        if let Some(addr) = self.connections[at as usize].addr
+            && fatal.code != Code::QuotaExceeded
+        {
+            self.options.bans.strike(addr, now);
+        }
+        self.fail(at, fatal, now);
     }
 
     /// Sends a goaway and stops accepting on this connection.

@@ -119,6 +119,8 @@ pub struct ShardMetrics {
     pub(super) goaways: ByCode,
     pub(super) late_answers: Count,
     pub(super) slow_readers: Count,
+    pub(super) wasted: Count,
+    pub(super) banned: Count,
     pub(super) stalls: Count,
     pub(super) accept_errors: Count,
     /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
@@ -141,6 +143,8 @@ impl ShardMetrics {
             goaways: ByCode::default(),
             late_answers: Count::default(),
             slow_readers: Count::default(),
+            wasted: Count::default(),
+            banned: Count::default(),
             stalls: Count::default(),
             accept_errors: Count::default(),
             table_entries: Count::default(),
@@ -221,6 +225,16 @@ impl ShardMetrics {
     /// A connection was closed because its answers were not read.
     pub fn slow_reader(&self) {
         self.slow_readers.add(1);
+    }
+
+    /// A peer did something wasteful that costs so many points.
+    pub fn wasted(&self, points: u32) {
+        self.wasted.add(points.into());
+    }
+
+    /// A connection of a banned address was not taken.
+    pub fn banned(&self) {
+        self.banned.add(1);
     }
 
     /// The shard had work and did not turn until it was nudged.

@@ -113,6 +113,10 @@ impl Telemetry {
         list.by_shard(self, "ferry_accept_errors", "Connections that could not be taken", |s| &s.accept_errors);
         let help = "Connections closed because answers were not read";
         list.by_shard(self, "ferry_slow_readers", help, |s| &s.slow_readers);
+        let help = "Points for acts that made work of no use: pings, cancels, wrong requests";
+        list.by_shard(self, "ferry_wasted_points", help, |s| &s.wasted);
+        let help = "Connections that were not taken, of addresses that were sent away";
+        list.by_shard(self, "ferry_banned_connections", help, |s| &s.banned);
         list.by_shard(self, "ferry_shard_stalls", "A shard with work did not turn until nudged", |s| &s.stalls);
         list.by_shard(self, "ferry_late_answers", "Results whose request had already ended", |s| &s.late_answers);
         list.open("ferry_goaways", "Goodbyes sent, by reason", Kind::Counter, |family| {

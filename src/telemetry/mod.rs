@@ -12,6 +12,8 @@
 //! | `ferry_written_bytes_total` | counter | shard | bytes sent on the data port |
 //! | `ferry_accept_errors_total` | counter | shard | connections that could not be taken |
 //! | `ferry_slow_readers_total` | counter | shard | connections closed because their answers were not read |
+//! | `ferry_wasted_points_total` | counter | shard | points for acts of peers that made work of no use: pings, cancels, wrong requests |
+//! | `ferry_banned_connections_total` | counter | shard | connections that were not taken, of addresses that were sent away |
 //! | `ferry_shard_stalls_total` | counter | shard | a shard with work did not turn until it was nudged |
 //! | `ferry_late_answers_total` | counter | shard | results dropped because the request had already ended |
 //! | `ferry_goaways_total` | counter | code | goodbyes sent, by reason |

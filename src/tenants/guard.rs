@@ -97,7 +97,8 @@ impl Guard {
             // Whoever has been quiet the longest; looked for among all, which bounds how fast a flood from many addresses is noted.
             self.sources.retain(|_, tried| tried.banned_until > now || !tried.bucket.is_full(now));
             if self.sources.len() >= SOURCES_MAX
-                && let Some(oldest) = self.sources.iter().min_by_key(|(_, tried)| tried.bucket.at).map(|(source, _)| *source)
+                && let Some(oldest) =
+                    self.sources.iter().min_by_key(|(_, tried)| tried.bucket.at).map(|(source, _)| *source)
             {
                 self.sources.remove(&oldest);
             }

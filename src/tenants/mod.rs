@@ -5,6 +5,9 @@
 //! roles = ["infer"]                          # infer, observe, admin
 //! tokens = [{ id = "a1", sha256 = "…", expires = "2027-01-31" }]
 //! certificates = ["spiffe://corp/search"]    # exact URIs among a client certificate's subject alternative names
+//!
+//! [tenant.search.quota]                      # instead of the configuration's [quota]; what is left out has no bound
+//! requests_per_second = 500
 //! ```
 //!
 //! Pure: text in, a directory out; the date is an argument.
@@ -26,6 +29,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+
+use crate::quota::QuotaSpec;
 
 /// Live tokens of a tenant: the old one and the one that replaces it.
 pub const TOKENS_MAX: usize = 2;
@@ -94,7 +99,8 @@ impl Day {
     fn parse(text: &str) -> Option<Day> {
         let mut parts = text.split('-');
         let mut number = |digits: usize| {
-            let part = parts.next().filter(|part| part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit()))?;
+            let part =
+                parts.next().filter(|part| part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit()))?;
             part.parse::<i64>().ok()
         };
         let (year, month, day) = (number(4)?, number(2)?, number(2)?);
@@ -128,6 +134,7 @@ struct Token {
 struct Tenant {
     name: Arc<str>,
     roles: Roles,
+    quota: Option<QuotaSpec>,
 }
 
 /// All tenants of a file.
@@ -165,6 +172,7 @@ struct WrittenTenant {
     tokens: Vec<WrittenToken>,
     #[serde(default)]
     certificates: Vec<String>,
+    quota: Option<QuotaSpec>,
 }
 
 #[derive(Deserialize)]
@@ -212,16 +220,23 @@ impl Tenants {
         if written.tokens.is_empty() && written.certificates.is_empty() {
             return Err("expected a token or a certificate: with neither nobody is this tenant".into());
         }
+        if let Some(quota) = &written.quota {
+            quota.check().map_err(|error| format!("quota: {error}"))?;
+        }
         let tenant = self.tenants.len();
         for token in written.tokens {
             let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
             if token.id.is_empty() || token.id.len() > ID_MAX || !token.id.chars().all(good) {
-                return Err(format!("expected token ids of 1 to {ID_MAX} characters of a-z, 0-9 and -, got {:?}", token.id));
+                return Err(format!(
+                    "expected token ids of 1 to {ID_MAX} characters of a-z, 0-9 and -, got {:?}",
+                    token.id
+                ));
             }
             let sha256 = from_hex(&token.sha256)
                 .ok_or_else(|| format!("token {}: expected sha256 as 64 hexadecimal digits", token.id))?;
             let day = |text: &String| {
-                Day::parse(text).ok_or_else(|| format!("token {}: expected expires as YYYY-MM-DD, got {text:?}", token.id))
+                Day::parse(text)
+                    .ok_or_else(|| format!("token {}: expected expires as YYYY-MM-DD, got {text:?}", token.id))
             };
             let expires = token.expires.as_ref().map(day).transpose()?;
             if self.tokens.insert(token.id.clone(), Token { tenant, sha256, expires }).is_some() {
@@ -236,7 +251,7 @@ impl Tenants {
                 return Err(format!("certificate {uri} is named twice in this file"));
             }
         }
-        self.tenants.push(Tenant { name: name.into(), roles });
+        self.tenants.push(Tenant { name: name.into(), roles, quota: written.quota });
         Ok(())
     }
 
@@ -247,6 +262,12 @@ impl Tenants {
 
     pub fn have_certificates(&self) -> bool {
         !self.certificates.is_empty()
+    }
+
+    /// The quotas of those that have one of their own, for [`crate::quota::Quotas::set_own`].
+    pub fn quotas(&self) -> HashMap<String, QuotaSpec> {
+        let own = |tenant: &Tenant| Some((tenant.name.to_string(), tenant.quota?));
+        self.tenants.iter().filter_map(own).collect()
     }
 
     pub fn len(&self) -> usize {
@@ -302,7 +323,7 @@ impl Tenants {
     }
 
     fn identity(&self, tenant: usize, credential: Credential) -> Identity {
-        let Tenant { name, roles } = &self.tenants[tenant];
+        let Tenant { name, roles, .. } = &self.tenants[tenant];
         Identity { tenant: Arc::clone(name), roles: *roles, credential }
     }
 }
@@ -362,7 +383,9 @@ mod tests {
         let tenants = Tenants::parse(&text).expect("sound");
         let identity = tenants.by_token(token.as_bytes(), TODAY).expect("its token");
         assert_eq!(&*identity.tenant, "search");
-        assert!(identity.roles.has(Role::Infer) && identity.roles.has(Role::Observe) && !identity.roles.has(Role::Admin));
+        assert!(
+            identity.roles.has(Role::Infer) && identity.roles.has(Role::Observe) && !identity.roles.has(Role::Admin)
+        );
         assert_eq!(tenants.by_token(token.as_bytes(), Day(TODAY.0 + 1)), None, "the day after its last");
         let wrong = |token: &str| assert_eq!(tenants.by_token(token.as_bytes(), TODAY), None, "{token}");
         wrong("");
@@ -375,11 +398,29 @@ mod tests {
     }
 
     #[test]
+    fn a_tenants_quota_is_written_beside_its_tokens() {
+        let text = |quota: &str| {
+            format!(
+                "[tenant.a]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/a\"]\n[tenant.a.quota]\n{quota}\n\
+                 [tenant.b]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/b\"]\n"
+            )
+        };
+        let quotas = Tenants::parse(&text("rows_per_second = 7")).expect("sound").quotas();
+        let expected = QuotaSpec { rows_per_second: 7, ..QuotaSpec::default() };
+        assert_eq!((quotas.get("a"), quotas.get("b")), (Some(&expected), None));
+        let error = |quota: &str| Tenants::parse(&text(quota)).expect_err("a mistake").0;
+        let expected = "tenant \"a\": quota: rows_per_second: expected at most 1000000000, got 2000000000";
+        assert_eq!(error("rows_per_second = 2000000000"), expected);
+        assert!(error("rows = 7").contains("unknown field `rows`"));
+    }
+
+    #[test]
     fn a_certificate_is_its_tenants_by_one_exact_name() {
         let text = "[tenant.a]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/a\", \"spiffe://x/a2\"]\n\
                     [tenant.b]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/b\"]\n";
         let tenants = Tenants::parse(text).expect("sound");
-        let tenant = |uris: &[&str]| tenants.by_certificate(uris.iter().copied()).map(|identity| identity.tenant.to_string());
+        let tenant =
+            |uris: &[&str]| tenants.by_certificate(uris.iter().copied()).map(|identity| identity.tenant.to_string());
         assert_eq!(tenant(&["spiffe://x/a"]), Some("a".into()));
         assert_eq!(tenant(&["https://else", "spiffe://x/b"]), Some("b".into()));
         assert_eq!(tenant(&["spiffe://x/a", "spiffe://x/a2"]), Some("a".into()));
@@ -426,7 +467,8 @@ mod tests {
             assert!(!error.contains(&sha256[1..]), "{error}");
         }
         assert!(Tenants::parse("").is_err());
-        let three = (0..3).map(|n| format!("{{ id = \"t{n}\", sha256 = \"{sha256}\" }}")).collect::<Vec<_>>().join(", ");
+        let three =
+            (0..3).map(|n| format!("{{ id = \"t{n}\", sha256 = \"{sha256}\" }}")).collect::<Vec<_>>().join(", ");
         let error = Tenants::parse(&format!("[tenant.x]\nroles = [\"infer\"]\ntokens = [{three}]")).expect_err("three");
         assert!(error.to_string().contains("at most 2 tokens, got 3"), "{error}");
         let twice = format!("{}{}", text, text.replace("tenant.", "tenant.x").replace("corp/ads", "corp/x"));
@@ -435,7 +477,8 @@ mod tests {
 
     #[test]
     fn days_are_those_of_the_calendar() {
-        for (text, day) in [("1970-01-01", 0), ("2000-02-29", 11_016), ("2026-11-26", TODAY.0), ("2100-03-01", 47_541)] {
+        for (text, day) in [("1970-01-01", 0), ("2000-02-29", 11_016), ("2026-11-26", TODAY.0), ("2100-03-01", 47_541)]
+        {
             assert_eq!(Day::parse(text), Some(Day(day)), "{text}");
         }
         for text in ["2100-02-29", "2026-13-01", "2026-00-01", "2026-1-01", "2026-01-01-", "26-01-01", "", "x"] {
