@@ -949,6 +949,7 @@ fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> fron
         output_bytes_total_max: limits.output_bytes_total_max / config.threads.shards as u64,
         receiving_bytes_max: (config.queue.bytes_max / config.threads.shards as u64)
             .max(limits.payload_bytes_max.into()),
+        admitted_bytes_max: config.queue.bytes_max,
         in_flight_max,
         hello_timeout: limits.hello_timeout,
         frame_timeout: limits.frame_timeout,

@@ -74,6 +74,8 @@ pub struct Connection {
     pub seat: Option<Seat>,
     pub requests_in_flight: u32,
     pub bytes_in_flight: u64,
+    /// Payload bytes that it may have in flight at present.
+    pub window_bytes: u64,
     pub last_id: u64,
     pub points: Points,
     /// Where it comes from, if that is known.
@@ -106,6 +108,7 @@ impl Connection {
             tenant: TenantId::default(),
             seat: None,
             bytes_in_flight: 0,
+            window_bytes: 0,
             last_id: 0,
             points: Points::full(&Rules::NONE, now),
             addr: None,

@@ -7,13 +7,14 @@
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
 //! and its tasks), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
-//! abuse.rs (what waste costs), inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+//! abuse.rs (what waste costs), inflight.rs, ledger.rs (its books, recomputed), pressure.rs (near the budget), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
 pub mod abuse;
 pub mod connection;
 pub mod inflight;
 pub mod ledger;
 pub mod preflight;
+pub mod pressure;
 pub mod session;
 pub mod shard;
 pub mod state;
@@ -43,6 +44,8 @@ pub struct Options {
     pub output_bytes_total_max: u64,
     /// Bytes of unfinished frames that all connections together may hold.
     pub receiving_bytes_max: u64,
+    /// Payload bytes of all accepted requests, of all shards.
+    pub admitted_bytes_max: u64,
     /// Requests in flight on this shard.
     pub in_flight_max: u32,
     pub hello_timeout: Duration,
@@ -77,6 +80,7 @@ impl Options {
             output_bytes_max: 1 << 30,
             output_bytes_total_max: u64::MAX,
             receiving_bytes_max: u64::MAX,
+            admitted_bytes_max: u64::MAX,
             in_flight_max: u32::MAX,
             hello_timeout: long,
             frame_timeout: long,

@@ -128,6 +128,7 @@ fn hello(state: &mut State, at: u32, metadata: &[u8]) -> Result<(), Fatal> {
     let connection = state.output(at);
     connection.tenant = tenant;
     connection.seat = Some(seat);
+    connection.window_bytes = ack.credit_bytes;
     connection.phase = Phase::Open;
     connection.decoder.set_limits(limits);
     append_frame(&mut connection.out, Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
@@ -232,8 +233,11 @@ fn accept(
         )));
     }
     connection.last_id = header.request_id;
-    *waste = Some(Act::BeyondCredit);
-    check_credit(connection, header.payload_len, state.options.credit_requests, state.options.credit_bytes)?;
+    let [requests, bytes] = [state.options.credit_requests.into(), state.options.credit_bytes];
+    // What crossed a credit frame that lowered the window is refused and costs nothing: nobody is to blame.
+    let beyond = connection.bytes_in_flight + u64::from(header.payload_len) > bytes;
+    *waste = (beyond || u64::from(connection.requests_in_flight) >= requests).then_some(Act::BeyondCredit);
+    check_credit(connection, header.payload_len, state.options.credit_requests)?;
     *waste = Some(Act::Malformed);
     let payload = frame.payload(data);
     let crc = crc32c::crc32c(payload);
@@ -285,6 +289,7 @@ fn accept(
     })?;
     connection.requests_in_flight += 1;
     connection.bytes_in_flight += u64::from(header.payload_len);
+    state.admitted += u64::from(header.payload_len);
     let trace = state.traces.begin(infer.trace, [checked.rows, checked.len], now, &state.telemetry);
     if trace != 0 {
         state.in_flight.set_trace(key, trace);
@@ -306,7 +311,8 @@ fn accept(
     Ok((request, checked.text))
 }
 
-fn check_credit(connection: &Connection, payload: u32, requests: u32, bytes: u64) -> Result<(), Refusal> {
+fn check_credit(connection: &Connection, payload: u32, requests: u32) -> Result<(), Refusal> {
+    let bytes = connection.window_bytes;
     if connection.requests_in_flight >= requests {
         return Err(Refusal::overloaded(
             format!("the credit is {requests} requests in flight, all are used"),

@@ -229,6 +229,13 @@ async fn housekeep(shard: Rc<Shard>) {
 
 async fn accept(shard: Rc<Shard>, listener: TcpListener) {
     while !shard.is_draining() {
+        let has_room = shard.state.borrow_mut().has_room();
+        if !has_room {
+            // Who connects meanwhile waits in the listener's backlog.
+            shard.state.borrow().metrics().accept_paused();
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        }
         let stream = async { Some(listener.accept().await) };
         let drain = poll_fn(|cx| {
             if shard.is_draining() {

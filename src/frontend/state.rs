@@ -18,6 +18,7 @@ use slab::Slab;
 use super::abuse::Act;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
+use super::pressure::{Pressure, Windows, lowered, raised};
 use super::session::{Fatal, append_goaway, handle_frame};
 use super::traces::Traces;
 use super::{Catalog, Options};
@@ -27,7 +28,10 @@ use crate::mailbox::{SendError, Sender};
 use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
 use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
+use crate::wire::Kind;
 use crate::wire::decoder::Step;
+use crate::wire::encoder::{Head, append_frame};
+use crate::wire::message::Credit;
 
 /// A fresh read buffer. Frames of many requests, also of several connections, share one.
 const CHUNK: usize = 64 << 10;
@@ -75,6 +79,9 @@ pub struct State {
     pub(super) receiving: u64,
     /// Bytes that could not be written yet, of all connections.
     pub(super) unsent: u64,
+    /// Payload bytes of accepted requests, of all connections.
+    pub(super) admitted: u64,
+    pressure: Pressure,
     /// When the books are recomputed next.
     pub(super) audit_at: Moment,
     dirty: Vec<u32>,
@@ -95,6 +102,7 @@ impl State {
     ) -> State {
         let in_flight = InFlight::new(index, options.in_flight_max);
         let traces = Traces::new(options.tracing.clone());
+        let pressure = Pressure::new(options.admitted_bytes_max);
         State {
             index,
             options,
@@ -111,6 +119,8 @@ impl State {
             chunk: BytesMut::new(),
             receiving: 0,
             unsent: 0,
+            admitted: 0,
+            pressure,
             audit_at: Moment::ZERO,
             dirty: Vec::new(),
             burst: Burst::default(),
@@ -127,7 +137,7 @@ impl State {
     pub fn publish(&self) {
         let metrics = self.metrics();
         metrics.table_entries(self.in_flight.len() as u64);
-        metrics.held_bytes(self.receiving, self.unsent);
+        metrics.held_bytes(self.receiving, self.unsent, self.admitted);
     }
 
     /// Registers the shard's main task, to be woken when the last connection of a draining shard has gone.
@@ -463,6 +473,7 @@ impl State {
         self.assemblies.drop_entry(key.slot);
         connection.requests_in_flight -= 1;
         connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
+        self.admitted -= u64::from(waiting.payload_bytes);
         if let Some(seat) = &connection.seat {
             seat.quota().finished();
         }
@@ -634,9 +645,50 @@ impl State {
         }
     }
 
+    /// Whether accepted payloads leave room for more connections.
+    pub fn has_room(&mut self) -> bool {
+        self.pressure.look(self.telemetry.admitted_bytes());
+        !self.pressure.is_closed()
+    }
+
+    /// Lowers the windows of those that have the most in flight while payloads are near their budget, and raises them again.
+    fn adjust_windows(&mut self) {
+        let full = self.options.credit_bytes;
+        let step = self.pressure.look(self.telemetry.admitted_bytes());
+        let open = |connection: &Connection| connection.phase == Phase::Open;
+        let changes: Vec<(u32, u64)> = match step {
+            Windows::Hold => return,
+            Windows::Lower => {
+                let connections = || self.connections.iter().filter(|(_, connection)| open(connection));
+                let mut in_flight: Vec<u64> = connections()
+                    .map(|(_, connection)| connection.bytes_in_flight)
+                    .filter(|bytes| *bytes > 0)
+                    .collect();
+                let window = lowered(&mut in_flight, u64::from(self.options.payload_bytes_max).min(full));
+                let greedy =
+                    |connection: &Connection| connection.bytes_in_flight > window && connection.window_bytes > window;
+                connections().filter(|(_, connection)| greedy(connection)).map(|(at, _)| (at as u32, window)).collect()
+            }
+            Windows::Raise => self
+                .connections
+                .iter()
+                .filter(|(_, connection)| open(connection) && connection.window_bytes < full)
+                .map(|(at, connection)| (at as u32, raised(connection.window_bytes, full)))
+                .collect(),
+        };
+        for (at, window) in changes {
+            self.metrics().window_changed();
+            let credit = Credit { requests: self.options.credit_requests, bytes: window };
+            let connection = self.output(at);
+            connection.window_bytes = window;
+            append_frame(&mut connection.out, Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
+        }
+    }
+
     /// Ends what has taken too long. Runs a few times a second.
     pub fn housekeep(&mut self, now: Moment) {
         self.audit_when_due(now);
+        self.adjust_windows();
         let options = &self.options;
         let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
@@ -763,6 +815,54 @@ mod tests {
             state.remove(at);
         }
         assert_eq!(state.unsent, 0);
+    }
+
+    /// Every time limit of a connection, a nanosecond before it, at it and behind it.
+    #[test]
+    fn each_time_limit_of_a_connection_holds_to_the_nanosecond() {
+        let second = Duration::from_secs(1);
+        let options = Options {
+            hello_timeout: 3 * second,
+            frame_timeout: 5 * second,
+            idle_timeout: 300 * second,
+            ..Options::unbounded()
+        };
+        type Prepare = fn(&mut Connection);
+        let cases: [(&str, Duration, Prepare); 5] = [
+            ("hello", 3 * second, |_| {}),
+            ("header", 5 * second + at_slowest(32), |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 32;
+            }),
+            ("16 KiB a second", 6 * second, |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 16 << 10;
+            }),
+            ("16 MiB, of which the last read was just now", 1029 * second, |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 16 << 20;
+                connection.read_at = Moment(1) + Duration::from_secs(1029);
+            }),
+            ("idle", 300 * second, |connection| connection.phase = Phase::Open),
+        ];
+        for (what, limit, prepare) in cases {
+            let nano = Duration::from_nanos(1);
+            for (after, closed) in [(limit - nano, false), (limit, false), (limit + nano, true)] {
+                let catalog = Arc::new(Catalog::new(&[]));
+                let telemetry = Telemetry::new(&[], 1, 1);
+                let mut state = State::new(0, options.clone(), catalog, telemetry, mailbox(1).0, None);
+                let (ours, _peer) = UnixStream::pair().expect("sockets");
+                let at = state.connections.insert(Connection::new(ours.as_raw_fd(), Moment(1))) as u32;
+                let before = {
+                    let connection = &mut state.connections[at as usize];
+                    prepare(connection);
+                    connection.phase
+                };
+                state.housekeep(Moment(1) + after);
+                let phase = state.connections[at as usize].phase;
+                assert_eq!(phase != before, closed, "{what}: {phase:?} after {after:?}");
+            }
+        }
     }
 
     #[test]
