@@ -856,6 +856,8 @@ mod tests {
                 let before = {
                     let connection = &mut state.connections[at as usize];
                     prepare(connection);
+                    // As granted by a hello: a smaller one would be raised, which is no silence.
+                    connection.window_bytes = state.options.credit_bytes;
                     connection.phase
                 };
                 state.housekeep(Moment(1) + after);

@@ -176,6 +176,100 @@ fn a_hundred_thousand_requests_cancelled_at_once_end_their_connections_and_leave
     assert_eq!(child.metric("ferry_audits_total", &["outcome=\"drift\""]), 0.0);
 }
 
+/// Counted limits of a connection: one less, as many, one more.
+#[test]
+fn names_and_windows_of_a_connection_hold_to_the_last_one() {
+    let sets = ["frontend.credit_requests=3", "frontend.credit_bytes=4096", "frontend.payload_bytes_max=4096"];
+    let server = Server::start(&sets);
+    for (bytes, fits) in [(127, true), (128, true), (129, false)] {
+        match of_tenant(&server, &"n".repeat(bytes)).recv() {
+            Event::HelloAck(_) if fits => {}
+            Event::Goaway { code: Code::ProtocolError, .. } if !fits => {}
+            other => panic!("a name of {bytes} bytes: {other:?}"),
+        }
+    }
+    let mut raw = server.connect();
+    let sleep = raw.handle("sleep");
+    let nap = Ask::word(sleep, 2_000_000);
+    let ids: Vec<u64> = (0..3).map(|_| raw.ask(&nap)).collect();
+    raw.ping();
+    raw.round(&nap).expect_error(Code::Overloaded);
+    for id in &ids {
+        raw.send(&bare_frame(Kind::Cancel, *id));
+        assert_eq!(raw.recv().ends(), Some(*id));
+    }
+    let queued = raw.handle("queued");
+    for (values, fits) in [(1023, true), (1024, true), (1025, false)] {
+        let id = raw.ask(&Ask::floats(queued, &vec![1.0; values]));
+        match raw.recv() {
+            // Whatever the contract says of its length: it was read.
+            Event::Result { id: ended, .. } | Event::Error { id: ended, .. } if fits => assert_eq!(ended, id),
+            Event::Goaway { code: Code::TooLarge, .. } if !fits => {}
+            other => panic!("a payload of {} bytes: {other:?}", 4 * values),
+        }
+    }
+}
+
+/// F49: names that are made up do not grow the page of metrics.
+#[test]
+fn thousands_of_made_up_tenants_are_a_bounded_number_of_labels() {
+    let server = Server::start(&["threads.shards=1"]);
+    for at in 0..1500 {
+        drop(open_tenant(&server, &format!("made-up-{at}")));
+    }
+    let page = crate::common::get(server.control, "/metrics");
+    let labels = page.lines().filter_map(|line| line.split("tenant=\"").nth(1)?.split('"').next());
+    let distinct: std::collections::HashSet<&str> = labels.collect();
+    assert!(distinct.len() <= 1024, "{} names of tenants", distinct.len());
+    let mut last = open_tenant(&server, "made-up-1499");
+    let echo = last.handle("echo");
+    last.round(&Ask::floats(echo, &[1.0])).expect_result();
+}
+
+/// Near the budget of payloads windows shrink, the greediest caller's first, and no connection is taken; then all comes back.
+#[test]
+fn near_the_budget_the_greedy_get_smaller_windows_and_new_connections_wait() {
+    let server = Server::start(&[
+        "queue.bytes_max=16384",
+        "frontend.payload_bytes_max=4096",
+        "frontend.credit_bytes=16384",
+        "threads.executors=1",
+        "threads.shards=1",
+    ]);
+    let (mut greedy, mut modest) = (server.connect(), server.connect());
+    let sleep = greedy.handle("sleep");
+    let nap = Ask::words(sleep, &[2_000_000; 32]);
+    assert_eq!(nap.payload.len(), 128);
+    let alone = modest.ask(&nap);
+    modest.ping();
+    let mut ids: Vec<u64> = (0..100).map(|_| greedy.ask(&nap)).collect();
+    let Event::Credit(credit) = greedy.recv() else { panic!("expected a credit frame") };
+    // Three quarters of 101 * 128 are left, of which the modest one has 128.
+    assert_eq!((credit.requests, credit.bytes), (256, 101 * 128 * 3 / 4 - 128));
+    let refusal = greedy.round(&nap).expect_error(Code::Overloaded);
+    assert!(refusal.message.contains("the credit is 9568 bytes in flight"), "{refusal:?}");
+    // The modest one goes on until 95 % are reached; it is answered last, so that nothing has to be read meanwhile.
+    let mut others: Vec<u64> = (0..24).map(|_| modest.ask(&nap)).collect();
+    others.push(alone);
+    wait_until("no connection is taken", || {
+        drop(Raw::connect(server.data));
+        server.metric("ferry_accept_pauses_total", &[]) >= 1.0
+    });
+    let mut waiting = Raw::connect(server.data);
+    waiting.send(&hello_frame());
+    for (raw, ids) in [(&mut greedy, &mut ids), (&mut modest, &mut others)] {
+        ids.iter().for_each(|id| raw.send(&bare_frame(Kind::Cancel, *id)));
+        let mut ended = 0;
+        while ended < ids.len() {
+            ended += usize::from(raw.recv().ends().is_some());
+        }
+    }
+    assert!(matches!(waiting.recv(), Event::HelloAck(_)), "it was only late");
+    let Event::Credit(credit) = greedy.recv() else { panic!("expected a credit frame") };
+    assert_eq!((credit.requests, credit.bytes), (256, 16384));
+    assert_eq!(server.metric("ferry_audits_total", &["outcome=\"drift\""]), 0.0);
+}
+
 /// A connection of a tenant.
 fn of_tenant(server: &Server, name: &str) -> Raw {
     let mut raw = Raw::connect(server.data);
@@ -249,4 +343,35 @@ fn a_tenant_has_no_more_requests_in_flight_and_connections_than_its_quota() {
         two.send(&bare_frame(Kind::Cancel, id));
         assert_eq!(two.recv().ends(), Some(id));
     }
+}
+
+/// F88: a swarm on the control port, of which some never read and some never finish asking, is no matter for the data port, and
+/// the control port answers again as soon as they go.
+#[test]
+fn a_swarm_on_the_control_port_costs_requests_nothing() {
+    let server = Server::start(&[]);
+    let mut raw = server.connect();
+    let echo = raw.handle("queued");
+    let ask = Ask::floats(echo, &[1.0]);
+    let page = b"GET /metrics HTTP/1.1\r\nHost: ferry\r\n\r\n";
+    let unfinished = b"GET /metrics HTTP/1.1\r\nX-Long: ";
+    let mut swarm = Vec::new();
+    for at in 0..300 {
+        let Some(mut stream) = Raw::connect_or_none(server.control) else { continue };
+        // Whether it is taken is for the control port to say.
+        let _ = stream.write_all(if at % 2 == 0 { page } else { unfinished });
+        swarm.push(stream);
+        if at % 10 == 0 {
+            raw.round(&ask).expect_result();
+        }
+    }
+    drop(swarm);
+    wait_until("the control port answers", || {
+        raw.round(&ask).expect_result();
+        let Some(mut stream) = Raw::connect_or_none(server.control) else { return false };
+        let _ = stream.set_read_timeout(Some(Duration::from_secs(5)));
+        let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: ferry\r\nConnection: close\r\n\r\n");
+        let mut head = [0; 12];
+        std::io::Read::read_exact(&mut stream, &mut head).is_ok() && head == *b"HTTP/1.1 200"
+    });
 }
