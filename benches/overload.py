@@ -29,6 +29,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 from server import FERRY, Server, machine  # noqa: E402
 
+# Requests in flight that the server grants a connection.
+CREDIT = 256
 # Per model: lengths, deadline in ms, connections, callers that fill batches.
 MODELS = {
     "digits": ("fixed:1", 100, 8, 512),
@@ -37,8 +39,10 @@ MODELS = {
 }
 
 
-def load(server, model, seconds, *more, warmup=0.0):
+def load(server, model, seconds, *more, warmup=0.0, rate=0.0):
     lengths, deadline, connections, _ = MODELS[model]
+    # So many that credit is not the bound: a request that waits for it in the generator is sent when it is nearly too late.
+    connections = max(connections, int(2 * rate * deadline / 1000 / CREDIT) + 1)
     command = [FERRY, "load", "--addr", server.data, "--model", model, "--duration", f"{seconds:g}s", "--warmup", f"{warmup:g}s",
                "--connections", str(connections), "--slo", f"{deadline}ms", "--deadline", f"{deadline}ms", "--json", *more]
     if lengths != "fixed:1":
@@ -160,7 +164,7 @@ def main():
 
         def overload():
             if not args.retrying:
-                return load(server, args.model, seconds, "--rate", f"{args.times * most:.2f}")
+                return load(server, args.model, seconds, "--rate", f"{args.times * most:.2f}", rate=args.times * most)
             beside = threading.Thread(
                 target=lambda: normal.append(load(server, args.model, seconds, "--rate", f"{0.8 * most:.2f}")))
             beside.start()
