@@ -15,6 +15,7 @@ use std::time::Duration;
 use crate::clock;
 use crate::config::Config;
 use crate::frontend::access::{Access, SharedAccess};
+use crate::quota::Quotas;
 use crate::telemetry::Telemetry;
 use crate::tenants::{Day, Tenants};
 use crate::tls::{self, ServerFiles};
@@ -58,6 +59,7 @@ impl AccessFiles {
         }
         Ok(OpenAccess {
             files: self,
+            quotas: None,
             shared: Arc::new(SharedAccess::new(access, today())),
             seen: seen.clone(),
             taken: seen,
@@ -118,6 +120,8 @@ fn warn_of_readable_key(key: &Path) {
 pub struct OpenAccess {
     pub shared: Arc<SharedAccess>,
     files: AccessFiles,
+    /// That follow the tenants.
+    quotas: Option<Arc<Quotas>>,
     /// At the last look.
     seen: [Vec<Stamp>; 2],
     /// When they were last read, for better or worse.
@@ -126,6 +130,14 @@ pub struct OpenAccess {
 }
 
 impl OpenAccess {
+    /// Tenants' own quotas are those of the file from now on.
+    pub fn govern(&mut self, quotas: Arc<Quotas>) {
+        if let Some(tenants) = &self.shared.current().tenants {
+            quotas.set_own(tenants.quotas());
+        }
+        self.quotas = Some(quotas);
+    }
+
     /// Looks at the files, if it is time, and reads those that have changed and changed no more.
     pub fn look(&mut self, now: Moment, telemetry: &Telemetry) {
         if now < self.look_at {
@@ -165,6 +177,9 @@ impl OpenAccess {
         let what = crate::telemetry::RELOADED[what];
         match outcome {
             Ok(()) => {
+                if let (Some(quotas), Some(tenants)) = (&self.quotas, &access.tenants) {
+                    quotas.set_own(tenants.quotas());
+                }
                 self.shared.replace(access);
                 tracing::info!(what, "read again, and in force for new connections");
             }

@@ -63,6 +63,8 @@ pub mod models;
 #[forbid(unsafe_code)]
 pub mod otel;
 #[forbid(unsafe_code)]
+pub mod quota;
+#[forbid(unsafe_code)]
 pub mod replay;
 #[forbid(unsafe_code)]
 pub mod scatter;

@@ -33,7 +33,7 @@ use crate::executor::slot::{FilledSlot, VacantSlot};
 use crate::executor::worker::{Answers, Left, Worker};
 use crate::frontend::traces::Tracing;
 use crate::frontend::watchdog::Watch;
-use crate::frontend::{self, Catalog, preflight, shard};
+use crate::frontend::{self, Catalog, abuse, preflight, shard};
 use crate::gpu::driver::Driver;
 #[cfg(feature = "cuda")]
 use crate::gpu::driver::Fault;
@@ -43,6 +43,7 @@ use crate::mailbox::{Receiver, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement, Precision};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::otel;
+use crate::quota::{QuotaSpec, Quotas};
 use crate::scheduler::cost;
 use crate::scheduler::{Buckets, Group, Policy, QueueLimits, Scheduler, SeatSpec};
 use crate::shadow::{self, Board, Worker as ShadowWorker};
@@ -282,7 +283,7 @@ fn build(
     config: &Config,
     hooks: &TestHooks,
     repository: Repository,
-    access: Option<OpenAccess>,
+    mut access: Option<OpenAccess>,
 ) -> Result<ServerHandle, StartError> {
     let models = &repository.models;
     let contracts: Vec<Arc<Contract>> = models.iter().map(|model| Arc::new(model.model.contract().clone())).collect();
@@ -330,6 +331,9 @@ fn build(
     let batcher = start_batcher(&plan, started, dumps, batcher_mailbox)?;
     let shared = access.as_ref().map(|access| Arc::clone(&access.shared));
     let options = frontend::Options { tracing, access: shared, ..shard_options(config, hooks, in_flight_max) };
+    if let Some(access) = &mut access {
+        access.govern(Arc::clone(&options.quotas));
+    }
     let shards = start_shards(&plan, data_addr, &options, &catalog, texts.as_ref(), shard_mailboxes)?;
     // Shards hold the port now.
     drop(reserved);
@@ -1047,9 +1051,29 @@ fn start_shards(
 
 const SHARD_START_MAX: Duration = Duration::from_secs(10);
 
+fn quota_spec(quota: &crate::config::Quota) -> QuotaSpec {
+    QuotaSpec {
+        requests_per_second: quota.requests_per_second,
+        rows_per_second: quota.rows_per_second,
+        cells_per_second: quota.cells_per_second,
+        bytes_per_second: quota.bytes_per_second,
+        in_flight_max: quota.in_flight_max,
+        connections_max: quota.connections_max,
+    }
+}
+
 fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> frontend::Options {
     let limits = &config.frontend;
+    let rules = abuse::Rules {
+        size: config.abuse.points,
+        per_second: config.abuse.points_per_second,
+        ban: config.abuse.ban,
+        ban_loopback: config.abuse.ban_loopback,
+    };
     frontend::Options {
+        rules,
+        bans: Arc::new(abuse::Bans::new(rules)),
+        quotas: Arc::new(Quotas::new(quota_spec(&config.quota))),
         connections_max: limits.connections_max.div_ceil(config.threads.shards as u32),
         credit_requests: limits.credit_requests,
         credit_bytes: limits.credit_bytes,
@@ -1058,6 +1082,7 @@ fn shard_options(config: &Config, hooks: &TestHooks, in_flight_max: u32) -> fron
         output_bytes_total_max: limits.output_bytes_total_max / config.threads.shards as u64,
         receiving_bytes_max: (config.queue.bytes_max / config.threads.shards as u64)
             .max(limits.payload_bytes_max.into()),
+        admitted_bytes_max: config.queue.bytes_max,
         in_flight_max,
         hello_timeout: limits.hello_timeout,
         frame_timeout: limits.frame_timeout,

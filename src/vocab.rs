@@ -256,6 +256,14 @@ impl Refusal {
         refusal
     }
 
+    /// A tenant has used what it may; after `retry_after`, rounded up, it may again.
+    pub fn quota_exceeded(message: impl Into<String>, retry_after: Duration) -> Refusal {
+        let mut refusal = Refusal::new(Code::QuotaExceeded, message);
+        let millis = retry_after.as_nanos().div_ceil(1_000_000).max(1);
+        refusal.retry_after_ms = u32::try_from(millis).unwrap_or(u32::MAX);
+        refusal
+    }
+
     /// The end of a request by deadline or cancel in a stage where it can be known that no model saw it.
     pub fn at_stage(code: Code, stage: Stage, message: impl Into<String>) -> Refusal {
         let mut refusal = Refusal::new(code, message);

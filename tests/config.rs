@@ -48,6 +48,10 @@ fn without_a_file_every_default_is_the_documented_one() {
     assert_eq!(config.frontend.idle_timeout, Duration::from_secs(300));
     assert_eq!(config.frontend.spin, Duration::ZERO);
     assert_eq!((config.queue.rows_max, config.queue.bytes_max), (65_536, 1 << 30));
+    let abuse = &config.abuse;
+    assert_eq!((abuse.points, abuse.points_per_second), (1000, 100));
+    assert_eq!((abuse.ban, abuse.ban_loopback), (Duration::from_secs(10), false));
+    assert_eq!(config.quota, ferry::config::Quota::default(), "no quota");
     let executor = &config.executor;
     assert_eq!((executor.slots, executor.threads, executor.canary_every), (2, 1, 1000));
     assert_eq!((config.log.format, config.log.level.as_str()), (LogFormat::Text, "info"));

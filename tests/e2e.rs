@@ -6,6 +6,8 @@
 
 mod common;
 
+#[path = "e2e/abuse.rs"]
+mod abuse;
 #[path = "e2e/dashboard.rs"]
 mod dashboard;
 #[path = "e2e/device.rs"]

@@ -15,9 +15,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("scheduler", &["vocab"]),
     ("telemetry", &["clock", "live", "vocab"]),
     // Files of certificates and tenants, read and read again.
-    ("access", &["clock", "config", "frontend", "telemetry", "tenants", "tls", "vocab"]),
+    ("access", &["clock", "config", "frontend", "quota", "telemetry", "tenants", "tls", "vocab"]),
     // Text and dates to who somebody is; files to what rustls wants.
-    ("tenants", &["vocab"]),
+    ("tenants", &["quota", "vocab"]),
     ("tls", &[]),
     ("timeline", &["vocab"]),
     ("config", &["timeline", "tls", "vocab", "wire"]),
@@ -72,6 +72,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "contract",
             "mail",
             "mailbox",
+            "quota",
             "scatter",
             "scheduler",
             "telemetry",
@@ -81,6 +82,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "wire",
         ],
     ),
+    ("quota", &["vocab"]),
     // It asks the batcher, and shows what the scheduler answers.
     (
         "control",

@@ -196,6 +196,60 @@ pub const SETTINGS: &[Setting] = &[
         access: Access::Micros { min: 0, max: 100_000, at: |c| &mut c.frontend.spin },
     },
     Setting {
+        key: "abuse.points",
+        about: "What a connection may waste at once. A request that cannot be decoded or has a wrong checksum costs 100, one
+                beyond the credit 10, one that its model's contract refuses, a describe or a stats 2, a ping, a cancel or a frame
+                of an unknown kind 1; an answered request earns 2. Without points left it is sent away. 0: nothing is counted.",
+        access: Access::U32 { min: 0, max: 1 << 30, at: |c| &mut c.abuse.points },
+    },
+    Setting {
+        key: "abuse.points_per_second",
+        about: "What it gets back, and so the pings or cancels a second that are always free. Raise it for callers that mean well and ask much beside infer.",
+        access: Access::U32 { min: 0, max: 1 << 30, at: |c| &mut c.abuse.points_per_second },
+    },
+    Setting {
+        key: "abuse.ban_ms",
+        about: "How long nobody from its address is listened to then, or after more than ten streams that cannot be followed
+                (IPv6: its /64). 0 behind a proxy or a NAT, where one address is many callers.",
+        access: Access::Millis { min: 0, max: TIMEOUT_MAX_MS, at: |c| &mut c.abuse.ban },
+    },
+    Setting {
+        key: "abuse.ban_loopback",
+        about: "Bans addresses of this machine too. For tests.",
+        access: Access::Bool(|c| &mut c.abuse.ban_loopback),
+    },
+    Setting {
+        key: "quota.requests_per_second",
+        about: "Requests that each tenant may send a second, a second's worth at once, all its connections and all shards
+                together; more is answered `quota_exceeded` with the time to come back. 0: as many as it likes. The same for what follows.",
+        access: Access::U64 { min: 0, max: 1_000_000_000, at: |c| &mut c.quota.requests_per_second },
+    },
+    Setting {
+        key: "quota.rows_per_second",
+        about: "Rows of each tenant. A request with more than a second's worth is taken when nothing was used for a second.",
+        access: Access::U64 { min: 0, max: 1_000_000_000, at: |c| &mut c.quota.rows_per_second },
+    },
+    Setting {
+        key: "quota.cells_per_second",
+        about: "Cells (rows times length) of each tenant: what work is where lengths differ. Of text a cell is a byte.",
+        access: Access::U64 { min: 0, max: 1_000_000_000, at: |c| &mut c.quota.cells_per_second },
+    },
+    Setting {
+        key: "quota.bytes_per_second",
+        about: "Payload bytes of each tenant.",
+        access: Access::U64 { min: 0, max: 1_000_000_000, at: |c| &mut c.quota.bytes_per_second },
+    },
+    Setting {
+        key: "quota.in_flight_max",
+        about: "Requests of each tenant that may be accepted and not answered.",
+        access: Access::U32 { min: 0, max: 1 << 30, at: |c| &mut c.quota.in_flight_max },
+    },
+    Setting {
+        key: "quota.connections_max",
+        about: "Connections of each tenant. One more is sent away after its hello.",
+        access: Access::U32 { min: 0, max: 1_000_000, at: |c| &mut c.quota.connections_max },
+    },
+    Setting {
         key: "queue.rows_max",
         about: "Rows waiting for a batch, all models together. Above it requests are answered `overloaded`.
                 Longer queues turn overload into latency: keep it near what can be served within a deadline.",

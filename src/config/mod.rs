@@ -41,6 +41,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     pub threads: Threads,
     pub frontend: Frontend,
+    pub abuse: Abuse,
+    pub quota: Quota,
     pub queue: Queue,
     pub executor: Executor,
     pub recorder: Recorder,
@@ -90,6 +92,26 @@ pub struct Frontend {
     pub stall_timeout: Duration,
     pub idle_timeout: Duration,
     pub spin: Duration,
+}
+
+/// What waste costs a connection.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Abuse {
+    pub points: u32,
+    pub points_per_second: u32,
+    pub ban: Duration,
+    pub ban_loopback: bool,
+}
+
+/// What a tenant without figures of its own may use; 0: as much as it likes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Quota {
+    pub requests_per_second: u64,
+    pub rows_per_second: u64,
+    pub cells_per_second: u64,
+    pub bytes_per_second: u64,
+    pub in_flight_max: u32,
+    pub connections_max: u32,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -291,6 +313,8 @@ impl Config {
                 idle_timeout: Duration::from_secs(300),
                 spin: Duration::ZERO,
             },
+            abuse: Abuse { points: 1000, points_per_second: 100, ban: Duration::from_secs(10), ban_loopback: false },
+            quota: Quota::default(),
             queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
             executor: Executor {
                 device: Place::Cpu,

@@ -6,6 +6,7 @@
 //!
 //! Pure but for [`Connection::try_flush`], which writes what the socket takes and never waits.
 
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::task::Waker;
 
@@ -13,8 +14,10 @@ use bytes::BytesMut;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
 
+use super::abuse::{Points, Rules};
 use super::inflight::Owned;
 use super::tls::Tls;
+use crate::quota::Seat;
 use crate::scheduler::TenantId;
 use crate::tenants::guard::Source;
 use crate::tenants::{Identity, Roles};
@@ -81,9 +84,16 @@ pub struct Connection {
     /// Counted among those that have not said hello.
     pub is_stranger: bool,
     pub tenant: TenantId,
+    /// Its place among its tenant's connections, from the hello on.
+    pub seat: Option<Seat>,
     pub requests_in_flight: u32,
     pub bytes_in_flight: u64,
+    /// Payload bytes that it may have in flight at present.
+    pub window_bytes: u64,
     pub last_id: u64,
+    pub points: Points,
+    /// Where it comes from, if that is known.
+    pub addr: Option<IpAddr>,
     pub since: Moment,
     /// Last time bytes came.
     pub read_at: Moment,
@@ -116,8 +126,12 @@ impl Connection {
             is_stranger: false,
             requests_in_flight: 0,
             tenant: TenantId::default(),
+            seat: None,
             bytes_in_flight: 0,
+            window_bytes: 0,
             last_id: 0,
+            points: Points::full(&Rules::NONE, now),
+            addr: None,
             since: now,
             read_at: now,
             wrote_at: now,

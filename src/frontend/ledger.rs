@@ -47,7 +47,7 @@ impl State {
                 return Err(format!("the books say that {owed} answers of {name} are owed, counted {counted}"));
             }
         }
-        let (mut listed, mut receiving, mut unsent) = (0, 0, 0);
+        let (mut listed, mut receiving, mut unsent, mut admitted) = (0, 0, 0, 0);
         for (at, connection) in &self.connections {
             let (mut requests, mut bytes) = (0, 0);
             for (_, waiting) in self.in_flight.iter(&connection.owned) {
@@ -60,12 +60,14 @@ impl State {
                 return Err("a request is on the list of another connection".into());
             }
             listed += requests;
+            admitted += bytes;
             receiving += connection.partial.len() as u64;
             unsent += connection.counted as u64;
         }
         equal("requests in flight", slots, listed)?;
         let strangers = self.connections.iter().filter(|(_, connection)| connection.is_stranger).count();
         equal("connections that have not said hello", self.strangers.into(), strangers as u64)?;
+        equal("payload bytes of all connections", self.admitted, admitted)?;
         equal("bytes of unfinished frames", self.receiving, receiving)?;
         equal("bytes of unsent answers", self.unsent, unsent)
     }
@@ -127,6 +129,7 @@ mod tests {
                 state.in_flight.insert(waiting, &mut connection.owned).expect("room");
                 connection.requests_in_flight += 1;
                 connection.bytes_in_flight += 8;
+                state.admitted += 8;
                 state.metrics().accepted(MODEL, 1);
             }
         }
@@ -142,6 +145,7 @@ mod tests {
             ("answers of model are owed", &|state| state.metrics().finished(MODEL, Code::Ok, 1)),
             ("requests of a connection", &|state| state.connections[1].requests_in_flight += 1),
             ("payload bytes of a connection", &|state| state.connections[0].bytes_in_flight -= 1),
+            ("payload bytes of all connections", &|state| state.admitted += 1),
             ("bytes of unfinished frames", &|state| state.receiving += 1),
             ("bytes of unsent answers", &|state| state.unsent += 1),
             ("have not said hello", &|state| state.strangers += 1),

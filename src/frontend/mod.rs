@@ -6,14 +6,17 @@
 //! - What is accepted is answered exactly once, or its connection is gone and that is counted.
 //!
 //! The loop's shape follows from how glommio 0.9 runs (ARCHITECTURE.md, "The shard's loop"). Files: shard.rs (the thread
-//! and its tasks), tls.rs, access.rs (who may connect), state.rs (connections and in-flight requests), session.rs (what each frame means), connection.rs,
-//! inflight.rs, ledger.rs (its books, recomputed), traces.rs (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
+//! and its tasks), tls.rs, access.rs (who may connect), state.rs (connections and in-flight requests), session.rs (what each frame means),
+//! connection.rs, abuse.rs (what waste costs), inflight.rs, ledger.rs (its books, recomputed), pressure.rs (near the budget), traces.rs
+//! (recorded requests), task.rs (the one spawn), watchdog.rs, preflight.rs (run before any of this).
 
+pub mod abuse;
 pub mod access;
 pub mod connection;
 pub mod inflight;
 pub mod ledger;
 pub mod preflight;
+pub mod pressure;
 pub mod session;
 pub mod shard;
 pub mod state;
@@ -25,7 +28,9 @@ pub mod watchdog;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use self::abuse::{Bans, Rules};
 use crate::contract::Contract;
+use crate::quota::Quotas;
 use crate::scheduler::TenantId;
 use crate::vocab::ModelHandle;
 
@@ -42,12 +47,19 @@ pub struct Options {
     pub output_bytes_total_max: u64,
     /// Bytes of unfinished frames that all connections together may hold.
     pub receiving_bytes_max: u64,
+    /// Payload bytes of all accepted requests, of all shards.
+    pub admitted_bytes_max: u64,
     /// Requests in flight on this shard.
     pub in_flight_max: u32,
     pub hello_timeout: Duration,
     pub frame_timeout: Duration,
     pub stall_timeout: Duration,
     pub idle_timeout: Duration,
+    /// What waste costs a connection.
+    pub rules: Rules,
+    /// Whom no shard listens to.
+    pub bans: Arc<Bans>,
+    pub quotas: Arc<Quotas>,
     /// How long an idle shard looks for work before it sleeps.
     pub spin: Duration,
     /// Who may connect, and how. None: everybody, and nothing is encrypted.
@@ -73,11 +85,15 @@ impl Options {
             output_bytes_max: 1 << 30,
             output_bytes_total_max: u64::MAX,
             receiving_bytes_max: u64::MAX,
+            admitted_bytes_max: u64::MAX,
             in_flight_max: u32::MAX,
             hello_timeout: long,
             frame_timeout: long,
             stall_timeout: long,
             idle_timeout: long,
+            rules: Rules::NONE,
+            bans: Arc::default(),
+            quotas: Arc::default(),
             spin: Duration::ZERO,
             access: None,
             tracing: None,

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use super::abuse::Act;
 use super::access::identify;
 use super::connection::{Connection, Phase};
 use super::inflight::Waiting;
 use super::state::{Burst, State};
 use crate::clock;
 use crate::mail::{Part, Request};
+use crate::quota::Use;
 use crate::scatter::{Details, append_error};
 use crate::scheduler::{Class, Compose};
 use crate::telemetry::Operation;
@@ -65,15 +67,17 @@ pub fn handle_frame(
         (_, Kind::Hello) => Err(Fatal::protocol("a second hello")),
         (Phase::Open, Kind::Infer) => infer(state, at, frame, data, now, burst),
         (Phase::Open, Kind::Describe) => {
+            state.charge(at, Act::Document, now)?;
             let (operation, model, code) = describe(state, at, frame, data);
             state.metrics().operated(operation, model, code, clock::now().since(now));
             Ok(())
         }
         (Phase::Open | Phase::Leaving, Kind::Cancel) => {
             cancel(state, at, frame.header.request_id, burst);
-            Ok(())
+            state.charge(at, Act::Cancel, now)
         }
         (Phase::Open, Kind::Ping) => {
+            state.charge(at, Act::Ping, now)?;
             let head = Head { kind: Kind::Pong, model: ModelHandle(0), request_id: frame.header.request_id };
             append_bare(&mut state.output(at).out, head);
             Ok(())
@@ -83,6 +87,7 @@ pub fn handle_frame(
                 append_error(&mut state.output(at).out, ModelHandle(0), frame.header.request_id, &refusal);
                 return Ok(());
             }
+            state.charge(at, Act::Document, now)?;
             let json = state.telemetry.stats_json().to_string();
             let head = Head { kind: Kind::StatsReply, model: ModelHandle(0), request_id: frame.header.request_id };
             append_frame(&mut state.output(at).out, head, &(), json.as_bytes())
@@ -130,9 +135,17 @@ fn hello(state: &mut State, at: u32, metadata: &[u8], now: Moment) -> Result<(),
     };
     let limits = Limits { metadata_bytes: Limits::METADATA_CEILING, payload_bytes: options.payload_bytes_max };
     let tenant = state.catalog.tenants.id_of(&hello.tenant);
+    let Some(seat) = options.quotas.of(&hello.tenant, tenant.0 != 0).connect() else {
+        return Err(Fatal {
+            code: Code::QuotaExceeded,
+            message: "the tenant has as many connections as its quota allows".into(),
+        });
+    };
     state.telemetry.tenant_named(tenant.0, &hello.tenant);
     let connection = state.output(at);
     connection.tenant = tenant;
+    connection.seat = Some(seat);
+    connection.window_bytes = ack.credit_bytes;
     connection.phase = Phase::Open;
     connection.decoder.set_limits(limits);
     append_frame(&mut connection.out, Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
@@ -220,7 +233,8 @@ fn infer(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment, b
         state.wake_main();
         return Ok(());
     }
-    match accept(state, at, frame, data, now) {
+    let mut waste = None;
+    match accept(state, at, frame, data, now, &mut waste) {
         Ok((request, text)) => {
             state.metrics().accepted(request.model, 1);
             match text {
@@ -232,13 +246,25 @@ fn infer(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment, b
             let model = state.catalog.by_handle(header.model).map(|_| header.model);
             state.metrics().refused(model, refusal.code);
             append_error(&mut state.output(at).out, header.model, header.request_id, &refusal);
+            if let Some(act) = waste {
+                return state.charge(at, act, now);
+            }
         }
     }
     Ok(())
 }
 
-fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) -> Result<(Request, bool), Refusal> {
+/// The request, and whether it is text. `waste` is what a refusal costs the caller; None where it is not the caller's fault.
+fn accept(
+    state: &mut State,
+    at: u32,
+    frame: &Frame,
+    data: &Bytes,
+    now: Moment,
+    waste: &mut Option<Act>,
+) -> Result<(Request, bool), Refusal> {
     let header = &frame.header;
+    *waste = Some(Act::Malformed);
     let connection = &mut state.connections[at as usize];
     if header.request_id <= connection.last_id {
         return Err(Refusal::invalid(format!(
@@ -250,7 +276,12 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
     if let Some(refusal) = forbidden(connection, Role::Infer) {
         return Err(refusal);
     }
-    check_credit(connection, header.payload_len, state.options.credit_requests, state.options.credit_bytes)?;
+    let [requests, bytes] = [state.options.credit_requests.into(), state.options.credit_bytes];
+    // What crossed a credit frame that lowered the window is refused and costs nothing: nobody is to blame.
+    let beyond = connection.bytes_in_flight + u64::from(header.payload_len) > bytes;
+    *waste = (beyond || u64::from(connection.requests_in_flight) >= requests).then_some(Act::BeyondCredit);
+    check_credit(connection, header.payload_len, state.options.credit_requests)?;
+    *waste = Some(Act::Malformed);
     let payload = frame.payload(data);
     let crc = crc32c::crc32c(payload);
     if crc != header.payload_crc {
@@ -260,14 +291,27 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         ));
     }
     let infer: Infer = decode_exact(frame.metadata(data)).map_err(|error| Refusal::invalid(error.message))?;
+    *waste = Some(Act::Refused);
     let entry = state
         .catalog
         .by_handle(header.model)
         .ok_or_else(|| Refusal::new(Code::NotFound, format!("model handle {} is unknown", header.model.0)))?;
     let checked = entry.contract.check(&infer, payload)?;
+    *waste = None;
     let deadline = deadline_of(&infer, now);
     if deadline.is_some_and(|deadline| deadline <= now) {
         return Err(Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, "the deadline was over on arrival"));
+    }
+    if let Some(seat) = &connection.seat {
+        // Also what the scheduler refuses later has been used: asking is what is bounded here.
+        let asked = Use {
+            rows: checked.rows.into(),
+            cells: u64::from(checked.rows) * u64::from(checked.len),
+            bytes: header.payload_len.into(),
+        };
+        seat.quota()
+            .take(asked, now)
+            .map_err(|exceeded| Refusal::quota_exceeded(exceeded.message, exceeded.retry_after))?;
     }
     let waiting = Waiting {
         connection: at,
@@ -280,11 +324,15 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
         trace: 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {
+        if let Some(seat) = &connection.seat {
+            seat.quota().finished();
+        }
         let message = format!("{} requests are in flight on this shard, its bound", state.options.in_flight_max);
         Refusal::overloaded(message, Duration::from_millis(10))
     })?;
     connection.requests_in_flight += 1;
     connection.bytes_in_flight += u64::from(header.payload_len);
+    state.admitted += u64::from(header.payload_len);
     let trace = state.traces.begin(infer.trace, [checked.rows, checked.len], now, &state.telemetry);
     if trace != 0 {
         state.in_flight.set_trace(key, trace);
@@ -306,7 +354,8 @@ fn accept(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment) 
     Ok((request, checked.text))
 }
 
-fn check_credit(connection: &Connection, payload: u32, requests: u32, bytes: u64) -> Result<(), Refusal> {
+fn check_credit(connection: &Connection, payload: u32, requests: u32) -> Result<(), Refusal> {
+    let bytes = connection.window_bytes;
     if connection.requests_in_flight >= requests {
         return Err(Refusal::overloaded(
             format!("the credit is {requests} requests in flight, all are used"),

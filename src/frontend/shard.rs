@@ -26,6 +26,7 @@ use nix::sys::pthread::{Pthread, pthread_self};
 use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::AsRawFd;
 
+use super::abuse::Points;
 use super::connection::{Connection, Phase};
 use super::session::append_goaway;
 use super::state::{Mode, ReadEnd, State};
@@ -229,6 +230,13 @@ async fn housekeep(shard: Rc<Shard>) {
 
 async fn accept(shard: Rc<Shard>, listener: TcpListener) {
     while !shard.is_draining() {
+        let has_room = shard.state.borrow_mut().has_room();
+        if !has_room {
+            // Who connects meanwhile waits in the listener's backlog.
+            shard.state.borrow().metrics().accept_paused();
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        }
         let stream = async { Some(listener.accept().await) };
         let drain = poll_fn(|cx| {
             if shard.is_draining() {
@@ -253,11 +261,18 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     // Answers leave when they are ready; the batch has gathered them already.
     let _ = stream.set_nodelay(true);
     let now = clock::now();
-    let mut connection = Connection::new(stream.as_raw_fd(), now);
+    let addr = stream.peer_addr().ok().map(|addr| addr.ip());
     let mut state = shard.state.borrow_mut();
-    // Asked for only where somebody wants to know.
-    let source = state.options.access.as_ref().and_then(|_| stream.peer_addr().ok());
-    if !state.welcome(&mut connection, source.map(|addr| Source::of(addr.ip())), now) {
+    if addr.is_some_and(|addr| !state.options.bans.admits(addr, now)) {
+        // Without a word: that would be work again.
+        return state.metrics().banned();
+    }
+    let mut connection = Connection::new(stream.as_raw_fd(), now);
+    connection.addr = addr;
+    connection.points = Points::full(&state.options.rules, now);
+    // What matters only where somebody has to prove who it is.
+    let source = addr.filter(|_| state.options.access.is_some()).map(Source::of);
+    if !state.welcome(&mut connection, source, now) {
         // The stream ends with this function, before anything was read.
         return;
     }

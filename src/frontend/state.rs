@@ -15,8 +15,10 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use slab::Slab;
 
+use super::abuse::Act;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
+use super::pressure::{Pressure, Windows, lowered, raised};
 use super::session::{Fatal, append_goaway, handle_frame};
 use super::tls::Tls;
 use super::traces::Traces;
@@ -29,7 +31,10 @@ use crate::telemetry::{ShardMetrics, Telemetry, TurnedAway};
 use crate::tenants::Day;
 use crate::tenants::guard::{BAN, Bucket, Guard, Source};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
+use crate::wire::Kind;
 use crate::wire::decoder::{DecodeError, Step};
+use crate::wire::encoder::{Head, append_frame};
+use crate::wire::message::Credit;
 
 /// A fresh read buffer. Frames of many requests, also of several connections, share one.
 const CHUNK: usize = 64 << 10;
@@ -97,6 +102,9 @@ pub struct State {
     pub(super) receiving: u64,
     /// Bytes that could not be written yet, of all connections.
     pub(super) unsent: u64,
+    /// Payload bytes of accepted requests, of all connections.
+    pub(super) admitted: u64,
+    pressure: Pressure,
     /// When the books are recomputed next.
     pub(super) audit_at: Moment,
     dirty: Vec<u32>,
@@ -117,6 +125,7 @@ impl State {
     ) -> State {
         let in_flight = InFlight::new(index, options.in_flight_max);
         let traces = Traces::new(options.tracing.clone());
+        let pressure = Pressure::new(options.admitted_bytes_max);
         State {
             index,
             options,
@@ -139,6 +148,8 @@ impl State {
             chunk: BytesMut::new(),
             receiving: 0,
             unsent: 0,
+            admitted: 0,
+            pressure,
             audit_at: Moment::ZERO,
             dirty: Vec::new(),
             burst: Burst::default(),
@@ -155,7 +166,7 @@ impl State {
     pub fn publish(&self) {
         let metrics = self.metrics();
         metrics.table_entries(self.in_flight.len() as u64);
-        metrics.held_bytes(self.receiving, self.unsent);
+        metrics.held_bytes(self.receiving, self.unsent, self.admitted);
     }
 
     /// Registers the shard's main task, to be woken when the last connection of a draining shard has gone.
@@ -374,12 +385,16 @@ impl State {
             match self.connections[at as usize].decoder.next(&data) {
                 Ok(Step::Frame(frame)) => {
                     if let Err(fatal) = handle_frame(self, at, &frame, &data, now, &mut burst) {
-                        self.fail(at, &fatal, now);
+                        self.send_away(at, &fatal, now);
                         break;
                     }
                     let _ = data.split_to(frame.len);
                 }
                 Ok(Step::Skip { len }) => {
+                    if let Err(fatal) = self.charge(at, Act::Unknown, now) {
+                        self.send_away(at, &fatal, now);
+                        break;
+                    }
                     let _ = data.split_to(len);
                 }
                 Ok(Step::Incomplete { needed: more }) => {
@@ -388,7 +403,7 @@ impl State {
                 }
                 Err(error) => {
                     let fatal = self.undecodable(at, error, now);
-                    self.fail(at, &fatal, now);
+                    self.send_away(at, &fatal, now);
                     break;
                 }
             }
@@ -565,6 +580,7 @@ impl State {
 
     /// A request is answered with a result now.
     fn count_answer(&mut self, waiting: &Waiting, finished: &FinishedBatch, member: &Member, now: Moment) {
+        self.connections[waiting.connection as usize].points.earn(&self.options.rules);
         self.metrics().answered(waiting.model, now.since(member.received_at), waiting.send_lag());
         self.record(waiting, (Code::Ok, ""), Some((finished, member)), || now);
     }
@@ -605,6 +621,10 @@ impl State {
         self.assemblies.drop_entry(key.slot);
         connection.requests_in_flight -= 1;
         connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
+        self.admitted -= u64::from(waiting.payload_bytes);
+        if let Some(seat) = &connection.seat {
+            seat.quota().finished();
+        }
         Some(waiting)
     }
 
@@ -675,6 +695,29 @@ impl State {
             connection.phase = Phase::Lingering;
             connection.wrote_at = now;
         }
+    }
+
+    /// Takes what a wasteful act costs this connection, or says that it has to go.
+    pub fn charge(&mut self, at: u32, act: Act, now: Moment) -> Result<(), Fatal> {
+        self.metrics().wasted(act.points());
+        if self.connections[at as usize].points.pay(act, &self.options.rules, now) {
+            return Ok(());
+        }
+        let message = format!("too many {}: enhance your calm", act.plural());
+        if let Some(addr) = self.connections[at as usize].addr {
+            self.options.bans.ban(addr, now);
+        }
+        Err(Fatal { code: Code::QuotaExceeded, message })
+    }
+
+    /// [`State::fail`] for what the peer itself did, which its address pays for.
+    fn send_away(&mut self, at: u32, fatal: &Fatal, now: Moment) {
+        if let Some(addr) = self.connections[at as usize].addr
+            && fatal.code != Code::QuotaExceeded
+        {
+            self.options.bans.strike(addr, now);
+        }
+        self.fail(at, fatal, now);
     }
 
     /// Sends a goaway and stops accepting on this connection.
@@ -775,10 +818,51 @@ impl State {
         }
     }
 
+    /// Whether accepted payloads leave room for more connections.
+    pub fn has_room(&mut self) -> bool {
+        self.pressure.look(self.telemetry.admitted_bytes());
+        !self.pressure.is_closed()
+    }
+
+    /// Lowers the windows of those that have the most in flight while payloads are near their budget, and raises them again.
+    fn adjust_windows(&mut self) {
+        let full = self.options.credit_bytes;
+        let step = self.pressure.look(self.telemetry.admitted_bytes());
+        let open = |connection: &Connection| connection.phase == Phase::Open;
+        let changes: Vec<(u32, u64)> = match step {
+            Windows::Hold => return,
+            Windows::Lower => {
+                let connections = || self.connections.iter().filter(|(_, connection)| open(connection));
+                let mut in_flight: Vec<u64> = connections()
+                    .map(|(_, connection)| connection.bytes_in_flight)
+                    .filter(|bytes| *bytes > 0)
+                    .collect();
+                let window = lowered(&mut in_flight, u64::from(self.options.payload_bytes_max).min(full));
+                let greedy =
+                    |connection: &Connection| connection.bytes_in_flight > window && connection.window_bytes > window;
+                connections().filter(|(_, connection)| greedy(connection)).map(|(at, _)| (at as u32, window)).collect()
+            }
+            Windows::Raise => self
+                .connections
+                .iter()
+                .filter(|(_, connection)| open(connection) && connection.window_bytes < full)
+                .map(|(at, connection)| (at as u32, raised(connection.window_bytes, full)))
+                .collect(),
+        };
+        for (at, window) in changes {
+            self.metrics().window_changed();
+            let credit = Credit { requests: self.options.credit_requests, bytes: window };
+            let connection = self.output(at);
+            connection.window_bytes = window;
+            append_frame(&mut connection.out, Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
+        }
+    }
+
     /// Ends what has taken too long. Runs a few times a second.
     pub fn housekeep(&mut self, now: Moment) {
         self.audit_when_due(now);
         self.recheck_identities(now);
+        self.adjust_windows();
         let options = &self.options;
         let late = |since: Moment, timeout: Duration| now.since(since) > timeout;
         let mut failed: Vec<(u32, Fatal)> = Vec::new();
@@ -968,6 +1052,56 @@ mod tests {
             state.remove(at);
         }
         assert_eq!(state.unsent, 0);
+    }
+
+    /// Every time limit of a connection, a nanosecond before it, at it and behind it.
+    #[test]
+    fn each_time_limit_of_a_connection_holds_to_the_nanosecond() {
+        let second = Duration::from_secs(1);
+        let options = Options {
+            hello_timeout: 3 * second,
+            frame_timeout: 5 * second,
+            idle_timeout: 300 * second,
+            ..Options::unbounded()
+        };
+        type Prepare = fn(&mut Connection);
+        let cases: [(&str, Duration, Prepare); 5] = [
+            ("hello", 3 * second, |_| {}),
+            ("header", 5 * second + at_slowest(32), |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 32;
+            }),
+            ("16 KiB a second", 6 * second, |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 16 << 10;
+            }),
+            ("16 MiB, of which the last read was just now", 1029 * second, |connection| {
+                connection.phase = Phase::Open;
+                connection.needed = 16 << 20;
+                connection.read_at = Moment(1) + Duration::from_secs(1029);
+            }),
+            ("idle", 300 * second, |connection| connection.phase = Phase::Open),
+        ];
+        for (what, limit, prepare) in cases {
+            let nano = Duration::from_nanos(1);
+            for (after, closed) in [(limit - nano, false), (limit, false), (limit + nano, true)] {
+                let catalog = Arc::new(Catalog::new(&[]));
+                let telemetry = Telemetry::new(&[], 1, 1);
+                let mut state = State::new(0, options.clone(), catalog, telemetry, mailbox(1).0, None);
+                let (ours, _peer) = UnixStream::pair().expect("sockets");
+                let at = state.connections.insert(Connection::new(ours.as_raw_fd(), Moment(1))) as u32;
+                let before = {
+                    let connection = &mut state.connections[at as usize];
+                    prepare(connection);
+                    // As granted by a hello: a smaller one would be raised, which is no silence.
+                    connection.window_bytes = state.options.credit_bytes;
+                    connection.phase
+                };
+                state.housekeep(Moment(1) + after);
+                let phase = state.connections[at as usize].phase;
+                assert_eq!(phase != before, closed, "{what}: {phase:?} after {after:?}");
+            }
+        }
     }
 
     #[test]

@@ -94,6 +94,7 @@ struct Slot {
     /// 0 when the slot is free.
     id: u64,
     intended: u64,
+    sent: u64,
     number: u64,
     entry: u32,
     connection: u32,
@@ -120,6 +121,8 @@ struct Tally {
     tokens_in_time: u64,
     answered: u64,
     latency: Histogram<u64>,
+    /// Sent to refused, of what the server had no room for.
+    refusals: Histogram<u64>,
 }
 
 enum Source {
@@ -387,6 +390,7 @@ impl<'a> Engine<'a> {
                 answered: 0,
                 // One second of memory is 270 kB; ten minutes are the longest latency that is told apart.
                 latency: Histogram::new_with_bounds(1, 600_000_000_000, 3).expect("the bounds are valid"),
+                refusals: Histogram::new_with_bounds(1, 600_000_000_000, 3).expect("the bounds are valid"),
             },
             stats: Vec::new(),
             stats_asked: 0,
@@ -526,7 +530,7 @@ impl<'a> Engine<'a> {
             connection.window.take(bytes);
             self.inputs.append(entry, id, connection.handle, [deadline_us, late_us], &mut connection.output);
             self.slots[slot as usize] =
-                Slot { id, intended: waiting.intended, number: waiting.number, entry, connection: index };
+                Slot { id, intended: waiting.intended, sent: now, number: waiting.number, entry, connection: index };
             if !connection.in_dirty {
                 connection.in_dirty = true;
                 self.dirty.push(index);
@@ -800,7 +804,12 @@ impl<'a> Engine<'a> {
                     self.tally.ok += 1;
                     self.tally.latency.saturating_record(latency);
                 }
-                code => self.tally.errors[code as usize] += 1,
+                code => {
+                    self.tally.errors[code as usize] += 1;
+                    if matches!(code, Code::Overloaded | Code::QuotaExceeded) {
+                        self.tally.refusals.saturating_record(now.saturating_sub(slot.sent));
+                    }
+                }
             }
         }
         self.next_of_caller(now);
@@ -922,6 +931,7 @@ impl<'a> Engine<'a> {
             throughput_rps: tally.answered_in_time as f64 / duration_s,
             tokens_per_s: tally.tokens_in_time as f64 / duration_s,
             latency_us: LatencyReport::of(&tally.latency),
+            refusal_us: LatencyReport::of(&tally.refusals),
             slo_ms: self.options.slo.map(|slo| slo.as_secs_f64() * 1e3),
             server,
             verified,

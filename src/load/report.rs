@@ -44,6 +44,8 @@ pub struct Report {
     pub throughput_rps: f64,
     pub tokens_per_s: f64,
     pub latency_us: LatencyReport,
+    /// Sent to answered, of those answered `overloaded` or `quota_exceeded`: what saying no takes.
+    pub refusal_us: LatencyReport,
     pub slo_ms: Option<f64>,
     /// `null` when the server did not say.
     pub server: Option<ServerReport>,
@@ -214,6 +216,11 @@ impl Report {
                 duration_text(latency.max)
             ),
         );
+        let refusal = &self.refusal_us;
+        if refusal.max > 0.0 {
+            let [p50, p99, max] = [refusal.p50, refusal.p99, refusal.max].map(duration_text);
+            line("refusals", format!("p50 {p50} · p99 {p99} · max {max}"));
+        }
         if let Some(server) = &self.server {
             line(
                 "server",

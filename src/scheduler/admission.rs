@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::{Arrival, Policy};
+use super::{Arrival, Class, Policy};
 use crate::vocab::Refusal;
 
 /// What waits: rows, padded cells (rows × bucket length) and payload bytes.
@@ -38,6 +38,10 @@ impl Totals {
     }
 }
 
+/// Percent of every bound on what waits that a class leaves free, the highest class first: near overload there is room for what
+/// matters most. Rounded down, so that a bound of a few rows is one for all.
+const KEPT_FREE: [u128; Class::COUNT] = [0, 5, 15];
+
 /// Bounds on what may wait, of the whole server or of one model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Decode, bincode::Encode)]
 pub struct QueueLimits {
@@ -50,10 +54,12 @@ impl QueueLimits {
     /// No bound of its own: the server's applies.
     pub const NONE: QueueLimits = QueueLimits { rows_max: u64::MAX, cells_max: u64::MAX, bytes_max: u64::MAX };
 
+    /// Whether `asked` fits beside what is `waiting`. Lower classes leave the last of it to higher ones: [`KEPT_FREE`].
     pub fn check(
         &self,
         waiting: &Totals,
         asked: &Totals,
+        class: Class,
         whose: &str,
         wait: impl Fn() -> Duration,
     ) -> Result<(), Refusal> {
@@ -66,6 +72,14 @@ impl QueueLimits {
                 return Err(Refusal::too_large(format!(
                     "expected at most {max} {what}, the {whose}'s queue limit; got {asked}"
                 )));
+            }
+            let open = max - (u128::from(max) * KEPT_FREE[class.index()] / 100) as u64;
+            if open < waiting + asked && waiting + asked <= max && waiting > 0 {
+                let message = format!(
+                    "the {whose}'s queue holds {waiting} of {max} {what}, and above {open} takes no requests of class {}",
+                    class.index()
+                );
+                return Err(Refusal::overloaded(message, wait()));
             }
             if waiting + asked > max {
                 let message = format!("the {whose}'s queue holds {waiting} of {max} {what}, {asked} more do not fit");

@@ -312,8 +312,8 @@ impl Scheduler {
         self.models[arrival.model.index()].tenants.offer(now, arrival.tenant, asked.cells);
         let queue = &self.models[arrival.model.index()];
         let wait = || self.drain_rate.time_to_drain(self.totals.cells, executors);
-        self.limits.check(&self.totals, &asked, "server", wait)?;
-        queue.policy.queue.check(&queue.totals, &asked, "model", wait)?;
+        self.limits.check(&self.totals, &asked, arrival.class, "server", wait)?;
+        queue.policy.queue.check(&queue.totals, &asked, arrival.class, "model", wait)?;
         if let Some(compose) = arrival.compose {
             self.compositions.check(&queue.policy, &arrival, compose)?;
         } else if queue.policy.kind == PolicyKind::Cost

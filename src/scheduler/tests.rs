@@ -316,6 +316,31 @@ fn what_may_wait_is_bounded_in_rows_cells_and_bytes_of_server_and_model() {
 }
 
 #[test]
+fn near_a_bound_lower_classes_are_refused_first_and_the_highest_may_fill_it() {
+    let bounds = [
+        QueueLimits { rows_max: 100, ..QueueLimits::NONE },
+        QueueLimits { cells_max: 100 * 8, ..QueueLimits::NONE },
+        QueueLimits { bytes_max: 100 * 100, ..QueueLimits::NONE },
+    ];
+    let of_class = |class: u8| Arrival { class: Class::from_priority(class), ..request() };
+    for bound in bounds {
+        for mut rig in [Rig::with_limits(bound, vec![policy()]), Rig::new(vec![Policy { queue: bound, ..policy() }])] {
+            for (class, filled) in [(2, 85), (1, 95), (0, 100)] {
+                while rig.scheduler.waiting(MODEL).0 < filled {
+                    rig.arrive(of_class(class));
+                }
+                // The class that has filled its share and those below are refused; the next higher one goes on.
+                for refused in class..3 {
+                    let refusal = rig.refused(of_class(refused));
+                    assert_eq!(refusal.code, Code::Overloaded, "{filled}");
+                    assert!(refusal.retry_after_ms >= 1);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn the_hint_when_to_come_back_follows_the_pace_of_the_queue() {
     let bound = QueueLimits { rows_max: 4, ..QueueLimits::NONE };
     let mut rig = Rig::with_limits(bound, vec![policy()]);

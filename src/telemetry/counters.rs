@@ -119,6 +119,10 @@ pub struct ShardMetrics {
     pub(super) goaways: ByCode,
     pub(super) late_answers: Count,
     pub(super) slow_readers: Count,
+    pub(super) wasted: Count,
+    pub(super) banned: Count,
+    pub(super) windows_changed: Count,
+    pub(super) accept_pauses: Count,
     pub(super) stalls: Count,
     pub(super) accept_errors: Count,
     /// Failed and done.
@@ -129,6 +133,7 @@ pub struct ShardMetrics {
     /// Entries of the shard's in-flight table plus one; 0 until the shard first says it.
     pub(super) table_entries: Count,
     pub(super) receiving_bytes: Count,
+    pub(super) admitted_bytes: Count,
     pub(super) unsent_bytes: Count,
     /// Answered, of those that mean no model. By [`Operation`].
     pub(super) operations: [Count; Operation::ALL.len()],
@@ -146,6 +151,10 @@ impl ShardMetrics {
             goaways: ByCode::default(),
             late_answers: Count::default(),
             slow_readers: Count::default(),
+            wasted: Count::default(),
+            banned: Count::default(),
+            windows_changed: Count::default(),
+            accept_pauses: Count::default(),
             stalls: Count::default(),
             accept_errors: Count::default(),
             handshakes: Default::default(),
@@ -153,6 +162,7 @@ impl ShardMetrics {
             turned_away: Default::default(),
             table_entries: Count::default(),
             receiving_bytes: Count::default(),
+            admitted_bytes: Count::default(),
             unsent_bytes: Count::default(),
             operations: Default::default(),
             operation_times: Operation::ALL.map(|_| Histogram::times()),
@@ -231,6 +241,26 @@ impl ShardMetrics {
         self.slow_readers.add(1);
     }
 
+    /// A peer did something wasteful that costs so many points.
+    pub fn wasted(&self, points: u32) {
+        self.wasted.add(points.into());
+    }
+
+    /// A connection was told another window.
+    pub fn window_changed(&self) {
+        self.windows_changed.add(1);
+    }
+
+    /// No connection was taken for a moment, because accepted payloads are near their budget.
+    pub fn accept_paused(&self) {
+        self.accept_pauses.add(1);
+    }
+
+    /// A connection of a banned address was not taken.
+    pub fn banned(&self) {
+        self.banned.add(1);
+    }
+
     /// The shard had work and did not turn until it was nudged.
     pub fn stall(&self) {
         self.stalls.add(1);
@@ -262,7 +292,8 @@ impl ShardMetrics {
     }
 
     /// Bytes of unfinished frames, and of answers that could not be written yet. Said with the entries.
-    pub fn held_bytes(&self, receiving: u64, unsent: u64) {
+    pub fn held_bytes(&self, receiving: u64, unsent: u64, admitted: u64) {
+        self.admitted_bytes.set(admitted);
         self.receiving_bytes.set(receiving);
         self.unsent_bytes.set(unsent);
     }

@@ -141,6 +141,14 @@ impl Telemetry {
         });
         let help = "Connections closed because answers were not read";
         list.by_shard(self, "ferry_slow_readers", help, |s| &s.slow_readers);
+        let help = "Points for acts that made work of no use: pings, cancels, wrong requests";
+        list.by_shard(self, "ferry_wasted_points", help, |s| &s.wasted);
+        let help = "Connections that were not taken, of addresses that were sent away";
+        list.by_shard(self, "ferry_banned_connections", help, |s| &s.banned);
+        let help = "Credit frames: windows lowered near the budget of payloads, and raised again";
+        list.by_shard(self, "ferry_window_changes", help, |s| &s.windows_changed);
+        let help = "Moments in which no connection was taken, near the budget of payloads";
+        list.by_shard(self, "ferry_accept_pauses", help, |s| &s.accept_pauses);
         list.by_shard(self, "ferry_shard_stalls", "A shard with work did not turn until nudged", |s| &s.stalls);
         list.by_shard(self, "ferry_late_answers", "Results whose request had already ended", |s| &s.late_answers);
         list.open("ferry_goaways", "Goodbyes sent, by reason", Kind::Counter, |family| {

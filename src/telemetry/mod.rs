@@ -16,6 +16,10 @@
 //! | `ferry_authentications_total` | counter | outcome | hellos whose credentials were looked at: `ok`, or `failed` |
 //! | `ferry_reloads_total` | counter | what, outcome | times that certificates (`tls`) or `tenants` were read again: `ok`, or `failed`, and the old ones stay |
 //! | `ferry_slow_readers_total` | counter | shard | connections closed because their answers were not read |
+//! | `ferry_wasted_points_total` | counter | shard | points for acts of peers that made work of no use: pings, cancels, wrong requests |
+//! | `ferry_banned_connections_total` | counter | shard | connections that were not taken, of addresses that were sent away |
+//! | `ferry_window_changes_total` | counter | shard | credit frames: windows lowered near the budget of payloads, and raised again |
+//! | `ferry_accept_pauses_total` | counter | shard | moments in which no connection was taken, near the budget of payloads |
 //! | `ferry_shard_stalls_total` | counter | shard | a shard with work did not turn until it was nudged |
 //! | `ferry_late_answers_total` | counter | shard | results dropped because the request had already ended |
 //! | `ferry_goaways_total` | counter | code | goodbyes sent, by reason |
@@ -282,6 +286,11 @@ impl Telemetry {
     /// The place of a tenant in the tables, by its number. Number 0 are the nameless, and all for whom there is no number.
     pub fn tenant_place(tenant: u16) -> usize {
         usize::from(tenant).checked_sub(1).map_or(TENANTS_LABELLED_MAX, |place| place.min(TENANTS_LABELLED_MAX))
+    }
+
+    /// Payload bytes of all accepted requests, as the shards last said.
+    pub fn admitted_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.admitted_bytes.get()).sum()
     }
 
     /// A tenant with this number said hello.

@@ -5,6 +5,9 @@
 //! roles = ["infer"]                          # infer, observe, admin
 //! tokens = [{ id = "a1", sha256 = "…", expires = "2027-01-31" }]
 //! certificates = ["spiffe://corp/search"]    # exact URIs among a client certificate's subject alternative names
+//!
+//! [tenant.search.quota]                      # instead of the configuration's [quota]; what is left out has no bound
+//! requests_per_second = 500
 //! ```
 //!
 //! Pure: text in, a directory out; the date is an argument.
@@ -26,6 +29,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
+
+use crate::quota::QuotaSpec;
 
 /// Live tokens of a tenant: the old one and the one that replaces it.
 pub const TOKENS_MAX: usize = 2;
@@ -129,6 +134,7 @@ struct Token {
 struct Tenant {
     name: Arc<str>,
     roles: Roles,
+    quota: Option<QuotaSpec>,
 }
 
 /// All tenants of a file.
@@ -166,6 +172,7 @@ struct WrittenTenant {
     tokens: Vec<WrittenToken>,
     #[serde(default)]
     certificates: Vec<String>,
+    quota: Option<QuotaSpec>,
 }
 
 #[derive(Deserialize)]
@@ -213,6 +220,9 @@ impl Tenants {
         if written.tokens.is_empty() && written.certificates.is_empty() {
             return Err("expected a token or a certificate: with neither nobody is this tenant".into());
         }
+        if let Some(quota) = &written.quota {
+            quota.check().map_err(|error| format!("quota: {error}"))?;
+        }
         let tenant = self.tenants.len();
         for token in written.tokens {
             let good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
@@ -241,7 +251,7 @@ impl Tenants {
                 return Err(format!("certificate {uri} is named twice in this file"));
             }
         }
-        self.tenants.push(Tenant { name: name.into(), roles });
+        self.tenants.push(Tenant { name: name.into(), roles, quota: written.quota });
         Ok(())
     }
 
@@ -252,6 +262,12 @@ impl Tenants {
 
     pub fn have_certificates(&self) -> bool {
         !self.certificates.is_empty()
+    }
+
+    /// The quotas of those that have one of their own, for [`crate::quota::Quotas::set_own`].
+    pub fn quotas(&self) -> HashMap<String, QuotaSpec> {
+        let own = |tenant: &Tenant| Some((tenant.name.to_string(), tenant.quota?));
+        self.tenants.iter().filter_map(own).collect()
     }
 
     pub fn len(&self) -> usize {
@@ -307,7 +323,7 @@ impl Tenants {
     }
 
     fn identity(&self, tenant: usize, credential: Credential) -> Identity {
-        let Tenant { name, roles } = &self.tenants[tenant];
+        let Tenant { name, roles, .. } = &self.tenants[tenant];
         Identity { tenant: Arc::clone(name), roles: *roles, credential }
     }
 }
@@ -379,6 +395,23 @@ mod tests {
         wrong(&token.to_uppercase());
         wrong(&format!("{token} "));
         assert_eq!(tenants.by_token(&[0xFF; 600], TODAY), None);
+    }
+
+    #[test]
+    fn a_tenants_quota_is_written_beside_its_tokens() {
+        let text = |quota: &str| {
+            format!(
+                "[tenant.a]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/a\"]\n[tenant.a.quota]\n{quota}\n\
+                 [tenant.b]\nroles = [\"infer\"]\ncertificates = [\"spiffe://x/b\"]\n"
+            )
+        };
+        let quotas = Tenants::parse(&text("rows_per_second = 7")).expect("sound").quotas();
+        let expected = QuotaSpec { rows_per_second: 7, ..QuotaSpec::default() };
+        assert_eq!((quotas.get("a"), quotas.get("b")), (Some(&expected), None));
+        let error = |quota: &str| Tenants::parse(&text(quota)).expect_err("a mistake").0;
+        let expected = "tenant \"a\": quota: rows_per_second: expected at most 1000000000, got 2000000000";
+        assert_eq!(error("rows_per_second = 2000000000"), expected);
+        assert!(error("rows = 7").contains("unknown field `rows`"));
     }
 
     #[test]

@@ -341,7 +341,7 @@ fn frame_with_metadata(model: ModelHandle, id: u64, metadata: &[u8]) -> Vec<u8> 
 
 #[test]
 fn malformed_metadata_costs_one_request_and_not_the_connection() {
-    let server = Server::shared();
+    let server = Server::start(&["abuse.points=0"]);
     let mut raw = server.connect();
     let echo = raw.handle("echo");
     let good = Ask::floats(echo, &[3.0]);
@@ -493,7 +493,7 @@ fn what_a_client_sends_after_its_own_goaway_is_not_accepted() {
 
 #[test]
 fn a_bit_flipped_in_a_payload_is_found_and_the_request_is_not_executed() {
-    let server = Server::start(&[]);
+    let server = Server::start(&["abuse.points=0"]);
     let mut raw = server.connect();
     let echo = raw.handle("echo");
     let ask = Ask::floats(echo, &[1.0, -2.0, 3.5]);

@@ -266,7 +266,7 @@ fn without_descriptors_accepting_pauses_and_goes_on_when_some_are_free() {
 #[test]
 fn cancelled_requests_and_closed_connections_leave_no_memory_and_no_descriptor() {
     const CANCELS: u64 = 200_000;
-    let child = Child::start(&[]);
+    let child = Child::start(&["abuse.points=0"]);
     let mut raw = child.connect();
     let echo = raw.handle("echo");
     let mut round = |count: u64| {
