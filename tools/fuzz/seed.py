@@ -59,5 +59,7 @@ hello = bytes([15, 0, 1, 0])
 ask = bytes([11, 0, 0, 2, 3, 0, 5])
 seed("session", "asks", bytes([0, 0]) + hello + ask * 3 + bytes([5, 0, 6, 0, 0, 8, 0, 10, 0]) * 2)
 seed("session", "fails", bytes([0, 0]) + hello + ask + bytes([11, 0, 0, 2, 3, 0, 0xF1, 11, 0, 0, 1, 3, 0, 0xF9]) + bytes([5, 0, 6, 0, 0, 8, 0, 10, 0]))
+seed("tenants", "one", b'[tenant.a]\nroles = ["infer", "observe", "admin"]\ntokens = [{ id = "a1", sha256 = "' + b"0" * 64 + b'", expires = "2027-01-31" }]\n'
+     b'certificates = ["spiffe://x/a"]\n[tenant.a.quota]\nrequests_per_second = 5\nin_flight_max = 7\n')
 seed("scheduler", "some", bytes(range(40)) * 6)
 print(f"{len(list(corpus.glob('*/*')))} inputs for {len(list(corpus.iterdir()))} targets")

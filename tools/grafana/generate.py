@@ -242,6 +242,18 @@ def dashboard():
                     ("{{model}} {{what}}", now("ferry_shadow_error_ratio", "model", "what")))
     board.graph("Captures", "That ended, by how.", "short", ("{{end}}", rise("ferry_captures_total", "end")))
 
+    board.row("Who comes")
+    board.graph("Credentials and handshakes", "Hellos whose credentials were looked at, TLS handshakes that ended.", "ops",
+                ("credentials {{outcome}}", rate("ferry_authentications_total", "outcome")),
+                ("handshakes {{outcome}}", rate("ferry_tls_handshakes_total", "outcome")))
+    board.graph("Turned away", "Connections that were closed as they came, and addresses that were kept out.", "ops",
+                ("{{why}}", rate("ferry_turned_away_total", "why")), ("banned", rate("ferry_banned_connections_total")),
+                ("pauses of accept", rate("ferry_accept_pauses_total")))
+    board.graph("Waste and windows", "Points for acts that brought nobody an answer; credit frames near the budget of payloads.", "short",
+                ("points", rate("ferry_wasted_points_total")), ("windows changed", rate("ferry_window_changes_total")))
+    board.graph("Files read again", "Certificates and tenants; a failure leaves the old ones in force.", "short",
+                ("{{what}} {{outcome}}", rise("ferry_reloads_total", "what", "outcome")))
+
     board.row("Process")
     board.graph("Memory", "Resident.", "bytes", ("{{instance}}", now("ferry_process_resident_bytes", "instance")))
     board.graph("What could leak", "What exists now: flat under a steady load, or something is kept.", "short",
@@ -291,6 +303,8 @@ def alerts():
          "A row was answered otherwise in its batch than alone: one caller's data may be in another's answer."),
         ("FerryBooksDrift", "critical", "0m", rise("ferry_audits_total", "instance", outcome="drift") + " > 0",
          "The scheduler's books do not add up: requests may be refused for ever, or none any more."),
+        ("FerryReloadFailed", "warning", "0m", rise("ferry_reloads_total", "instance", "what", outcome="failed") + " > 0",
+         "Certificates or tenants were changed and cannot be used: the old ones are still in force."),
         ("FerryAlarms", "critical", "0m", rise("ferry_alarms_total", "instance", "what") + " > 0",
          "Something that cannot be: a model gave other outputs than its contract says, or a batch came back twice."),
         ("FerryExecutorHangs", "critical", "0m", rise("ferry_executor_hangs_total", "instance", "executor") + " > 0",

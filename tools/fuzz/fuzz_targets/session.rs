@@ -18,6 +18,7 @@ use ferry::executor::batch::{BatchOutput, BatchView};
 use ferry::executor::slot::FilledSlot;
 use ferry::executor::worker::{Answers, Worker};
 use ferry::executor::{Executor, Failure};
+use ferry::frontend::abuse::Rules;
 use ferry::frontend::connection::{Connection, Phase};
 use ferry::frontend::state::State;
 use ferry::frontend::{Catalog, Options};
@@ -130,7 +131,12 @@ impl World {
             frame_timeout: long,
             stall_timeout: long,
             idle_timeout: long,
+            // Waste is forgiven: the fuzzer is nothing but that.
+            rules: Rules::NONE,
+            bans: Arc::default(),
+            quotas: Arc::default(),
             spin: Duration::ZERO,
+            access: None,
             tracing: None,
             panic_on_request_id: None,
             panic_shard_on_request_id: None,
