@@ -222,7 +222,7 @@ impl State {
         let needed = connection.needed;
         self.receiving -= partial.len() as u64;
         if needed > OWN_BUFFER_MIN {
-            return self.read_long(at, partial, needed, most, cx, now, read);
+            return self.read_long(at, partial, most, cx, now, read);
         }
         if self.chunk.len() < partial.len() + READ_MIN {
             self.chunk = BytesMut::zeroed(CHUNK);
@@ -251,13 +251,12 @@ impl State {
         &mut self,
         at: u32,
         mut partial: BytesMut,
-        needed: usize,
         most: usize,
         cx: &mut Context<'_>,
         now: impl Fn() -> Moment,
         read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
     ) -> Poll<ReadEnd> {
-        let have = partial.len();
+        let (have, needed) = (partial.len(), self.connections[at as usize].needed);
         let room = (needed - have).min(most);
         if self.receiving + (have + room) as u64 > self.options.receiving_bytes_max {
             let message = "too many bytes of unfinished frames are held for all connections";

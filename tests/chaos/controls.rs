@@ -28,10 +28,14 @@ fn with_answers_changed(
     let proxy = Proxy::of_answers(child.data, change);
     let mut raw = Raw::open(proxy.addr);
     let witness = raw.handle("witness");
-    for _ in 0..calls / BURST {
+    for burst in 1..=calls / BURST {
+        let sent = (burst * BURST) as f64;
         // Ids on the wire are one ahead, for the question about the model.
-        let burst: Vec<Call> = (0..BURST).map(|_| ledger.call(0)).collect();
-        raw.send(&burst.iter().flat_map(|call| call.ask(witness).frame(call.id + 1)).collect::<Vec<u8>>());
+        let calls: Vec<Call> = (0..BURST).map(|_| ledger.call(0)).collect();
+        raw.send(&calls.iter().flat_map(|call| call.ask(witness).frame(call.id + 1)).collect::<Vec<u8>>());
+        wait_until("all are accepted", || {
+            child.metric("ferry_requests_accepted_total", &["model=\"witness\""]) == sent
+        });
         wait_until("all are answered", || child.metric("ferry_requests_in_flight", &[]) == 0.0);
         raw.send(&bare_frame(Kind::Ping, 0));
         // What came before the pong is all that comes.

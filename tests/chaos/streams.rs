@@ -229,7 +229,11 @@ fn what_waits_when_its_client_is_reset_never_reaches_an_executor() {
         }
     });
     let mut met = 0;
-    for _ in 0..rounds(3, 60) {
+    for round in 0.. {
+        // A slow machine needs more of them until enough were met while the executor was busy.
+        if round >= rounds(3, 60) && (met > 3 || round >= 100) {
+            break;
+        }
         let running = ledger.call(1_500_000);
         let batches = child.metric("ferry_batches_total", &["model=\"witness\""]);
         let id = blocker.ask(&running.ask(witness));
