@@ -166,6 +166,8 @@ impl Server {
         let counts = folder.path().join("counts");
         let mut process = Command::new(binary)
             .args(["serve", "--listen", "127.0.0.1:0", "--control", "127.0.0.1:0", "--set", "threads.shards=1"])
+            // Refusals are what some requests are for.
+            .args(["--set", "abuse.points=0"])
             .arg("--models")
             .arg(folder.path().join("models"))
             .env("LD_PRELOAD", &shim)

@@ -17,7 +17,7 @@ use ferry::batcher::{Batcher, Outlet};
 use ferry::executor::batch::{BatchOutput, BatchView};
 use ferry::executor::slot::FilledSlot;
 use ferry::executor::worker::{Answers, Worker};
-use ferry::executor::{Executor, Failure};
+use ferry::executor::{Blame, Executor, Failure};
 use ferry::frontend::abuse::Rules;
 use ferry::frontend::connection::{Connection, Phase};
 use ferry::frontend::state::State;
@@ -52,11 +52,11 @@ impl Executor for Model {
             match batch.row::<u32>(0, row).first() {
                 Some(0xBAD) => {
                     let refusal = Refusal::new(Code::ExecutorFailed, "the model failed on this batch");
-                    return Err(Failure { refusal, panicked: false });
+                    return Err(Failure { refusal, panicked: false, blame: Blame::Member });
                 }
                 Some(0xDEAD) => {
                     let refusal = Refusal::new(Code::ExecutorFailed, "the model panicked on this batch");
-                    return Err(Failure { refusal, panicked: true });
+                    return Err(Failure { refusal, panicked: true, blame: Blame::Member });
                 }
                 _ => {}
             }
@@ -126,6 +126,7 @@ impl World {
             output_bytes_max: 4096,
             output_bytes_total_max: 1 << 20,
             receiving_bytes_max: 1 << 20,
+            admitted_bytes_max: 4000,
             in_flight_max: 16,
             hello_timeout: long,
             frame_timeout: long,
