@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Three times what the server can do: what is left of it, how fast it says no, what memory it takes, how soon it is back.
 
-    cargo build --release && python3 benches/overload.py [--model sleep] [--minutes 10] [--times 3] [--retrying] [--out DIR]
+    cargo build --release && python3 benches/overload.py [--model minilm] [--minutes 10] [--times 3] [--retrying] [--out DIR]
 
 Four parts, one server, the load generator beside it on the same machine:
 
@@ -34,7 +34,6 @@ CREDIT = 256
 # Per model: lengths, deadline in ms, connections, callers that fill batches.
 MODELS = {
     "digits": ("fixed:1", 100, 8, 512),
-    "sleep": ("fixed:1", 100, 8, 512),
     "minilm": ("lognormal:40,0.6,128", 500, 4, 128),
 }
 
@@ -133,7 +132,7 @@ def svg(samples, parts, path):
 
 def main():
     options = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    options.add_argument("--model", choices=sorted(MODELS), default="digits")
+    options.add_argument("--model", choices=sorted(MODELS), default="minilm")
     options.add_argument("--minutes", type=float, default=10.0)
     options.add_argument("--times", type=float, default=3.0)
     options.add_argument("--measure", type=float, default=15.0, help="seconds of capacity and of the time before")

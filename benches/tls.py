@@ -35,6 +35,8 @@ def certificate(folder):
     made = [str(pathlib.Path(folder) / name) for name in ("server.pem", "server.key")]
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         # A server of its own, not an authority: else no client would take it for one.
+         "-addext", "basicConstraints=critical,CA:FALSE",
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-out", made[0], "-keyout", made[1]],
         check=True, capture_output=True)
     return made
