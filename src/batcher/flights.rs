@@ -27,7 +27,10 @@ impl Flights {
         let mut flight = self.spare.pop().unwrap_or_default();
         flight.batch = batch;
         flight.deadlines.extend(deadlines);
-        flight.deadlines.sort_unstable_by(|a, b| b.cmp(a));
+        // Most have none, and then there is no order.
+        if flight.deadlines.iter().any(|(at, _)| *at != Moment::FAR) {
+            flight.deadlines.sort_unstable_by(|a, b| b.cmp(a));
+        }
         self.flights.push(flight);
     }
 

@@ -8,7 +8,8 @@
 //!
 //! Always true
 //! - A level is never above the rules' size and never below zero.
-//! - The table of addresses has at most [`SOURCES_MAX`] entries; whoever is banned is the last to be forgotten.
+//! - The table of addresses has at most [`SOURCES_MAX`] entries; whoever is banned is the last to be forgotten. An IPv6 address
+//!   counts by its first 64 bits, for whoever has one has all of them.
 //! - An address of this machine is banned only where the rules say so: whoever is there has other means.
 
 use std::collections::HashMap;
@@ -17,7 +18,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::tenants::guard::Source;
 use crate::vocab::Moment;
 
 /// A wasteful act. What it costs is [`Act::points`].
@@ -70,6 +70,22 @@ const EARNED: f64 = 2.0;
 const FATAL: f64 = 100.0;
 /// An address refills so much slower than a connection.
 const SOURCE_SHARE: f64 = 0.1;
+/// Where a connection comes from, as far as it is told apart from others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Source(u64, bool);
+
+impl Source {
+    pub fn of(addr: IpAddr) -> Source {
+        match addr {
+            IpAddr::V4(addr) => Source(u64::from(addr.to_bits()), false),
+            IpAddr::V6(addr) => match addr.to_ipv4_mapped() {
+                Some(addr) => Source(u64::from(addr.to_bits()), false),
+                None => Source((addr.to_bits() >> 64) as u64, true),
+            },
+        }
+    }
+}
+
 /// Addresses that are remembered.
 pub const SOURCES_MAX: usize = 4096;
 
@@ -210,8 +226,9 @@ impl Bans {
         self.with(addr, |sources, source| sources.ban(source, &self.rules, now));
     }
 
-    pub fn strike(&self, addr: IpAddr, now: Moment) {
-        self.with(addr, |sources, source| sources.strike(source, &self.rules, now));
+    /// True when that was one too many: the address is banned from now on.
+    pub fn strike(&self, addr: IpAddr, now: Moment) -> bool {
+        self.with(addr, |sources, source| sources.strike(source, &self.rules, now)).unwrap_or(false)
     }
 
     fn with<R>(&self, addr: IpAddr, act: impl FnOnce(&mut Sources, Source) -> R) -> Option<R> {
@@ -334,6 +351,16 @@ mod tests {
             assert!(sources.len() <= SOURCES_MAX);
         }
         assert!(sources.is_banned(source(0), ms(1)));
+    }
+
+    #[test]
+    fn an_address_counts_as_its_owner() {
+        let of = |text: &str| Source::of(text.parse().expect("an address"));
+        assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
+        assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
+        assert_eq!(of("::ffff:10.0.0.1"), of("10.0.0.1"));
+        assert_ne!(of("10.0.0.1"), of("10.0.0.2"));
+        assert_ne!(of("::a00:1"), of("10.0.0.1"));
     }
 
     /// One step of a caller: how long it waits, and what it does.

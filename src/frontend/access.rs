@@ -6,12 +6,38 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustls::ServerConfig;
 
+use super::abuse::{Bans, Rules};
+use super::bucket::Bucket;
+use super::connection::Connection;
 use super::session::Fatal;
+use super::state::State;
+use super::tls::Tls;
+use crate::telemetry::TurnedAway;
 use crate::tenants::{Day, Identity, Tenants};
-use crate::vocab::Code;
+use crate::vocab::{Code, Moment};
+
+/// Connections that have not said hello, of a shard; more are turned away at once.
+const STRANGERS_MAX: u32 = 256;
+/// Handshakes that a shard begins at once, and in each second after that.
+const HANDSHAKES: f64 = 200.0;
+/// Lines in the log about peers that cannot connect, at once and in each second after that.
+const COMPLAINTS: f64 = 10.0;
+const COMPLAINTS_PER_SECOND: f64 = 0.2;
+/// Ten failures to prove who it is are forgiven an address, and one more every ten seconds. Also one of this machine: guesses are no
+/// cheaper there.
+const FAILURES: Rules = Rules { size: 1000, per_second: 100, ban: Duration::from_secs(30), ban_loopback: true };
+
+pub(super) fn complaints() -> Bucket {
+    Bucket::new(COMPLAINTS, COMPLAINTS_PER_SECOND, Moment::ZERO)
+}
+
+pub(super) fn handshakes() -> Bucket {
+    Bucket::new(HANDSHAKES, HANDSHAKES, Moment::ZERO)
+}
 
 /// What is in force.
 #[derive(Clone, Debug, Default)]
@@ -30,6 +56,8 @@ pub struct SharedAccess {
     generation: AtomicU64,
     /// By which credentials are judged: said by whoever looks at the wall clock, which no room that decides does.
     today: AtomicI64,
+    /// Addresses that failed to prove who they are.
+    failures: Bans,
 }
 
 impl SharedAccess {
@@ -38,6 +66,7 @@ impl SharedAccess {
             current: Mutex::new(Arc::new(access)),
             generation: AtomicU64::new(1),
             today: AtomicI64::new(today.0),
+            failures: Bans::new(FAILURES),
         }
     }
 
@@ -83,6 +112,81 @@ pub fn identify(tenants: &Tenants, token: &[u8], uris: &[String], named: &str, t
     Ok(identity)
 }
 
+impl State {
+    /// Whether a hello has to prove who says it.
+    pub fn wants_proof(&self) -> bool {
+        self.options.access.as_ref().is_some_and(|access| access.current().tenants.is_some())
+    }
+
+    /// Somebody failed to prove who it is, which is noted by where it comes from.
+    pub fn proof_failed(&mut self, at: u32, now: Moment) {
+        self.metrics().authenticated(false);
+        if let (Some(access), Some(addr)) = (&self.options.access, self.connections[at as usize].addr)
+            && access.failures.strike(addr, now)
+            && self.complaints.take(1.0, now)
+        {
+            tracing::warn!(ban = ?FAILURES.ban, "an address failed too often to prove who it is: it is not listened to for a while");
+        }
+    }
+
+    /// A connection came: whether it is let in. It is encrypted from here on where that is asked for.
+    pub fn welcome(&mut self, connection: &mut Connection, now: Moment) -> bool {
+        let Some(shared) = &self.options.access else { return true };
+        let access = shared.current();
+        if self.strangers >= STRANGERS_MAX {
+            self.metrics().turned_away(TurnedAway::Strangers);
+            return false;
+        }
+        if connection.addr.is_some_and(|addr| !shared.failures.admits(addr, now)) {
+            self.metrics().turned_away(TurnedAway::Banned);
+            return false;
+        }
+        if let Some(config) = &access.tls {
+            if !self.handshakes.take(1.0, now) {
+                self.metrics().turned_away(TurnedAway::Handshakes);
+                return false;
+            }
+            match Tls::new(Arc::clone(config)) {
+                Ok(tls) => connection.tls = Some(Box::new(tls)),
+                Err(fault) => {
+                    tracing::error!(reason = fault.0, "no TLS session could be made");
+                    return false;
+                }
+            }
+        }
+        connection.is_stranger = true;
+        self.strangers += 1;
+        true
+    }
+
+    /// A connection is no stranger any more: it has said hello, or leaves.
+    pub fn greeted(&mut self, at: u32) {
+        let connection = &mut self.connections[at as usize];
+        if std::mem::take(&mut connection.is_stranger) {
+            self.strangers -= 1;
+        }
+    }
+
+    /// Ends connections whose credentials were revoked or have expired, once tenants have changed or a day has.
+    pub(super) fn recheck_identities(&mut self, now: Moment) {
+        let Some(access) = &self.options.access else { return };
+        let seen = (access.generation(), access.today());
+        if std::mem::replace(&mut self.access_seen, seen) == seen {
+            return;
+        }
+        let Some(tenants) = access.current().tenants.clone() else { return };
+        let gone = |connection: &Connection| {
+            connection.identity.as_ref().is_some_and(|identity| !tenants.still(identity, seen.1))
+        };
+        let revoked: Vec<u32> =
+            self.connections.iter().filter(|(_, connection)| gone(connection)).map(|(at, _)| at as u32).collect();
+        for at in revoked {
+            let message = "the credentials are not valid any more".into();
+            self.fail(at, &Fatal { code: Code::Unauthenticated, message }, now);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,5 +225,26 @@ mod tests {
             assert_eq!(refused(token, names, ""), uniform);
         }
         assert_eq!(refused(&token, &[], "b").0, Code::PermissionDenied);
+    }
+
+    fn second(at: u64) -> Moment {
+        Moment(at * 1_000_000_000)
+    }
+
+    fn source(n: u8) -> std::net::IpAddr {
+        [127, 0, 0, n].into()
+    }
+
+    #[test]
+    fn who_fails_too_often_is_banned_for_a_while_and_nobody_else() {
+        let guard = Bans::new(FAILURES);
+        assert!((0..10).all(|_| !guard.strike(source(1), second(1))));
+        assert!(guard.admits(source(1), second(1)));
+        assert!(guard.strike(source(1), second(1)));
+        assert!(!guard.admits(source(1), second(1)) && guard.admits(source(2), second(1)));
+        assert!(!guard.admits(source(1), second(30)) && guard.admits(source(1), second(31)));
+        // Three came back meanwhile, no more.
+        assert!((0..3).all(|_| !guard.strike(source(1), second(31))));
+        assert!(guard.strike(source(1), second(31)));
     }
 }

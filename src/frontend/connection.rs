@@ -19,7 +19,6 @@ use super::inflight::Owned;
 use super::tls::Tls;
 use crate::quota::Seat;
 use crate::scheduler::TenantId;
-use crate::tenants::guard::Source;
 use crate::tenants::{Identity, Roles};
 use crate::vocab::Moment;
 use crate::wire::{Decoder, Limits};
@@ -74,8 +73,6 @@ pub struct Connection {
     pub owned: Owned,
     /// Where it is encrypted.
     pub tls: Option<Box<Tls>>,
-    /// Where it comes from, if that matters.
-    pub source: Option<Source>,
     /// Names in its certificate.
     pub uris: Vec<String>,
     /// What it proved to be, where it has to.
@@ -119,7 +116,6 @@ impl Connection {
             dirty: false,
             owned: Owned::default(),
             tls: None,
-            source: None,
             uris: Vec::new(),
             identity: None,
             roles: Roles::ALL,

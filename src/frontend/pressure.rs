@@ -3,12 +3,18 @@
 //! Requests beyond the budget are refused in any case (scheduler/admission.rs). But a refusal is a round trip for nothing; a
 //! smaller window makes those wait that have the most in flight, before anything has to be refused.
 //!
-//! Pure.
+//! Pure, but for the last function, which acts on it.
 //!
 //! Always true
 //! - Between two marks nothing changes, so that a load that stays makes no frames.
 //! - No window is below the floor, with which one payload of the largest size can be sent.
 //! - Nobody's window is lowered who has less in flight than somebody whose window is not.
+
+use super::connection::{Connection, Phase};
+use super::state::State;
+use crate::wire::Kind;
+use crate::wire::encoder::{Head, append_frame};
+use crate::wire::message::Credit;
 
 /// Windows are lowered above this share of the budget, and raised below the other, in percent.
 const WINDOWS: [u64; 2] = [75, 60];
@@ -82,6 +88,42 @@ pub fn lowered(in_flight: &mut [u64], floor: u64) -> u64 {
 /// The next larger window on the way back.
 pub fn raised(window: u64, full: u64) -> u64 {
     window.saturating_mul(2).min(full)
+}
+
+impl State {
+    /// Lowers the windows of those that have the most in flight while payloads are near their budget, and raises them again.
+    pub(super) fn adjust_windows(&mut self) {
+        let full = self.options.credit_bytes;
+        let step = self.pressure.look(self.telemetry.admitted_bytes());
+        let open = |connection: &Connection| connection.phase == Phase::Open;
+        let changes: Vec<(u32, u64)> = match step {
+            Windows::Hold => return,
+            Windows::Lower => {
+                let connections = || self.connections.iter().filter(|(_, connection)| open(connection));
+                let mut in_flight: Vec<u64> = connections()
+                    .map(|(_, connection)| connection.bytes_in_flight)
+                    .filter(|bytes| *bytes > 0)
+                    .collect();
+                let window = lowered(&mut in_flight, u64::from(self.options.payload_bytes_max).min(full));
+                let greedy =
+                    |connection: &Connection| connection.bytes_in_flight > window && connection.window_bytes > window;
+                connections().filter(|(_, connection)| greedy(connection)).map(|(at, _)| (at as u32, window)).collect()
+            }
+            Windows::Raise => self
+                .connections
+                .iter()
+                .filter(|(_, connection)| open(connection) && connection.window_bytes < full)
+                .map(|(at, connection)| (at as u32, raised(connection.window_bytes, full)))
+                .collect(),
+        };
+        for (at, window) in changes {
+            self.metrics().window_changed();
+            let credit = Credit { requests: self.options.credit_requests, bytes: window };
+            let connection = self.output(at);
+            connection.window_bytes = window;
+            append_frame(&mut connection.out, Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
+        }
+    }
 }
 
 #[cfg(test)]

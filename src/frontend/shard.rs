@@ -36,7 +36,6 @@ use crate::clock;
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender};
 use crate::telemetry::Telemetry;
-use crate::tenants::guard::Source;
 use crate::vocab::Code;
 
 /// Reads that filled their buffer, in a row, before a connection lets others run.
@@ -270,9 +269,7 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     let mut connection = Connection::new(stream.as_raw_fd(), now);
     connection.addr = addr;
     connection.points = Points::full(&state.options.rules, now);
-    // What matters only where somebody has to prove who it is.
-    let source = addr.filter(|_| state.options.access.is_some()).map(Source::of);
-    if !state.welcome(&mut connection, source, now) {
+    if !state.welcome(&mut connection, now) {
         // The stream ends with this function, before anything was read.
         return;
     }

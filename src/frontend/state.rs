@@ -16,25 +16,21 @@ use bytes::{Bytes, BytesMut};
 use slab::Slab;
 
 use super::abuse::Act;
+use super::bucket::Bucket;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
-use super::pressure::{Pressure, Windows, lowered, raised};
+use super::pressure::Pressure;
 use super::session::{Fatal, append_goaway, handle_frame};
-use super::tls::Tls;
 use super::traces::Traces;
-use super::{Catalog, Options};
+use super::{Catalog, Options, access};
 use crate::clock;
 use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
 use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
-use crate::telemetry::{ShardMetrics, Telemetry, TurnedAway};
+use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::tenants::Day;
-use crate::tenants::guard::{BAN, Bucket, Guard, Source};
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
-use crate::wire::Kind;
 use crate::wire::decoder::{DecodeError, Step};
-use crate::wire::encoder::{Head, append_frame};
-use crate::wire::message::Credit;
 
 /// A fresh read buffer. Frames of many requests, also of several connections, share one.
 const CHUNK: usize = 64 << 10;
@@ -44,15 +40,6 @@ const READ_MIN: usize = 8 << 10;
 const READ_MAX: usize = 256 << 10;
 /// A frame longer than this gets a buffer of its own.
 const OWN_BUFFER_MIN: usize = 32 << 10;
-/// Records taken in one read of an encrypted connection.
-const RECORDS: usize = 32 << 10;
-/// Connections that have not said hello, of a shard; more are turned away at once.
-const STRANGERS_MAX: u32 = 256;
-/// Handshakes that a shard begins at once, and in each second after that.
-const HANDSHAKES: f64 = 200.0;
-/// Lines in the log about peers that cannot connect, at once and in each second after that.
-const COMPLAINTS: f64 = 10.0;
-const COMPLAINTS_PER_SECOND: f64 = 0.2;
 /// How long an answered, leaving connection may take to close its side.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -81,17 +68,15 @@ pub struct State {
     /// Answers of requests that are run in parts.
     assemblies: Assemblies,
     pub traces: Traces,
-    /// Who failed to prove who it is.
-    pub guard: Guard,
-    handshakes: Bucket,
+    pub(super) handshakes: Bucket,
     /// What may be said in the log about peers that cannot connect: they could fill it.
-    complaints: Bucket,
+    pub(super) complaints: Bucket,
     /// Connections that have not said hello.
     pub(super) strangers: u32,
     /// Generation and day that connections' identities were last compared with.
-    access_seen: (u64, Day),
+    pub(super) access_seen: (u64, Day),
     /// Records that were just read.
-    records: Vec<u8>,
+    pub(super) records: Vec<u8>,
     pub mode: Mode,
     /// Test hook: the shard's main task is to panic.
     pub broken: bool,
@@ -104,7 +89,7 @@ pub struct State {
     pub(super) unsent: u64,
     /// Payload bytes of accepted requests, of all connections.
     pub(super) admitted: u64,
-    pressure: Pressure,
+    pub(super) pressure: Pressure,
     /// When the books are recomputed next.
     pub(super) audit_at: Moment,
     dirty: Vec<u32>,
@@ -135,9 +120,8 @@ impl State {
             in_flight,
             assemblies: Assemblies::default(),
             traces,
-            guard: Guard::default(),
-            handshakes: Bucket::new(HANDSHAKES, HANDSHAKES, Moment::ZERO),
-            complaints: Bucket::new(COMPLAINTS, COMPLAINTS_PER_SECOND, Moment::ZERO),
+            handshakes: access::handshakes(),
+            complaints: access::complaints(),
             strangers: 0,
             access_seen: (0, Day(0)),
             records: Vec::new(),
@@ -209,7 +193,7 @@ impl State {
     }
 
     /// The same, where `read` has no more than `most` bytes for a long frame.
-    fn read_at_most(
+    pub(super) fn read_at_most(
         &mut self,
         most: usize,
         at: u32,
@@ -291,80 +275,6 @@ impl State {
         }
     }
 
-    /// The same for an encrypted connection: `read` brings records.
-    pub fn read_records(
-        &mut self,
-        at: u32,
-        cx: &mut Context<'_>,
-        now: impl Fn() -> Moment,
-        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
-    ) -> Poll<ReadEnd> {
-        let mut records = std::mem::take(&mut self.records);
-        records.resize(RECORDS, 0);
-        let end = read(cx, &mut records).map(|outcome| match outcome {
-            Ok(count) if count > 0 => match self.take_records(at, &records[..count], now()) {
-                ReadEnd::Burst if count == RECORDS => ReadEnd::Filled,
-                end => end,
-            },
-            end => ReadEnd::of(end),
-        });
-        self.records = records;
-        end
-    }
-
-    /// Decrypts and takes what it gives, as if that had been read.
-    fn take_records(&mut self, at: u32, mut records: &[u8], now: Moment) -> ReadEnd {
-        let mut tls = self.connections[at as usize].tls.take().expect("the caller asked");
-        let mut end = ReadEnd::Burst;
-        'records: while !records.is_empty() && end == ReadEnd::Burst {
-            match tls.feed(&mut records) {
-                Ok(false) => {}
-                Ok(true) => {
-                    self.connections[at as usize].uris = tls.client_uris();
-                    self.metrics().handshake(true);
-                }
-                Err(fault) => {
-                    if !tls.is_established() {
-                        self.metrics().handshake(false);
-                        if self.complaints.take(1.0, now) {
-                            tracing::warn!(reason = fault.0, "a TLS handshake failed");
-                        }
-                    } else {
-                        tracing::debug!(reason = fault.0, "a TLS session ended");
-                    }
-                    end = ReadEnd::Gone;
-                    break;
-                }
-            }
-            // No more than is there: room for a whole frame would be cleared for each record of it.
-            while tls.readable() > 0 {
-                let most = tls.readable();
-                let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| Poll::Ready(tls.read(buffer));
-                match self.read_at_most(most, at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
-                    Poll::Ready(ReadEnd::Burst | ReadEnd::Filled) => {}
-                    Poll::Ready(ReadEnd::Gone) | Poll::Pending => unreachable!("what is readable is read"),
-                }
-                if self.connections[at as usize].phase == Phase::Closed {
-                    break 'records;
-                }
-            }
-            if tls.has_ended() {
-                end = ReadEnd::Gone;
-            }
-        }
-        let connection = &mut self.connections[at as usize];
-        if connection.phase != Phase::Closed {
-            connection.tls = Some(tls);
-            connection.read_at = now;
-            if end == ReadEnd::Gone {
-                // The peer is told why, if its socket takes that at once.
-                let _ = connection.try_flush(now);
-            }
-            self.output(at);
-        }
-        end
-    }
-
     fn keep_partial(&mut self, at: u32, partial: BytesMut) {
         self.receiving += partial.len() as u64;
         self.connections[at as usize].partial = partial;
@@ -442,22 +352,6 @@ impl State {
             return Fatal { code: Code::Unauthenticated, message: "a hello with credentials comes first".into() };
         }
         Fatal { code: error.code(), message: error.to_string() }
-    }
-
-    /// Whether a hello has to prove who says it.
-    pub fn wants_proof(&self) -> bool {
-        self.options.access.as_ref().is_some_and(|access| access.current().tenants.is_some())
-    }
-
-    /// Somebody failed to prove who it is, which is noted by where it comes from.
-    pub fn proof_failed(&mut self, at: u32, now: Moment) {
-        self.metrics().authenticated(false);
-        if let Some(source) = self.connections[at as usize].source
-            && self.guard.failed(source, now)
-            && self.complaints.take(1.0, now)
-        {
-            tracing::warn!(ban = ?BAN, "an address failed too often to prove who it is: it is not listened to for a while");
-        }
     }
 
     /// Mails a burst to the batcher and its texts to the tokenizers.
@@ -823,40 +717,6 @@ impl State {
         !self.pressure.is_closed()
     }
 
-    /// Lowers the windows of those that have the most in flight while payloads are near their budget, and raises them again.
-    fn adjust_windows(&mut self) {
-        let full = self.options.credit_bytes;
-        let step = self.pressure.look(self.telemetry.admitted_bytes());
-        let open = |connection: &Connection| connection.phase == Phase::Open;
-        let changes: Vec<(u32, u64)> = match step {
-            Windows::Hold => return,
-            Windows::Lower => {
-                let connections = || self.connections.iter().filter(|(_, connection)| open(connection));
-                let mut in_flight: Vec<u64> = connections()
-                    .map(|(_, connection)| connection.bytes_in_flight)
-                    .filter(|bytes| *bytes > 0)
-                    .collect();
-                let window = lowered(&mut in_flight, u64::from(self.options.payload_bytes_max).min(full));
-                let greedy =
-                    |connection: &Connection| connection.bytes_in_flight > window && connection.window_bytes > window;
-                connections().filter(|(_, connection)| greedy(connection)).map(|(at, _)| (at as u32, window)).collect()
-            }
-            Windows::Raise => self
-                .connections
-                .iter()
-                .filter(|(_, connection)| open(connection) && connection.window_bytes < full)
-                .map(|(at, connection)| (at as u32, raised(connection.window_bytes, full)))
-                .collect(),
-        };
-        for (at, window) in changes {
-            self.metrics().window_changed();
-            let credit = Credit { requests: self.options.credit_requests, bytes: window };
-            let connection = self.output(at);
-            connection.window_bytes = window;
-            append_frame(&mut connection.out, Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
-        }
-    }
-
     /// Ends what has taken too long. Runs a few times a second.
     pub fn housekeep(&mut self, now: Moment) {
         self.audit_when_due(now);
@@ -909,64 +769,6 @@ impl State {
         self.flush(now);
     }
 
-    /// A connection came: whether it is let in. It is encrypted from here on where that is asked for.
-    pub fn welcome(&mut self, connection: &mut Connection, source: Option<Source>, now: Moment) -> bool {
-        let Some(access) = &self.options.access else { return true };
-        let access = access.current();
-        if self.strangers >= STRANGERS_MAX {
-            self.metrics().turned_away(TurnedAway::Strangers);
-            return false;
-        }
-        if source.is_some_and(|source| !self.guard.admits(source, now)) {
-            self.metrics().turned_away(TurnedAway::Banned);
-            return false;
-        }
-        if let Some(config) = &access.tls {
-            if !self.handshakes.take(1.0, now) {
-                self.metrics().turned_away(TurnedAway::Handshakes);
-                return false;
-            }
-            match Tls::new(Arc::clone(config)) {
-                Ok(tls) => connection.tls = Some(Box::new(tls)),
-                Err(fault) => {
-                    tracing::error!(reason = fault.0, "no TLS session could be made");
-                    return false;
-                }
-            }
-        }
-        connection.source = source;
-        connection.is_stranger = true;
-        self.strangers += 1;
-        true
-    }
-
-    /// A connection is no stranger any more: it has said hello, or leaves.
-    pub fn greeted(&mut self, at: u32) {
-        let connection = &mut self.connections[at as usize];
-        if std::mem::take(&mut connection.is_stranger) {
-            self.strangers -= 1;
-        }
-    }
-
-    /// Ends connections whose credentials were revoked or have expired, once tenants have changed or a day has.
-    fn recheck_identities(&mut self, now: Moment) {
-        let Some(access) = &self.options.access else { return };
-        let seen = (access.generation(), access.today());
-        if std::mem::replace(&mut self.access_seen, seen) == seen {
-            return;
-        }
-        let Some(tenants) = access.current().tenants.clone() else { return };
-        let gone = |connection: &Connection| {
-            connection.identity.as_ref().is_some_and(|identity| !tenants.still(identity, seen.1))
-        };
-        let revoked: Vec<u32> =
-            self.connections.iter().filter(|(_, connection)| gone(connection)).map(|(at, _)| at as u32).collect();
-        for at in revoked {
-            let message = "the credentials are not valid any more".into();
-            self.fail(at, &Fatal { code: Code::Unauthenticated, message }, now);
-        }
-    }
-
     /// Whether the connection's output is so long that its requests must wait.
     pub fn is_choked(&self, at: u32) -> bool {
         self.connections[at as usize].unsent() > self.options.output_bytes_max as usize
@@ -995,7 +797,7 @@ pub enum ReadEnd {
 }
 
 impl ReadEnd {
-    fn of(_end: std::io::Result<usize>) -> ReadEnd {
+    pub(super) fn of(_end: std::io::Result<usize>) -> ReadEnd {
         ReadEnd::Gone
     }
 }

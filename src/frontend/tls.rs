@@ -9,10 +9,17 @@
 
 use std::io::{Read, Write};
 use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 use rustls::{ServerConfig, ServerConnection};
 
+use super::connection::Phase;
+use super::state::{ReadEnd, State};
 use crate::tls::{ALPN, uris_of};
+use crate::vocab::Moment;
+
+/// Records taken in one read of an encrypted connection.
+const RECORDS: usize = 32 << 10;
 
 /// Bytes of output that are encrypted at a time. With what records add this is also how much is held.
 const RECORDS_MAX: usize = 32 << 10;
@@ -157,6 +164,82 @@ fn explained(error: rustls::Error) -> TlsFault {
         }
         error => error.to_string(),
     })
+}
+
+impl State {
+    /// The same for an encrypted connection: `read` brings records.
+    pub fn read_records(
+        &mut self,
+        at: u32,
+        cx: &mut Context<'_>,
+        now: impl Fn() -> Moment,
+        read: impl FnOnce(&mut Context<'_>, &mut [u8]) -> Poll<std::io::Result<usize>>,
+    ) -> Poll<ReadEnd> {
+        let mut records = std::mem::take(&mut self.records);
+        records.resize(RECORDS, 0);
+        let end = read(cx, &mut records).map(|outcome| match outcome {
+            Ok(count) if count > 0 => match self.take_records(at, &records[..count], now()) {
+                ReadEnd::Burst if count == RECORDS => ReadEnd::Filled,
+                end => end,
+            },
+            end => ReadEnd::of(end),
+        });
+        self.records = records;
+        end
+    }
+
+    /// Decrypts and takes what it gives, as if that had been read.
+    fn take_records(&mut self, at: u32, mut records: &[u8], now: Moment) -> ReadEnd {
+        let mut tls = self.connections[at as usize].tls.take().expect("the caller asked");
+        let mut end = ReadEnd::Burst;
+        'records: while !records.is_empty() && end == ReadEnd::Burst {
+            match tls.feed(&mut records) {
+                Ok(false) => {}
+                Ok(true) => {
+                    self.connections[at as usize].uris = tls.client_uris();
+                    self.metrics().handshake(true);
+                }
+                Err(fault) => {
+                    if !tls.is_established() {
+                        self.metrics().handshake(false);
+                        if self.complaints.take(1.0, now) {
+                            tracing::warn!(reason = fault.0, "a TLS handshake failed");
+                        }
+                    } else {
+                        tracing::debug!(reason = fault.0, "a TLS session ended");
+                    }
+                    end = ReadEnd::Gone;
+                    break;
+                }
+            }
+            // No more than is there: room for a whole frame would be cleared for each record of it.
+            while tls.readable() > 0 {
+                let most = tls.readable();
+                let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| Poll::Ready(tls.read(buffer));
+                match self.read_at_most(most, at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
+                    Poll::Ready(ReadEnd::Burst | ReadEnd::Filled) => {}
+                    Poll::Ready(ReadEnd::Gone) | Poll::Pending => unreachable!("what is readable is read"),
+                }
+                if self.connections[at as usize].phase == Phase::Closed {
+                    break 'records;
+                }
+            }
+            if tls.has_ended() {
+                end = ReadEnd::Gone;
+            }
+        }
+        let connection = &mut self.connections[at as usize];
+        if connection.phase != Phase::Closed {
+            connection.tls = Some(tls);
+            connection.read_at = now;
+            if end == ReadEnd::Gone {
+                // The peer is told why, if its socket takes that at once.
+                let _ = connection.try_flush(now);
+            }
+            self.output(at);
+        }
+        end
+    }
 }
 
 #[cfg(test)]

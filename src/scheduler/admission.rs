@@ -40,7 +40,12 @@ impl Totals {
 
 /// Percent of every bound on what waits that a class leaves free, the highest class first: near overload there is room for what
 /// matters most. Rounded down, so that a bound of a few rows is one for all.
-const KEPT_FREE: [u128; Class::COUNT] = [0, 5, 15];
+const KEPT_FREE: [u64; Class::COUNT] = [0, 5, 15];
+
+/// Rounded down, and without the 128 bits of the plain product: asked for each request, six times.
+fn percent_of(whole: u64, percent: u64) -> u64 {
+    whole / 100 * percent + whole % 100 * percent / 100
+}
 
 /// Bounds on what may wait, of the whole server or of one model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, bincode::Decode, bincode::Encode)]
@@ -73,7 +78,7 @@ impl QueueLimits {
                     "expected at most {max} {what}, the {whose}'s queue limit; got {asked}"
                 )));
             }
-            let open = max - (u128::from(max) * KEPT_FREE[class.index()] / 100) as u64;
+            let open = max - percent_of(max, KEPT_FREE[class.index()]);
             if open < waiting + asked && waiting + asked <= max && waiting > 0 {
                 let message = format!(
                     "the {whose}'s queue holds {waiting} of {max} {what}, and above {open} takes no requests of class {}",

@@ -543,6 +543,24 @@ mod tests {
     }
 
     #[test]
+    fn the_ledger_says_what_became_of_all_and_what_is_owed() {
+        let telemetry = telemetry();
+        assert_eq!(telemetry.ledger().to_string(), "0 accepted = 0 in flight");
+        telemetry.shard(0).accepted(MODEL, 3);
+        telemetry.shard(1).accepted(MODEL, 2);
+        telemetry.shard(0).finished(MODEL, Code::Ok, 2);
+        telemetry.shard(1).finished(MODEL, Code::Cancelled, 1);
+        let ledger = telemetry.ledger();
+        assert_eq!(
+            (ledger.to_string(), ledger.in_flight()),
+            ("5 accepted = 2 ok + 1 cancelled + 2 in flight".into(), 2)
+        );
+        // More ended than was accepted: as wrong as less.
+        telemetry.shard(1).finished(MODEL, Code::Ok, 3);
+        assert_eq!(telemetry.ledger().in_flight(), -1);
+    }
+
+    #[test]
     fn the_table_on_top_of_this_file_is_what_is_exported() {
         let telemetry = telemetry();
         telemetry.publish_limits(vec![("queue.rows_max".into(), 5)]);

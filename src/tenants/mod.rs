@@ -18,9 +18,7 @@
 //! - No token id and no certificate means two tenants; a tenant has at most [`TOKENS_MAX`] tokens, so that one can replace the other.
 //! - A token that is unknown, wrong, or expired takes the same steps and gets the same answer.
 //!
-//! Elsewhere: files and when they are read again (server.rs), who asks (frontend/session.rs), too many failures (guard.rs).
-
-pub mod guard;
+//! Elsewhere: files and when they are read again (server.rs), who asks (frontend/session.rs), too many failures (frontend/abuse.rs).
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
