@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::process::{Child, run_under};
-use common::{Server, get, metric, models_directory, wait_until};
+use common::{Server, models_directory, wait_until};
 use ferry::client::{Client, ClientError, ClientOptions, ClientTls, Request};
 use ferry::server::Ending;
 use ferry::tenants::token_of;
@@ -493,9 +493,7 @@ fn a_token_from_the_command_is_what_the_server_takes_and_is_in_no_log() {
     let wrong = Client::connect(child.data, options(Some(office.client(None)), "ferry_x_c0ffee0000"));
     assert_eq!(refused(wrong), Some(Code::Unauthenticated));
     child.signal(nix::sys::signal::Signal::SIGHUP);
-    wait_until("files were read again", || {
-        metric(&get(child.control, "/metrics"), "ferry_reloads_total", &["ok"]) == 2.0
-    });
+    wait_until("files were read again", || child.metric("ferry_reloads_total", &["ok"]) == 2.0);
     child.signal(nix::sys::signal::Signal::SIGTERM);
     assert_eq!(child.status(), Some(0));
     let log = child.log();

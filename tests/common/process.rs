@@ -168,7 +168,14 @@ impl Child {
     }
 
     pub fn metrics(&self) -> String {
-        get(self.control, "/metrics")
+        let mut page = String::new();
+        wait_until("the control port answers", || {
+            page = get(self.control, "/metrics");
+            // It answers so many a second. What is not there would count as 0.
+            assert!(page.starts_with("HTTP/1.1 200") || page.starts_with("HTTP/1.1 429"), "no metrics: {page:?}");
+            page.starts_with("HTTP/1.1 200")
+        });
+        page
     }
 
     pub fn metric(&self, name: &str, labels: &[&str]) -> f64 {
