@@ -167,7 +167,7 @@ def main():
             beside = threading.Thread(
                 target=lambda: normal.append(load(server, args.model, seconds, "--rate", f"{0.8 * most:.2f}")))
             beside.start()
-            swarm = load(server, args.model, seconds, "--concurrency", str(int(args.times * callers)))
+            swarm = load(server, args.model, seconds, "--concurrency", str(int(args.times * callers)), "--impatient")
             beside.join()
             return swarm
 

@@ -54,6 +54,17 @@ fn a_closed_loop_keeps_its_callers_busy_within_the_credit() {
 }
 
 #[test]
+fn callers_who_are_refused_come_back_when_they_were_told_to_and_impatient_ones_at_once() {
+    let server = || BareOptions { refuse_for_ms: Some(50), ..BareOptions::default() };
+    let patient = report(&options(server(), Mode::Closed { callers: 4 }));
+    // 220 ms with the warm-up: at most five rounds of four, however late each is.
+    assert!((1..=20).contains(&patient.errors["overloaded"]), "{:?}", patient.errors);
+    assert_eq!((patient.ok, patient.lost), (0, 0));
+    let impatient = LoadOptions { impatient: true, ..options(server(), Mode::Closed { callers: 4 }) };
+    assert!(report(&impatient).errors["overloaded"] > 20);
+}
+
+#[test]
 fn verification_passes_an_honest_echo() {
     let options = options(BareOptions::default(), Mode::Closed { callers: 16 });
     let report = report(&LoadOptions { verify: Some(1.0), ..options });

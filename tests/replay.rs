@@ -3,9 +3,10 @@
 
 use ferry::load::lengths::Lengths;
 use ferry::replay::compare::{Effort, ON_TIME, Row, goodput, on_time_rate};
-use ferry::replay::world::{Pattern, calls};
+use ferry::replay::world::{Outcome, Pattern, calls};
 use ferry::replay::{Hardware, bound, simulate};
-use ferry::scheduler::{Class, PolicyKind, TenantId};
+use ferry::scheduler::{Class, Policy, PolicyKind, TenantId};
+use ferry::vocab::Layout;
 
 const EFFORT: Effort = Effort { calls: (40_000, 6_000), steps: 5, seed: 7, tune: false };
 
@@ -77,6 +78,39 @@ fn overload_costs_the_policy_cost_little_and_a_fixed_window_everything() {
     let (cost, window) = (kept(PolicyKind::Cost), kept(PolicyKind::Window));
     assert!(cost >= 0.9, "{cost:.2} of its goodput is left at 1.5 times the bound");
     assert!(window < 0.5, "the baseline of this comparison does not collapse ({window:.2}): is it still that policy?");
+}
+
+/// Rows end to end: what is refused costs nothing, and who is admitted waits for a part of the slack only.
+#[test]
+fn three_times_the_load_costs_rows_end_to_end_no_goodput_and_nobody_waits_long() {
+    let mut hardware = Hardware::cpu();
+    hardware.slack = std::time::Duration::from_millis(500);
+    let lengths = Lengths::parse("lognormal:40,0.6,128").expect("well formed");
+    let limit = bound::bound(&hardware, &lengths);
+    let run = |times: f64, knob: &str| {
+        let policy = Policy { layout: Layout::Packed, can_pack: true, ..hardware.policy(PolicyKind::Cost, 512) };
+        let policy = policy.with([("overload_admission", knob)]).expect("a knob");
+        simulate(
+            &policy,
+            &hardware,
+            &calls(&hardware, &lengths, Pattern::Poisson, times * limit, 20_000, 5),
+            1,
+            u64::MAX,
+        )
+    };
+    let (normal, over, without) = (run(0.8, "auto"), run(3.0, "auto"), run(3.0, "0"));
+    let goodput = |outcome: &Outcome| outcome.on_time as f64 / outcome.span.as_secs_f64() / limit;
+    assert_eq!((normal.refused, normal.expired), (0, 0));
+    assert!(
+        goodput(&over) >= 0.95 && goodput(&over) >= 0.97 * goodput(&without),
+        "{} {}",
+        goodput(&over),
+        goodput(&without)
+    );
+    // What came before the queue had stood long enough may expire; what comes then is told at once.
+    assert!(over.expired + over.late < over.refused / 20, "{} {} {}", over.expired, over.late, over.refused);
+    let (waits, waited) = (over.percentile(0.9), without.percentile(0.5));
+    assert!(waits < hardware.slack / 2 && waited > hardware.slack / 2, "{waits:?} {waited:?}");
 }
 
 #[test]

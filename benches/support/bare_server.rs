@@ -32,6 +32,8 @@ pub struct BareOptions {
     pub drop_every: Option<u64>,
     /// With the n-th request says goaway: it is the last one that is taken.
     pub goaway_at: Option<u64>,
+    /// Refuses every request for so many milliseconds.
+    pub refuse_for_ms: Option<u64>,
     /// What the contract says. Anything but `echo` makes the load generator compute references.
     pub architecture: &'static str,
 }
@@ -44,6 +46,7 @@ impl Default for BareOptions {
             corrupt_every: None,
             drop_every: None,
             goaway_at: None,
+            refuse_for_ms: None,
             architecture: "echo",
         }
     }
@@ -266,6 +269,10 @@ impl Server {
             _ => {}
         }
         let head = |kind| Head { kind, model: frame.header.model, request_id: id };
+        if let Some(rest) = self.options.refuse_for_ms {
+            let refusal = Refusal::overloaded("come back later", std::time::Duration::from_millis(rest));
+            return append_frame(out, head(Kind::Error), &ErrorMessage::from_refusal(&refusal), &[]).ok();
+        }
         if !frame.payload_is_intact(bytes) {
             let refusal = Refusal::new(Code::ChecksumMismatch, "the payload's checksum does not match");
             return append_frame(out, head(Kind::Error), &ErrorMessage::from_refusal(&refusal), &[]).ok();

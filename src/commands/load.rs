@@ -30,6 +30,9 @@ pub struct Args {
     /// Closed loop: callers, each of which sends its next request when it has its answer.
     #[arg(long, value_name = "N")]
     concurrency: Option<u32>,
+    /// Closed loop: callers who are refused come back at once, whatever `retry_after_ms` says.
+    #[arg(long, requires = "concurrency")]
+    impatient: bool,
     /// Open loop from a file: lines of microseconds,length.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -141,6 +144,7 @@ fn options(args: &Args) -> Result<LoadOptions, String> {
         tls: super::connection::tls(),
         seed: args.seed,
         verify: args.verify,
+        impatient: args.impatient,
         ..LoadOptions::new(resolve(&args.addr)?, args.model.as_str(), mode)
     })
 }

@@ -11,7 +11,8 @@
 //!
 //! Elsewhere: when (arrivals.rs), what (payload.rs), whether answers are right (verify.rs).
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -126,9 +127,17 @@ struct Tally {
 }
 
 enum Source {
-    Open { schedule: Schedule, next: u64 },
-    Trace { at: usize },
-    Closed,
+    Open {
+        schedule: Schedule,
+        next: u64,
+    },
+    Trace {
+        at: usize,
+    },
+    /// When callers come back who were asked to rest; no more than there are callers.
+    Closed {
+        resting: BinaryHeap<Reverse<u64>>,
+    },
 }
 
 struct Engine<'a> {
@@ -349,7 +358,7 @@ impl<'a> Engine<'a> {
                 Source::Open { schedule, next }
             }
             Mode::Trace(_) => Source::Trace { at: 0 },
-            Mode::Closed { .. } => Source::Closed,
+            Mode::Closed { callers } => Source::Closed { resting: BinaryHeap::with_capacity(*callers as usize) },
         };
         let backlog_max = match options.mode {
             Mode::Closed { callers } => callers as usize,
@@ -418,7 +427,7 @@ impl<'a> Engine<'a> {
             self.take_due(now.min(self.end_at - 1));
             if ended && self.stats_asked == 1 {
                 self.ask_stats();
-                if matches!(self.source, Source::Closed) {
+                if matches!(self.source, Source::Closed { .. }) {
                     self.backlog.clear(); // their callers have gone home
                 }
             }
@@ -480,7 +489,11 @@ impl<'a> Engine<'a> {
                         _ => return,
                     }
                 }
-                _ => return,
+                Source::Closed { resting } => match resting.peek() {
+                    Some(Reverse(at)) if *at <= until => resting.pop().expect("there is one").0,
+                    _ => return,
+                },
+                Source::Open { .. } => return,
             };
             self.arrive(due);
         }
@@ -521,7 +534,7 @@ impl<'a> Engine<'a> {
             };
             // A caller that waits for answers has no moment at which it meant to send.
             let late_us = match self.source {
-                Source::Closed => 0,
+                Source::Closed { .. } => 0,
                 _ => late_us(Duration::from_nanos(now.saturating_sub(waiting.intended))),
             };
             self.free.pop();
@@ -563,12 +576,17 @@ impl<'a> Engine<'a> {
                 self.tally.expired += 1;
                 self.tally.errors[Code::DeadlineExceeded as usize] += 1;
             }
-            self.next_of_caller(now);
+            self.next_of_caller(0, now);
         }
     }
 
-    fn next_of_caller(&mut self, now: u64) {
-        if matches!(self.source, Source::Closed) && now < self.end_at {
+    /// Whoever's request has ended sends its next one, behind a rest of so many ns.
+    fn next_of_caller(&mut self, rest: u64, now: u64) {
+        let Source::Closed { resting } = &mut self.source else { return };
+        let next = now.saturating_add(rest);
+        if next < self.end_at && rest > 0 {
+            resting.push(Reverse(next));
+        } else if next < self.end_at {
             self.arrive(now);
         }
     }
@@ -646,7 +664,7 @@ impl<'a> Engine<'a> {
                 Mode::Trace(trace) => trace.arrivals.get(*at).map_or(u64::MAX, |(offset, _)| self.start + offset),
                 _ => u64::MAX,
             },
-            Source::Closed => u64::MAX,
+            Source::Closed { resting } => resting.peek().map_or(u64::MAX, |Reverse(at)| *at),
         };
         phase.min(arrival)
     }
@@ -656,7 +674,7 @@ impl<'a> Engine<'a> {
         let io = |error: nix::Error| LoadError::Io(format!("waiting for sockets failed: {error}"));
         let left = wake_at.saturating_sub(now);
         // epoll waits in milliseconds, arrivals come in between: those waits go through ppoll on the epoll itself.
-        let is_precise = !matches!(self.source, Source::Closed) && left > 0;
+        let is_precise = !matches!(self.source, Source::Closed { .. }) && left > 0;
         let timeout = match is_precise || left == 0 {
             true => EpollTimeout::ZERO,
             false => EpollTimeout::from(left.div_ceil(1_000_000).min(60_000) as u16),
@@ -746,7 +764,7 @@ impl<'a> Engine<'a> {
                     let result: InferResult = decode_exact(frame.metadata(bytes)).map_err(|error| error.message)?;
                     verifier.check(slot.number, slot.entry, &result, frame.payload(bytes));
                 }
-                self.finish(&slot, code, now);
+                self.finish(&slot, code, 0, now);
             }
             // Whoever may only ask does without the server's counters.
             Kind::Error if id & SLOT_MASK == SLOT_MASK => self.stats_refused += 1,
@@ -755,7 +773,7 @@ impl<'a> Engine<'a> {
                 let error: ErrorMessage = decode_exact(frame.metadata(bytes)).map_err(|error| error.message)?;
                 let code =
                     Code::from_number(error.code).ok_or_else(|| format!("an error of unknown code {}", error.code))?;
-                self.finish(&slot, code, now);
+                self.finish(&slot, code, u64::from(error.retry_after_ms) * 1_000_000, now);
             }
             Kind::Credit => {
                 let credit: Credit = decode_exact(frame.metadata(bytes)).map_err(|error| error.message)?;
@@ -790,7 +808,8 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn finish(&mut self, slot: &Slot, code: Code, now: u64) {
+    /// A request has its answer, which asks the caller to rest for so many ns.
+    fn finish(&mut self, slot: &Slot, code: Code, rest: u64, now: u64) {
         let latency = now.saturating_sub(slot.intended);
         self.tally.answered += 1;
         if code == Code::Ok && now >= self.warm_at && now < self.end_at {
@@ -812,7 +831,7 @@ impl<'a> Engine<'a> {
                 }
             }
         }
-        self.next_of_caller(now);
+        self.next_of_caller(if self.options.impatient { 0 } else { rest }, now);
     }
 
     /// The server takes nothing more on this connection: requests it did not take have ended, the others go on.
@@ -825,7 +844,7 @@ impl<'a> Engine<'a> {
             let slot = self.slots[at];
             if slot.id > goaway.last_accepted_id && slot.connection == index {
                 let slot = self.free_slot(index, slot.id).expect("it was just found");
-                self.finish(&slot, code, now);
+                self.finish(&slot, code, 0, now);
             }
         }
     }
@@ -852,7 +871,7 @@ impl<'a> Engine<'a> {
             if slot.id != 0 && slot.connection == index {
                 self.free_slot(index, slot.id).expect("it was just found");
                 self.tally.lost += u64::from(self.is_measured(slot.intended));
-                self.next_of_caller(now);
+                self.next_of_caller(0, now);
             }
         }
     }
@@ -883,7 +902,7 @@ impl<'a> Engine<'a> {
                 self.tally.lost += 1;
             }
         }
-        if !matches!(self.source, Source::Closed) {
+        if !matches!(self.source, Source::Closed { .. }) {
             let unsent = self.backlog.iter().filter(|waiting| self.is_measured(waiting.intended)).count();
             self.tally.unsent += unsent as u64;
         }

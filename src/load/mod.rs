@@ -31,7 +31,8 @@ use crate::client::ClientError;
 pub enum Mode {
     /// `rate` requests per second, whatever the server does.
     Open { rate: f64, arrival: Arrival },
-    /// So many callers, each of which sends its next request when it has its answer.
+    /// So many callers, each of which sends its next request when it has its answer, and not before the time that a refusal
+    /// names.
     Closed { callers: u32 },
     /// Open loop with the arrivals and lengths of a file.
     Trace(Trace),
@@ -59,6 +60,8 @@ pub struct LoadOptions {
     pub seed: u64,
     /// Share of answers that are compared with what they must be, 0 to 1.
     pub verify: Option<f64>,
+    /// Callers of a closed loop who are refused come back at once, whatever they were told.
+    pub impatient: bool,
     /// Longest wait for answers behind the measured time. What is still missing then is lost.
     pub drain_max: Duration,
     /// Requests that may wait in the client for credit. Arrivals beyond it are counted as `unsent`.
@@ -85,6 +88,7 @@ impl LoadOptions {
             tls: None,
             seed: 1,
             verify: None,
+            impatient: false,
             drain_max: Duration::from_secs(5),
             backlog_max: 1 << 20,
             inputs_max: 4096,

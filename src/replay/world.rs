@@ -259,7 +259,7 @@ pub fn simulate(policy: &Policy, hardware: &Hardware, calls: &[Call], seed: u64,
         }
         while let Some(batch) = scheduler.poll_batch(now, &mut members) {
             let fixed = hardware.times.batch * noise();
-            let run = f64::from(batch.rows) * hardware.times.row(batch.padded_len) * noise();
+            let run = (hardware.times.work_time(batch.work()) - hardware.times.batch) * noise();
             let ready = now + Duration::from_nanos(fixed as u64);
             let start = if hardware.shared { ready.max(device_free) } else { ready };
             let until = start + Duration::from_nanos(run as u64);

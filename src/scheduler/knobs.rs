@@ -83,6 +83,13 @@ pub const KNOBS: &[Knob] = &[
         "0 to 1000",
         "of several tenants, the heaviest is refused beyond this share of its slack; 0: never",
     ),
+    knob(
+        "overload_admission",
+        "",
+        "0 to 1000, or auto",
+        "share of its slack that a request may wait behind a queue that stands; what would wait longer is refused; 0: never; \
+         auto: 0.25 where rows lie end to end, else 0",
+    ),
     knob("age_max", "slacks", "0.01 to 1000000", "a row that has waited so long is in the next batch"),
 ];
 
@@ -142,6 +149,7 @@ impl Policy {
             "class_worth" => list(&tuning.class_worth),
             "hold" => tuning.hold.to_string(),
             "fair_admission" => tuning.fair_admission.to_string(),
+            "overload_admission" => tuning.overload_admission.map_or("auto".into(), |share| share.to_string()),
             "age_max" => tuning.age_max.to_string(),
             _ => return None,
         })
@@ -208,6 +216,8 @@ impl Policy {
             }
             "hold" => tuning.hold = number(0.0, 1000.0)?,
             "fair_admission" => tuning.fair_admission = number(0.0, 1000.0)?,
+            "overload_admission" if value == "auto" => tuning.overload_admission = None,
+            "overload_admission" => tuning.overload_admission = Some(number(0.0, 1000.0)?),
             "age_max" => tuning.age_max = number(0.01, 1e6)?,
             _ => unreachable!("KNOBS lists what is set here"),
         }
@@ -284,6 +294,7 @@ mod tests {
         ("class_worth", &["1,0.55,0.3", "1, 1, 1"], &["1", "1,2", "1,2,3,4", "0,1,1", "a,b,c"]),
         ("hold", &["0", "1", "1000"], &["-1", "1001"]),
         ("fair_admission", &["0", "0.7", "1000"], &["-1", "NaN"]),
+        ("overload_admission", &["0", "0.25", "1000", "auto"], &["-1", "NaN", ""]),
         ("age_max", &["0.01", "10", "1000000"], &["0", "1000001"]),
     ];
 

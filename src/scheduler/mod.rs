@@ -15,6 +15,7 @@
 //! are packing.rs (`cost`), lengths.rs (`buckets`) and fifo.rs (`window`, `greedy_tokens`).
 
 mod admission;
+mod backlog;
 mod bucket;
 mod compose;
 pub mod cost;
@@ -44,6 +45,7 @@ pub use seats::{Running, Seat, SeatSpec};
 
 use crate::vocab::{Code, Layout, ModelHandle, Moment, Refusal, SealReason, Stage};
 use admission::Totals;
+use backlog::{Backlog, Rank};
 use compose::Compositions;
 use cost::{CostModel, Work};
 use decision::{Decision, DecisionLog, Verdict, VerdictCounts};
@@ -171,6 +173,7 @@ struct ModelQueue {
     due: Due,
     due_composed: Due,
     totals: Totals,
+    backlog: Backlog,
     tenants: Tenants,
     packer: Packer,
     cost: CostModel,
@@ -196,6 +199,15 @@ impl ModelQueue {
 
     fn hold_until(&mut self, moment: Moment) {
         self.hold = Some(self.hold.map_or(moment, |hold| hold.min(moment)));
+    }
+
+    /// What a ticket counts as.
+    fn held(&self, ticket: &Ticket) -> Totals {
+        Totals {
+            rows: u64::from(ticket.rows),
+            cells: u64::from(ticket.rows) * u64::from(self.policy.buckets.len_at(ticket.bucket)),
+            bytes: u64::from(ticket.bytes),
+        }
     }
 
     /// Expected time of the batch that it would most likely give, in ns.
@@ -250,6 +262,17 @@ const PATIENCE: u32 = 8;
 /// Batches are bound to a busy executor at most so long before it is expected to be free.
 const LEAD_MAX: f64 = 500_000.0;
 
+/// How fast a request becomes urgent that has `slack` ns, in 1/ns.
+fn urgency_of(slack: f64) -> f32 {
+    (1.0 / slack.max(1.0)) as f32
+}
+
+/// Refuses for now what would wait for `wait` where `bound` is the most, in ns: to come back when that much is gone.
+fn overloaded_for(message: String, wait: f64, bound: f64) -> (Refusal, u64) {
+    let retry_after = Duration::from_nanos((wait - bound) as u64).max(Duration::from_millis(1));
+    (Refusal::overloaded(message, retry_after), wait as u64)
+}
+
 impl Scheduler {
     pub fn new(limits: QueueLimits, policies: Vec<Policy>, seats: &[SeatSpec]) -> Scheduler {
         let bound = limits.rows_max.min(ticket::RESERVE_MAX) as usize;
@@ -261,6 +284,7 @@ impl Scheduler {
                 due: Due::with_capacity(reserve),
                 due_composed: Due::default(),
                 totals: Totals::default(),
+                backlog: Backlog::default(),
                 tenants: Tenants::new(),
                 packer: Packer::new(policy.buckets.len()),
                 cost: {
@@ -338,11 +362,14 @@ impl Scheduler {
             // Nobody who names no deadline wants small batches for it.
             None => queue.policy.slo.max(PATIENCE * queue.cost.predicted(arrival.rows, arrival.len)),
         };
-        let urgency = 1.0 / (slack.as_nanos() as f64).max(1.0);
+        let urgency = urgency_of(slack.as_nanos() as f64);
         let tenant = queue.tenants.arrive(arrival.tenant, asked.cells);
-        let id = self.tickets.insert(&arrival, bucket, tenant, urgency as f32, now);
+        let id = self.tickets.insert(&arrival, bucket, tenant, urgency, now);
         self.totals.add(&asked);
         queue.totals.add(&asked);
+        if arrival.compose.is_none() {
+            queue.backlog.add(Rank::of(arrival.class, urgency), asked.cells);
+        }
         if let Some(deadline) = deadline {
             let due = if arrival.compose.is_some() { &mut queue.due_composed } else { &mut queue.due };
             due.insert(&mut self.tickets, id, deadline);
@@ -361,9 +388,9 @@ impl Scheduler {
         Ok(id)
     }
 
-    /// Refuses what cannot be done in time, and the heaviest of several tenants while the queue is long. With the forecast
-    /// behind it, in ns.
-    fn admit_by_forecast(&self, now: Moment, arrival: &Arrival, asked: &Totals) -> Result<(), (Refusal, u64)> {
+    /// Refuses what cannot be done in time, the heaviest of several tenants while the queue is long, and what a standing queue
+    /// would make wait for long. With the forecast behind it, in ns.
+    fn admit_by_forecast(&mut self, now: Moment, arrival: &Arrival, asked: &Totals) -> Result<(), (Refusal, u64)> {
         let queue = &self.models[arrival.model.index()];
         let Some(deadline) = arrival.deadline else { return Ok(()) };
         let slack = deadline.since(now).as_nanos() as f64;
@@ -387,10 +414,37 @@ impl Scheduler {
                 "the queue takes {:.1} ms to drain, and this tenant offers the most of it; others come first",
                 wait / 1e6
             );
-            let retry_after = Duration::from_nanos((wait - fair * slack) as u64).max(Duration::from_millis(1));
-            return Err((Refusal::overloaded(message, retry_after), wait as u64));
+            return Err(overloaded_for(message, wait, fair * slack));
         }
-        Ok(())
+        self.admit_by_backlog(now, arrival, slack)
+    }
+
+    /// Refuses what would wait for more than its share of its slack behind a queue that has stood so long for a while.
+    fn admit_by_backlog(&mut self, now: Moment, arrival: &Arrival, slack: f64) -> Result<(), (Refusal, u64)> {
+        let queue = &mut self.models[arrival.model.index()];
+        let share = queue.policy.overload_admission();
+        if share == 0.0 {
+            return Ok(());
+        }
+        let rank = Rank::of(arrival.class, urgency_of(slack));
+        let mut wait = queue.backlog.nanos(queue.backlog.ahead(rank));
+        // Less than two batches would leave executors idle between them.
+        let bound = (share * slack).max(2.0 * queue.typical_batch());
+        if wait > bound {
+            // Among tenants, each waits for its own behind as many others.
+            let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
+            wait = wait.min(queue.backlog.nanos(own) * tenants as f64);
+        }
+        if !queue.backlog.stands(now, rank, wait, bound, slack) {
+            return Ok(());
+        }
+        let message = format!(
+            "the queue ahead takes {:.1} ms and does not get shorter; of its {:.1} ms a request may wait {:.1} then",
+            wait / 1e6,
+            slack / 1e6,
+            bound / 1e6
+        );
+        Err(overloaded_for(message, wait, bound))
     }
 
     /// Most rows of this length in one batch of a model; `None` when no batch takes such a row.
@@ -771,6 +825,7 @@ impl Scheduler {
                 false => std::cmp::Ordering::Greater,
             });
             self.totals.cells -= queue.totals.cells;
+            queue.backlog.clear();
             queue.lanes = Lanes::new(policy.buckets.len(), policy.kind.is_fair());
             queue.packer.resize(policy.buckets.len());
             for id in ids {
@@ -781,6 +836,9 @@ impl Scheduler {
                 let after = rows * u64::from(policy.buckets.len_at(ticket.bucket));
                 queue.totals.cells = queue.totals.cells - before + after;
                 queue.tenants.resize(ticket.tenant, before, after);
+                if !ticket.is_composed() {
+                    queue.backlog.add(ticket.rank(), after);
+                }
                 if ticket.place == Place::Lane {
                     queue.lanes.push_back(&mut self.tickets, &queue.due, id);
                 }
@@ -941,13 +999,14 @@ impl Scheduler {
         for (index, queue) in self.models.iter().enumerate() {
             let model = ModelHandle(index as u16);
             let (mut totals, mut in_lanes, mut with_deadline) = (Totals::default(), 0u64, 0);
+            let mut backlog = Backlog::default();
             for id in self.tickets.of(model) {
                 let ticket = &self.tickets[id];
-                totals.add(&Totals {
-                    rows: u64::from(ticket.rows),
-                    cells: u64::from(ticket.rows) * u64::from(queue.policy.buckets.len_at(ticket.bucket)),
-                    bytes: u64::from(ticket.bytes),
-                });
+                let held = queue.held(ticket);
+                totals.add(&held);
+                if !ticket.is_composed() {
+                    backlog.add(ticket.rank(), held.cells);
+                }
                 in_lanes += u64::from(ticket.place == Place::Lane) * u64::from(ticket.rows);
                 with_deadline += usize::from(ticket.due_at != ticket::NONE);
             }
@@ -965,6 +1024,9 @@ impl Scheduler {
                 if booked != counted {
                     return Err(format!("model {index}: the books say {booked} {what}, counted {counted}"));
                 }
+            }
+            if !queue.backlog.holds_the_same(&backlog) {
+                return Err(format!("model {index}: the books say {:?}, counted {backlog:?}", queue.backlog));
             }
             all.add(&totals);
         }
@@ -1067,10 +1129,13 @@ impl Scheduler {
         let group = queue.policy.group as usize;
         self.used[group] = self.used[group].max(queue.used);
         queue.used += predicted / queue.policy.weight;
+        let before = queue.totals.cells;
         for id in members {
             // The policies took them off their lists; here they leave the books.
             self.forget(*id);
         }
+        let queue = &mut self.models[model.index()];
+        queue.backlog.taken(now, before - queue.totals.cells, queue.totals.cells);
         batch
     }
 
@@ -1104,11 +1169,10 @@ impl Scheduler {
     fn forget(&mut self, id: TicketId) {
         let ticket = &self.tickets[id];
         let queue = &mut self.models[ticket.model.index()];
-        let held = Totals {
-            rows: u64::from(ticket.rows),
-            cells: u64::from(ticket.rows) * u64::from(queue.policy.buckets.len_at(ticket.bucket)),
-            bytes: u64::from(ticket.bytes),
-        };
+        let held = queue.held(ticket);
+        if !ticket.is_composed() {
+            queue.backlog.remove(ticket.rank(), held.cells);
+        }
         queue.tenants.leave(ticket.tenant, held.cells);
         queue.totals.subtract(&held);
         self.totals.subtract(&held);

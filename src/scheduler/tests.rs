@@ -763,6 +763,79 @@ fn what_was_held_shed_and_refused_is_counted() {
     assert_eq!(rig.scheduler.log().last(1).next().map(|decision| decision.verdict), Some(Verdict::Refused));
 }
 
+const LOWEST: Class = Class::ALL[Class::COUNT - 1];
+
+/// Twice what an executor can do, of the lowest class with 100 ms each, for so long: rows end to end, ten to a batch of 10 ms.
+/// How many were refused, and the most that waited.
+fn overloaded(rig: &mut Rig, rounds: u32) -> (u32, u64) {
+    let (mut refused, mut most) = (0, 0);
+    for _ in 0..rounds {
+        for _ in 0..20 {
+            let arrival = Arrival { class: LOWEST, deadline: Some(rig.now() + MS * 100), ..request() };
+            match rig.try_arrive(arrival) {
+                Ok(_) => most = most.max(rig.scheduler.waiting(MODEL).0),
+                Err(refusal) => {
+                    assert_eq!((refusal.code, refusal.executed), (Code::Overloaded, Executed::Never));
+                    assert!(refusal.message.contains("does not get shorter"), "{refusal:?}");
+                    refused += 1;
+                }
+            }
+        }
+        rig.expect_batch();
+        rig.wait(MS * 10);
+        rig.expired();
+    }
+    (refused, most)
+}
+
+fn end_to_end() -> Policy {
+    Policy { kind: PolicyKind::Cost, can_pack: true, layout: Layout::Packed, rows_max: 10, ..policy() }
+}
+
+#[test]
+fn a_queue_that_stands_is_kept_short_and_only_for_those_whom_it_makes_late() {
+    let mut rig = Rig::new(vec![end_to_end()]);
+    let (refused, most) = overloaded(&mut rig, 7);
+    assert!(refused == 0 && most > 60, "what may be a burst is taken: {refused} refused, {most} waited");
+    let (refused, _) = overloaded(&mut rig, 50);
+    assert!(refused > 400, "{refused} of 1,000");
+    // A quarter of the slack is 25 ms, 20 rows.
+    let (_, most) = overloaded(&mut rig, 50);
+    assert!((20..=22).contains(&most), "{most}");
+    let asked =
+        |rig: &Rig, slack: Duration, class: Class| Arrival { class, deadline: Some(rig.now() + slack), ..request() };
+    while rig.scheduler.waiting(MODEL).0 < 30 {
+        rig.arrive(asked(&rig, MS * 100, Class::default()));
+    }
+    let refusal = rig.refused(asked(&rig, MS * 100, LOWEST));
+    // Eight rows went into each batch of 10 ms: 30 take 37.5, of which it may wait 25.
+    assert!((11..=13).contains(&refusal.retry_after_ms), "{refusal:?}");
+    rig.arrive(asked(&rig, MS * 10_000, LOWEST));
+    rig.arrive(asked(&rig, MS * 30, Class::default()));
+    rig.arrive(Arrival { deadline: None, ..request() });
+    rig.scheduler.audit().expect("the books are right");
+}
+
+#[test]
+fn a_tenant_with_little_in_a_standing_queue_is_let_in() {
+    let mut rig = Rig::new(vec![end_to_end()]);
+    overloaded(&mut rig, 60);
+    while rig.scheduler.waiting(MODEL).0 < 40 {
+        rig.arrive(Arrival { deadline: Some(rig.now() + MS * 100), ..request() });
+    }
+    let hurried =
+        |rig: &Rig, tenant| Arrival { class: LOWEST, tenant, deadline: Some(rig.now() + MS * 100), ..request() };
+    rig.refused(hurried(&rig, TenantId::default()));
+    let _ = rig.arrive(hurried(&rig, TenantId(9)));
+}
+
+#[test]
+fn the_knob_leaves_a_standing_queue_to_its_deadlines() {
+    let mut rig = Rig::new(vec![end_to_end().with([("overload_admission", "0")]).expect("a knob")]);
+    let (refused, most) = overloaded(&mut rig, 100);
+    assert!(refused == 0 && most > 90, "{refused} refused, {most} waited");
+}
+
 #[test]
 fn batches_are_numbered_from_one() {
     let mut rig = Rig::new(vec![Policy { rows_max: 1, ..policy() }]);

@@ -7,6 +7,7 @@
 
 use std::ops::{Index, IndexMut};
 
+use super::backlog::Rank;
 use super::{Arrival, Class, TicketId};
 use crate::vocab::{ModelHandle, Moment};
 
@@ -54,6 +55,11 @@ impl Ticket {
     /// Its deadline is among those of compositions.
     pub fn is_composed(&self) -> bool {
         matches!(self.place, Place::Composition | Place::TakenComposed)
+    }
+
+    /// Who goes before it.
+    pub fn rank(&self) -> Rank {
+        Rank::of(self.class, self.urgency)
     }
 
     /// Before another in order of admission.

@@ -1,0 +1,191 @@
+//! How long a newcomer would wait behind what is there, and whether that has been so for a while: what a standing queue is
+//! refused by.
+//!
+//! A queue that a burst made is worth having; one that stands makes everything late and gains nothing. So what counts is not
+//! how long the queue is but for how long it has been too long (CoDel: Nichols and Jacobson, "Controlling Queue Delay", 2012;
+//! at the door of a server: Maurer, "Fail at Scale", 2015). Too long is a share of the newcomer's own slack, and the queue
+//! is what would go before it: rows of its class or a higher one, whose slack is not longer than its own. So a flood of low
+//! requests, or of patient ones, is refused before it hurts others.
+//!
+//! How fast the queue empties is measured where it empties: cells per time between batches that left more behind than they
+//! took. That holds whatever the number of executors is, and whatever else they run.
+//!
+//! Always true
+//! - The cells are those that wait: the scheduler's audit recomputes them.
+//! - What would wait for nothing is never refused, and neither is anything before the queue has been seen to empty.
+
+use std::time::Duration;
+
+use super::Class;
+use crate::vocab::Moment;
+
+/// Slacks are told apart by powers of two: up to 2^20 ns (1 ms), and so on, to 2^31 (2 s) and beyond.
+const OCTAVES: usize = 13;
+const FIRST_OCTAVE: i32 = 20;
+
+/// Share of its slack for which the queue has to have been too long.
+const STANDS: f64 = 0.5;
+/// What a batch between others counts, beside all before it.
+const FADES: f64 = 0.95;
+
+/// What waits, by who would go before whom.
+#[derive(Clone, Debug, Default, bincode::Decode, bincode::Encode)]
+pub struct Backlog {
+    cells: [[u64; OCTAVES]; Class::COUNT],
+    /// Since when it has been too long.
+    stands_since: [[Option<Moment>; OCTAVES]; Class::COUNT],
+    /// Time between batches while more waited, in ns, and cells that they took; both fade.
+    nanos: f64,
+    taken: f64,
+    /// When the last batch was sealed, if more than it took was left.
+    left_more_at: Option<Moment>,
+}
+
+/// A request's place among others: its class, and the octave of its slack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rank {
+    class: usize,
+    octave: usize,
+}
+
+impl Rank {
+    /// `urgency` is 1 / slack, in 1/ns.
+    pub fn of(class: Class, urgency: f32) -> Rank {
+        // Its exponent: the logarithm, without computing one.
+        let exponent = ((urgency.to_bits() >> 23) & 0xff) as i32 - 127;
+        Rank { class: class.index(), octave: (-exponent - FIRST_OCTAVE).clamp(0, OCTAVES as i32 - 1) as usize }
+    }
+}
+
+impl Backlog {
+    pub fn add(&mut self, rank: Rank, cells: u64) {
+        self.cells[rank.class][rank.octave] += cells;
+    }
+
+    pub fn remove(&mut self, rank: Rank, cells: u64) {
+        self.cells[rank.class][rank.octave] -= cells;
+    }
+
+    /// Nothing waits; what is known of how fast it empties stays.
+    pub fn clear(&mut self) {
+        self.cells = Default::default();
+    }
+
+    /// Whether these are the cells that wait.
+    pub fn holds_the_same(&self, counted: &Backlog) -> bool {
+        self.cells == counted.cells
+    }
+
+    /// A batch took `cells` of the queue and left `left`.
+    pub fn taken(&mut self, now: Moment, cells: u64, left: u64) {
+        if let Some(before) = self.left_more_at {
+            self.nanos = FADES * self.nanos + now.since(before).as_nanos() as f64;
+            self.taken = FADES * self.taken + cells as f64;
+        }
+        self.left_more_at = (left >= cells).then_some(now);
+    }
+
+    /// Time until so many cells are gone, in ns; 0 where nothing is known.
+    pub fn nanos(&self, cells: u64) -> f64 {
+        if self.taken > 0.0 { self.nanos / self.taken * cells as f64 } else { 0.0 }
+    }
+
+    /// Cells that would go before one of this rank.
+    pub fn ahead(&self, rank: Rank) -> u64 {
+        self.cells[..=rank.class].iter().flat_map(|class| &class[..=rank.octave]).sum()
+    }
+
+    /// Whether a newcomer that would wait for `wait` is to be refused: the wait has been longer than `bound` for long enough,
+    /// by its `slack`. All in ns.
+    pub fn stands(&mut self, now: Moment, rank: Rank, wait: f64, bound: f64, slack: f64) -> bool {
+        let since = &mut self.stands_since[rank.class][rank.octave];
+        if wait <= bound {
+            // Far below the bound: refusing keeps the queue there, less what one batch takes, which may be half of it.
+            if wait <= bound / 4.0 {
+                *since = None;
+            }
+            return false;
+        }
+        let since = *since.get_or_insert(now);
+        now >= since + Duration::from_nanos((STANDS * slack) as u64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: f64 = 1e6;
+
+    fn at(ms: u64) -> Moment {
+        Moment(1_000_000_000 + ms * 1_000_000)
+    }
+
+    fn rank(class: u8, slack_ms: f64) -> Rank {
+        Rank::of(Class::from_priority(class), (1.0 / (slack_ms * MS)) as f32)
+    }
+
+    #[test]
+    fn slacks_are_told_apart_by_octaves_and_the_extremes_share_theirs() {
+        let octave = |slack_ms: f64| rank(0, slack_ms).octave;
+        assert_eq!([octave(0.0001), octave(0.9), octave(2.2), octave(5.0)], [0, 0, 2, 3]);
+        assert_eq!([octave(2200.0), octave(1e6), octave(1e12)], [12, 12, 12]);
+        for slack in 1..4000 {
+            assert!(octave(f64::from(slack)) <= octave(f64::from(slack + 1)), "{slack} ms");
+        }
+        assert_eq!(Rank::of(Class::default(), f32::INFINITY).octave, 0);
+        assert_eq!(Rank::of(Class::default(), 0.0).octave, OCTAVES - 1);
+    }
+
+    #[test]
+    fn ahead_is_what_is_of_the_class_or_higher_and_of_no_longer_slack() {
+        let mut backlog = Backlog::default();
+        backlog.add(rank(1, 10.0), 100);
+        backlog.add(rank(1, 1000.0), 30);
+        backlog.add(rank(2, 10.0), 7);
+        let ahead = |class: u8, slack: f64| backlog.ahead(rank(class, slack));
+        assert_eq!(
+            [ahead(0, 1e5), ahead(1, 10.0), ahead(1, 1000.0), ahead(2, 10.0), ahead(2, 1e5)],
+            [0, 100, 130, 107, 137]
+        );
+        assert_eq!(ahead(1, 5.0), 0, "who is in a hurry goes first");
+        let mut same = backlog.clone();
+        same.remove(rank(2, 10.0), 7);
+        assert_eq!(same.ahead(rank(2, 1e5)), 130);
+        assert!(!same.holds_the_same(&backlog));
+    }
+
+    #[test]
+    fn how_fast_it_empties_is_measured_only_while_more_waits() {
+        let mut backlog = Backlog::default();
+        assert_eq!(backlog.nanos(1000), 0.0);
+        // Hours between batches that left nothing say nothing.
+        backlog.taken(at(0), 100, 0);
+        backlog.taken(at(9_999_000), 100, 99);
+        backlog.taken(at(9_999_990), 100, 100);
+        assert_eq!(backlog.nanos(1000), 0.0);
+        for batch in 1..=200 {
+            backlog.taken(at(9_999_990 + 10 * batch), 100, 500);
+        }
+        assert!((backlog.nanos(1000) - 100.0 * MS).abs() < 1.0, "{}", backlog.nanos(1000));
+        // Twice as slow: it is learned within some tens of batches.
+        for batch in 1..=60 {
+            backlog.taken(at(10_001_990 + 20 * batch), 100, 500);
+        }
+        assert!((190.0..=200.0).contains(&(backlog.nanos(1000) / MS)), "{}", backlog.nanos(1000));
+    }
+
+    #[test]
+    fn a_burst_is_taken_and_a_queue_that_stands_is_not() {
+        let mut backlog = Backlog::default();
+        let rank = rank(1, 100.0);
+        let mut refuses = |ms: u64, wait: f64| backlog.stands(at(ms), rank, wait * MS, 25.0 * MS, 100.0 * MS);
+        // A burst that goes within half its slack.
+        assert!([(0, 80.0), (20, 60.0), (49, 26.0), (50, 25.0)].into_iter().all(|(ms, wait)| !refuses(ms, wait)));
+        // Somewhat below the bound it is not gone yet; far below it is.
+        assert!(refuses(60, 26.0));
+        assert!(!refuses(70, 7.0) && refuses(71, 30.0));
+        assert!(!refuses(80, 6.0) && !refuses(81, 90.0) && !refuses(130, 90.0));
+        assert!(refuses(131, 26.0));
+    }
+}
