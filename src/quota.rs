@@ -136,10 +136,13 @@ impl Quota {
         self.connections_max.store(spec.connections_max, Ordering::Relaxed);
     }
 
-    /// Takes what a request uses: all of it or nothing. It counts as in flight until [`Quota::finished`].
-    pub fn take(&self, asked: Use, now: Moment) -> Result<(), Exceeded> {
-        if !count_up(&self.in_flight, &self.in_flight_max) {
-            let max = self.in_flight_max.load(Ordering::Relaxed);
+    /// Takes what a request uses: all of it or nothing. True: it counts as in flight until [`Quota::finished`]. Without a bound
+    /// nothing is counted: all shards would write the same number for each request.
+    ///
+    /// Hot: once per request.
+    pub fn take(&self, asked: Use, now: Moment) -> Result<bool, Exceeded> {
+        let max = self.in_flight_max.load(Ordering::Relaxed);
+        if max > 0 && !count_up(&self.in_flight, max) {
             return Err(Exceeded {
                 message: format!("the tenant has {max} requests in flight, its quota"),
                 retry_after: Duration::from_millis(10),
@@ -154,27 +157,31 @@ impl Quota {
                 Err(wait) => refused = refused.max_by_wait((at, wait)),
             }
         }
-        let Some((at, retry_after)) = refused else { return Ok(()) };
+        let Some((at, retry_after)) = refused else { return Ok(max > 0) };
         for (meter, cost) in self.meters.iter().zip(taken) {
             meter.give_back(cost);
         }
-        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        if max > 0 {
+            self.finished();
+        }
         let rate = self.meters[at].per_second.load(Ordering::Relaxed);
         Err(Exceeded { message: format!("the tenant's quota is {rate} {} a second", WHAT[at]), retry_after })
     }
 
-    /// A request that was taken is answered, in whatever way.
+    /// A request that counts is answered, in whatever way.
     pub fn finished(&self) {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Of those that count.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
     }
 
     /// One more connection, until what is returned is dropped. None: there are as many as there may be.
     pub fn connect(self: &Arc<Quota>) -> Option<Seat> {
-        count_up(&self.connections, &self.connections_max).then(|| Seat(Arc::clone(self)))
+        let max = self.connections_max.load(Ordering::Relaxed);
+        count_up(&self.connections, max).then(|| Seat(Arc::clone(self)))
     }
 
     pub fn connections(&self) -> u32 {
@@ -193,8 +200,7 @@ impl MaxByWait for Option<(usize, Duration)> {
 }
 
 /// Counts one more unless that is too many; 0 is no bound.
-fn count_up(count: &AtomicU32, max: &AtomicU32) -> bool {
-    let max = max.load(Ordering::Relaxed);
+fn count_up(count: &AtomicU32, max: u32) -> bool {
     let more = |count: u32| (max == 0 || count < max).then_some(count + 1);
     count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
 }
@@ -361,6 +367,18 @@ mod tests {
     }
 
     #[test]
+    fn without_a_bound_nothing_in_flight_is_counted_and_with_one_only_what_came_since() {
+        let quota = Quota::new(&QuotaSpec::default());
+        assert_eq!((quota.take(Use::default(), ms(0)), quota.in_flight()), (Ok(false), 0));
+        quota.set(&QuotaSpec { in_flight_max: 1, ..QuotaSpec::default() });
+        assert_eq!((quota.take(Use::default(), ms(0)), quota.in_flight()), (Ok(true), 1));
+        quota.take(Use::default(), ms(0)).expect_err("one is in flight");
+        quota.set(&QuotaSpec::default());
+        quota.finished();
+        assert_eq!(quota.in_flight(), 0);
+    }
+
+    #[test]
     fn connections_are_bounded_and_given_back() {
         let quota = Quota::new(&QuotaSpec { connections_max: 2, ..QuotaSpec::default() });
         let (one, _two) = (quota.connect().expect("one"), quota.connect().expect("two"));
@@ -384,7 +402,8 @@ mod tests {
 
     #[test]
     fn shards_that_take_together_get_the_quota_once() {
-        let quota = requests(10_000);
+        let spec = QuotaSpec { requests_per_second: 10_000, in_flight_max: u32::MAX, ..QuotaSpec::default() };
+        let quota = Quota::new(&spec);
         let taken: usize = std::thread::scope(|scope| {
             let take = || (0..10_000).filter(|_| quota.take(Use::default(), ms(0)).is_ok()).count();
             let shards: Vec<_> = (0..4).map(|_| scope.spawn(take)).collect();
@@ -429,7 +448,7 @@ mod tests {
             for (wait, rows) in steps {
                 now += wait;
                 match quota.take(asked(rows, 0, 0), ms(now)) {
-                    Ok(()) => given.push((now, rows)),
+                    Ok(_) => given.push((now, rows)),
                     Err(refused) => {
                         let then = Moment(ms(now).0 + refused.retry_after.as_nanos() as u64);
                         prop_assert!(quota.take(asked(rows, 0, 0), Moment(then.0 - 1)).is_err());

@@ -400,8 +400,11 @@ impl<O: Outlet> Batcher<O> {
             self.telemetry.quarantined(request.model);
             return Err(refusal);
         }
-        // A part holds its share of the payload.
-        let bytes = request.payload.len() as u64 * u64::from(request.rows) / u64::from(request.part.of_rows.max(1));
+        let bytes = match request.part.of_rows == request.rows {
+            true => request.payload.len() as u64,
+            // A part holds its share of the payload.
+            false => request.payload.len() as u64 * u64::from(request.rows) / u64::from(request.part.of_rows.max(1)),
+        };
         let arrival = Arrival {
             model: request.model,
             rows: request.rows,

@@ -23,6 +23,8 @@ pub struct Waiting {
     pub details: Details,
     /// Rows are answered as they are done.
     pub items: bool,
+    /// Its tenant's quota counts it.
+    pub in_quota: bool,
     /// How late it was sent, in microseconds; 0: not stated.
     pub late_us: u32,
     /// What traces.rs keeps of it; 0: nothing.
@@ -170,6 +172,7 @@ mod tests {
             payload_bytes: 0,
             details: Details::default(),
             items: false,
+            in_quota: false,
             late_us: 0,
             trace: 0,
         }

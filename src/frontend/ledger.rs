@@ -122,6 +122,7 @@ mod tests {
                     payload_bytes: 8,
                     details: Details::default(),
                     items: false,
+                    in_quota: false,
                     late_us: 0,
                     trace: 0,
                 };

@@ -302,6 +302,7 @@ fn accept(
     if deadline.is_some_and(|deadline| deadline <= now) {
         return Err(Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, "the deadline was over on arrival"));
     }
+    let mut in_quota = false;
     if let Some(seat) = &connection.seat {
         // Also what the scheduler refuses later has been used: asking is what is bounded here.
         let asked = Use {
@@ -309,7 +310,8 @@ fn accept(
             cells: u64::from(checked.rows) * u64::from(checked.len),
             bytes: header.payload_len.into(),
         };
-        seat.quota()
+        in_quota = seat
+            .quota()
             .take(asked, now)
             .map_err(|exceeded| Refusal::quota_exceeded(exceeded.message, exceeded.retry_after))?;
     }
@@ -320,11 +322,12 @@ fn accept(
         payload_bytes: header.payload_len,
         details: Details { timings: infer.flags & INFER_TIMINGS != 0, receipt: infer.flags & INFER_RECEIPT != 0 },
         items: infer.flags & INFER_ITEMS != 0,
+        in_quota,
         late_us: u32::try_from(infer.late_us).unwrap_or(u32::MAX), // more than an hour is an hour
         trace: 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {
-        if let Some(seat) = &connection.seat {
+        if let Some(seat) = connection.seat.as_ref().filter(|_| in_quota) {
             seat.quota().finished();
         }
         let message = format!("{} requests are in flight on this shard, its bound", state.options.in_flight_max);

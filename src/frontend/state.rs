@@ -515,7 +515,7 @@ impl State {
         connection.requests_in_flight -= 1;
         connection.bytes_in_flight -= u64::from(waiting.payload_bytes);
         self.admitted -= u64::from(waiting.payload_bytes);
-        if let Some(seat) = &connection.seat {
+        if let Some(seat) = connection.seat.as_ref().filter(|_| waiting.in_quota) {
             seat.quota().finished();
         }
         Some(waiting)

@@ -100,15 +100,17 @@ pub fn fits_any_batch(policy: &Policy, arrival: &Arrival) -> Result<u16, Refusal
     let bucket = policy.buckets.of(arrival.len).ok_or_else(|| {
         Refusal::too_large(format!("expected a length of at most {}, got {}", policy.buckets.longest(), arrival.len))
     })?;
-    let possible = policy.rows_at(policy.buckets.len_at(bucket));
     if arrival.rows == 0 {
         // It would be queued and never counted.
         return Err(Refusal::invalid("expected at least 1 row, got 0"));
     }
-    if arrival.rows > possible {
+    let len = policy.buckets.len_at(bucket);
+    if !policy.holds(arrival.rows, len) {
         return Err(Refusal::too_large(format!(
-            "expected at most {possible} rows of length {} in one batch, got {}",
-            arrival.len, arrival.rows
+            "expected at most {} rows of length {} in one batch, got {}",
+            policy.rows_at(len),
+            arrival.len,
+            arrival.rows
         )));
     }
     Ok(bucket)

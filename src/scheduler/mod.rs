@@ -258,9 +258,14 @@ const ACTIVE: Duration = Duration::from_secs(2);
 /// A model whose batches take this many times longer than another's is slow beside it.
 const SLOW: f64 = 4.0;
 /// Slack of a request without a deadline, in units of what it takes alone, where that is longer than the model's objective.
-const PATIENCE: u32 = 8;
+const PATIENCE: f64 = 8.0;
 /// Batches are bound to a busy executor at most so long before it is expected to be free.
 const LEAD_MAX: f64 = 500_000.0;
+
+/// Without the 128 bits of `as_nanos`.
+fn nanos_of(time: Duration) -> f64 {
+    time.as_secs() as f64 * 1e9 + f64::from(time.subsec_nanos())
+}
 
 /// How fast a request becomes urgent that has `slack` ns, in 1/ns.
 fn urgency_of(slack: f64) -> f32 {
@@ -358,11 +363,11 @@ impl Scheduler {
         };
         let queue = &mut self.models[arrival.model.index()];
         let slack = match deadline {
-            Some(deadline) => deadline.since(now),
+            Some(deadline) => nanos_of(deadline.since(now)),
             // Nobody who names no deadline wants small batches for it.
-            None => queue.policy.slo.max(PATIENCE * queue.cost.predicted(arrival.rows, arrival.len)),
+            None => nanos_of(queue.policy.slo).max(PATIENCE * queue.cost.predict(arrival.rows, arrival.len)),
         };
-        let urgency = urgency_of(slack.as_nanos() as f64);
+        let urgency = urgency_of(slack);
         let tenant = queue.tenants.arrive(arrival.tenant, asked.cells);
         let id = self.tickets.insert(&arrival, bucket, tenant, urgency, now);
         self.totals.add(&asked);
@@ -393,7 +398,7 @@ impl Scheduler {
     fn admit_by_forecast(&mut self, now: Moment, arrival: &Arrival, asked: &Totals) -> Result<(), (Refusal, u64)> {
         let queue = &self.models[arrival.model.index()];
         let Some(deadline) = arrival.deadline else { return Ok(()) };
-        let slack = deadline.since(now).as_nanos() as f64;
+        let slack = nanos_of(deadline.since(now));
         let alone = queue.cost.alone_at_best(arrival.rows, arrival.len);
         // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
         if alone > slack && queue.totals.rows > 0 && queue.cost.is_trusted() {

@@ -199,6 +199,11 @@ impl Policy {
         self.rows_max.min(u32::try_from(by_cells).unwrap_or(u32::MAX))
     }
 
+    /// Whether one batch holds so many rows of a padded length: [`Policy::rows_at`] without the division, asked for each request.
+    pub fn holds(&self, rows: u32, padded_len: u32) -> bool {
+        rows <= self.rows_max && u64::from(rows) * u64::from(padded_len.max(1)) <= self.cells_max
+    }
+
     /// Whether a batch of these rows and no others is within the budgets; `longest` is already a padded length.
     pub fn fits(&self, work: Work, longest: u32) -> bool {
         match self.layout {

@@ -837,6 +837,18 @@ fn the_knob_leaves_a_standing_queue_to_its_deadlines() {
 }
 
 #[test]
+fn what_a_batch_holds_is_what_the_division_says() {
+    for (rows_max, cells_max) in [(1, 1), (4, 100), (65_536, 1 << 40), (7, 63)] {
+        let policy = Policy { rows_max, cells_max, ..policy() };
+        for len in [0, 1, 2, 9, 16, 25, 26, 100, 101, u32::MAX] {
+            for rows in [1, 2, 3, 4, 5, 7, 8, 65_536, u32::MAX] {
+                assert_eq!(policy.holds(rows, len), rows <= policy.rows_at(len), "{rows} of {len}");
+            }
+        }
+    }
+}
+
+#[test]
 fn batches_are_numbered_from_one() {
     let mut rig = Rig::new(vec![Policy { rows_max: 1, ..policy() }]);
     rig.arrive(request());

@@ -198,10 +198,10 @@ impl ShardMetrics {
     /// Hot: once per answer. Guarded by benches/echo_path.rs.
     pub fn answered(&self, model: ModelHandle, latency: Duration, send_lag: Option<Duration>) {
         let latencies = self.model(Some(model)).latencies.get_or_init(Box::default);
-        latencies.request.observe_time(latency);
+        latencies.request.observe_time_alone(latency);
         if let Some(lag) = send_lag {
-            latencies.send_lag.observe_time(lag);
-            latencies.intended.observe_time(latency + lag);
+            latencies.send_lag.observe_time_alone(lag);
+            latencies.intended.observe_time_alone(latency + lag);
         }
     }
 
@@ -212,7 +212,7 @@ impl ShardMetrics {
 
     /// Something other than an infer was answered so long after it was read; `model` where one was meant that is served.
     pub fn operated(&self, operation: Operation, model: Option<ModelHandle>, code: Code, took: Duration) {
-        self.operation_times[operation as usize].observe_time(took);
+        self.operation_times[operation as usize].observe_time_alone(took);
         match operation {
             Operation::Describe => self.model(model).described.of(code).add(1),
             Operation::List | Operation::Stats => self.operations[operation as usize].add(1),
@@ -452,14 +452,14 @@ impl ModelMetrics {
         self.cells_padded.add(cells_padded);
         self.padding[0].add(cells.longest_row);
         self.padding[1].add(cells.bucket);
-        self.batch_rows.observe(rows.into());
-        self.batch_cells.observe(cells_padded);
+        self.batch_rows.observe_alone(rows.into());
+        self.batch_cells.observe_alone(cells_padded);
         if let Some(share) = (u64::from(rows) * 1000).checked_div(rows_possible.into()) {
-            self.batch_fill.observe(share.min(1000));
+            self.batch_fill.observe_alone(share.min(1000));
         }
         let padding = cells_padded.saturating_sub(cells_real).saturating_mul(1000);
         if let Some(share) = padding.checked_div(cells_padded) {
-            self.batch_padding.observe(share);
+            self.batch_padding.observe_alone(share);
         }
         cells
     }
@@ -472,12 +472,12 @@ impl ModelMetrics {
 
     /// Length that a batch's rows were padded to, or of its longest where they lie end to end.
     pub fn batch_length(&self, length: u32) {
-        self.batch_length.observe(length.into());
+        self.batch_length.observe_alone(length.into());
     }
 
     /// One request waited this long between its admission and the sealing of its batch.
     pub fn queue_delay(&self, delay: Duration) {
-        self.queue_delay.observe_time(delay);
+        self.queue_delay.observe_time_alone(delay);
     }
 
     /// One batch took this long from submission to its results.

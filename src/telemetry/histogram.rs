@@ -1,4 +1,4 @@
-//! Histograms with fixed buckets and exact counts, recorded with two atomic additions.
+//! Histograms with fixed buckets and exact counts, recorded with two atomic additions, or two plain ones by a thread alone.
 //!
 //! Always true
 //! - The count is the sum of the buckets, so a scrape never shows a count that its buckets do not add up to.
@@ -98,7 +98,7 @@ impl Histogram {
         Histogram { bounds, buckets, sum: AtomicU64::new(0), scale }
     }
 
-    /// Hot: once per request (queue delay), two atomic additions after a binary search in one or two cache lines.
+    /// From any thread: two atomic additions after a binary search in one or two cache lines.
     pub fn observe(&self, value: u64) {
         let bucket = self.bounds.partition_point(|bound| *bound < value);
         self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
@@ -106,7 +106,21 @@ impl Histogram {
     }
 
     pub fn observe_time(&self, time: Duration) {
-        self.observe(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+        self.observe(nanos(time));
+    }
+
+    /// From the one thread that observes this histogram: loads and stores, a third of the time. Two threads would lose counts.
+    ///
+    /// Hot: twice per request (queue delay, latency).
+    pub fn observe_alone(&self, value: u64) {
+        let add = |to: &AtomicU64, n: u64| to.store(to.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        let bucket = self.bounds.partition_point(|bound| *bound < value);
+        add(&self.buckets[bucket], 1);
+        add(&self.sum, value);
+    }
+
+    pub fn observe_time_alone(&self, time: Duration) {
+        self.observe_alone(nanos(time));
     }
 
     pub fn count(&self) -> u64 {
@@ -123,6 +137,11 @@ impl Histogram {
             buckets,
         }
     }
+}
+
+/// Without the 128 bits of `as_nanos`.
+fn nanos(time: Duration) -> u64 {
+    time.as_secs().saturating_mul(1_000_000_000).saturating_add(time.subsec_nanos().into())
 }
 
 #[cfg(test)]
@@ -145,6 +164,17 @@ mod tests {
         assert_eq!(snapshot.buckets[2], (4.0, 1));
         assert_eq!(snapshot.buckets[3], (8.0, 1));
         assert_eq!((snapshot.count, snapshot.sum), (2, 9.0));
+    }
+
+    #[test]
+    fn one_thread_alone_counts_as_any_would() {
+        let (any, alone) = (Histogram::times(), Histogram::times());
+        for nanos in (0..60).map(|power| 3u64.pow(power % 40)) {
+            any.observe_time(Duration::from_nanos(nanos));
+            alone.observe_time_alone(Duration::from_nanos(nanos));
+        }
+        assert_eq!(any.snapshot(), alone.snapshot());
+        assert_eq!(nanos(Duration::MAX), u64::MAX);
     }
 
     #[test]

@@ -54,6 +54,7 @@ fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
     let mut raw = server.connect();
     let faulty = raw.handle("faulty");
     let batches = || server.metric("ferry_batches_total", &["model=\"faulty\""]);
+    let quarantined = || server.metric("ferry_quarantine_requests", &[]);
     for (round, executed) in
         [Executed::Maybe, Executed::Maybe, Executed::Never, Executed::Never].into_iter().enumerate()
     {
@@ -61,6 +62,8 @@ fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
         let refusal = raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
         assert_eq!((refusal.executed, batches() - before), (executed, f64::from(u8::from(round < 2))), "round {round}");
         raw.round(&Ask::word(faulty, 4)).expect_result();
+        // Its caller may know before the batcher does.
+        wait_until("it is quarantined", || round == 0 || quarantined() == 1.0);
     }
     // In company it is known at once: it failed with the others, and alone.
     let both = [raw.ask(&Ask::word(faulty, 2).compose(1, 2)), raw.ask(&Ask::word(faulty, 5).compose(1, 2))];
@@ -71,12 +74,13 @@ fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
             false => drop(event.expect_result()),
         }
     }
+    wait_until("the other is, too", || quarantined() == 2.0);
     let refusal = raw.round(&Ask::word(faulty, 2)).expect_error(Code::ExecutorFailed);
     assert_eq!(refusal.executed, Executed::Never);
     raw.round(&Ask::words(faulty, &[2, 2])).expect_error(Code::ExecutorFailed);
     server.wait_until_at_rest();
     assert_eq!(server.metric("ferry_quarantined_total", &["model=\"faulty\""]), 3.0);
-    assert_eq!(server.metric("ferry_quarantine_requests", &[]), 3.0);
+    assert_eq!(quarantined(), 3.0);
 }
 
 /// Behaviours of the faulty model: longer than the test takes, and longer than its timeout.

@@ -528,6 +528,7 @@ impl World {
             payload_bytes: payload.len() as u32,
             details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25) },
             items: false,
+            in_quota: false,
             late_us: 0,
             trace: 0,
         };

@@ -1,0 +1,325 @@
+#!/usr/bin/env python3
+"""Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a storm of malformed
+frames costs, whether a million answers are each their caller's, how a wrong start ends.
+
+    cargo build --release && python3 benches/promises.py [deadlines] [cancels] [storm] [slow] [answers] [starts] [--json]
+
+    deadlines   every executor sleeps for ten seconds; requests whose deadlines end in 20 to 500 ms wait behind: answer - deadline
+    cancels     the same, given up while they wait and while they run: cancel to answer
+    storm       four attackers connect, send a malformed frame, are sent away, again and again; beside them an open loop of echoes.
+                Against the same open loop without them, in turns. Twice: with bans as they are (the attackers have an address of
+                their own), and without any
+    slow        a thousand peers send a hello byte by byte; beside them the same echoes
+    answers     `ferry load --verify` with lengths of 1 to 2,000 bytes: each answer is compared with what its request must get
+    starts      what cannot be served: exit status, lines said, seconds
+
+Standard library only. The load generators share the machine with the server.
+"""
+
+import argparse
+import json
+import pathlib
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
+from server import FERRY, Server, machine  # noqa: E402
+
+HELLO, HELLO_ACK, DESCRIBE, DESCRIPTION, INFER, RESULT, ERROR, CANCEL, CREDIT = 1, 2, 3, 4, 5, 6, 8, 9, 12
+TABLE = []
+for byte in range(256):
+    for _ in range(8):
+        byte = (byte >> 1) ^ 0x82F63B78 if byte & 1 else byte >> 1
+    TABLE.append(byte)
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def string(text):
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def frame(kind, request_id, metadata=b"", payload=b"", model=0):
+    head = struct.pack("<3s3BHQ3I", b"FRY", 1, kind, 0, model, request_id, len(metadata), len(payload), crc32c(payload))
+    return head + struct.pack("<I", crc32c(head + metadata)) + metadata + payload
+
+
+class Caller:
+    """One connection. Answers are read by a thread and noted with their time."""
+
+    def __init__(self, addr, model):
+        host, port = addr.rsplit(":", 1)
+        self.socket = socket.create_connection((host, int(port)), timeout=30)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.stream = self.socket.makefile("rb")
+        self.socket.sendall(frame(HELLO, 0, struct.pack("<BBQ", 1, 1, 0) + string("promises") + string("") + string("")))
+        self.read()
+        self.socket.sendall(frame(DESCRIBE, 1, string(model) + string("")))
+        kind, _, metadata = self.read()
+        assert kind == DESCRIPTION, f"expected a description, got kind {kind}"
+        self.handle, self.next_id, self.ended = struct.unpack_from("<H", metadata)[0], 2, {}
+        threading.Thread(target=self.collect, daemon=True).start()
+
+    def read(self):
+        head = self.stream.read(32)
+        if len(head) < 32:
+            raise EOFError
+        _, _, kind, _, _, request_id, meta_len, pay_len, _, _ = struct.unpack("<3s3BHQ4I", head)
+        metadata = self.stream.read(meta_len)
+        self.stream.read(pay_len)
+        return kind, request_id, metadata
+
+    def collect(self):
+        try:
+            while True:
+                kind, request_id, metadata = self.read()
+                if kind in (RESULT, ERROR):
+                    code, stage = struct.unpack_from("<HB", metadata) if kind == ERROR else (0, 0)
+                    self.ended[request_id] = (time.monotonic(), code, stage)
+        except (EOFError, OSError):
+            pass
+
+    def sleep(self, micros, deadline_us=0):
+        """Asks the model to sleep. Returns the request's id and when it was sent."""
+        request_id, self.next_id = self.next_id, self.next_id + 1
+        tensor = struct.pack("<BBQ2I", 0, 5, 2, 1, 1)
+        metadata = struct.pack("<QBBQIQBQ", deadline_us, 0, 0, 0, 0, 0, 0, 1) + tensor
+        sent = time.monotonic()
+        self.socket.sendall(frame(INFER, request_id, metadata, struct.pack("<I", micros), self.handle))
+        return request_id, sent
+
+    def cancel(self, request_id):
+        at = time.monotonic()
+        self.socket.sendall(frame(CANCEL, request_id))
+        return at
+
+    def wait(self, ids, seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not all(one in self.ended for one in ids):
+            time.sleep(0.002)
+        return [self.ended.get(one) for one in ids]
+
+
+def spread(seconds):
+    times = sorted(1000 * one for one in seconds)
+    at = lambda share: round(times[min(int(share * len(times)), len(times) - 1)], 3)  # noqa: E731
+    return {"count": len(times), "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": round(times[-1], 3)}
+
+
+def stuck(server, executors=8):
+    """Every executor sleeps for ten seconds, and what is bound behind it."""
+    caller = Caller(server.data, "sleep")
+    held = []
+    for _ in range(executors):
+        held.append(caller.sleep(10_000_000)[0])
+        time.sleep(0.03)  # each is a batch of its own
+    return caller, held
+
+
+def deadlines():
+    with Server(["sleep"]) as server:
+        _, _ = stuck(server)
+        caller = Caller(server.data, "sleep")
+        asked = []
+        for at in range(200):
+            budget = 0.02 + 0.48 * (at * 37 % 200) / 200
+            asked.append((*caller.sleep(1000, int(budget * 1e6)), budget))
+            time.sleep(0.01)
+        ended = caller.wait([one for one, *_ in asked], 3)
+        assert all(ended), f"{sum(one is None for one in ended)} of 200 were never answered"
+        late = [end[0] - sent - budget for end, (_, sent, budget) in zip(ended, asked)]
+        codes = sorted({(end[1], end[2]) for end in ended})
+    with Server(["sleep"]) as server:
+        caller = Caller(server.data, "sleep")
+        running = []
+        for _ in range(20):
+            running.append((*caller.sleep(400_000, 200_000), 0.2))
+            time.sleep(0.45)
+        ended = caller.wait([one for one, *_ in running], 3)
+        ran = [end[0] - sent - budget for end, (_, sent, budget) in zip(ended, running)]
+        codes = sorted({*codes, *((end[1], end[2]) for end in ended)})
+    return {"behind_stuck_executors": spread(late), "while_it_runs": spread(ran), "codes_and_stages": codes}
+
+
+def cancels():
+    with Server(["sleep"]) as server:
+        _, _ = stuck(server)
+        caller = Caller(server.data, "sleep")
+        took = []
+        for _ in range(100):
+            one, _ = caller.sleep(1000)
+            time.sleep(0.01)
+            at = caller.cancel(one)
+            took.append(caller.wait([one], 2)[0][0] - at)
+    with Server(["sleep"]) as server:
+        caller = Caller(server.data, "sleep")
+        ran = []
+        for _ in range(20):
+            one, _ = caller.sleep(300_000)
+            time.sleep(0.05)
+            at = caller.cancel(one)
+            ran.append(caller.wait([one], 2)[0][0] - at)
+            time.sleep(0.3)
+    return {"while_it_waits": spread(took), "while_it_runs": spread(ran)}
+
+
+def attack(addr, source, until, counts, at):
+    host, port = addr.rsplit(":", 1)
+    garbage = b"FRY\x09" + bytes(28)
+    while time.monotonic() < until:
+        try:
+            with socket.create_connection((host, int(port)), timeout=2, source_address=(source, 0)) as peer:
+                peer.sendall(garbage)
+                while peer.recv(4096):
+                    pass
+            counts[at] += 1
+        except OSError:
+            counts[at] += 1
+
+
+ATTACK = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from promises import attack
+counts = [0, 0]
+until = time.monotonic() + float(sys.argv[4])
+threads = [threading.Thread(target=attack, args=(sys.argv[2], sys.argv[3], until, counts, at)) for at in range(2)]
+[thread.start() for thread in threads]; [thread.join() for thread in threads]
+print(sum(counts))
+"""
+
+
+def echoes(server, seconds, rate):
+    """Good traffic: an open loop of small requests."""
+    command = [FERRY, "load", "--addr", server.data, "--model", "echo", "--lengths", "fixed:64", "--rate", str(rate), "--warmup", "0.5s",
+               "--duration", f"{seconds}s", "--connections", "4", "--deadline", "50ms", "--json"]
+    report = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {"on_time_per_s": round(report["goodput_rps"]), "p99_ms": round(report["latency_us"]["p99"] / 1000, 3),
+            "errors": report["errors"], "lost": report["lost"]}
+
+
+def storm(seconds=6, rate=20_000):
+    found = {"offered_per_s": rate}
+    for name, sets in [("with_bans", []), ("without_bans", ["abuse.ban_ms=0"])]:
+        with Server(["echo"], sets) as server:
+            calm = echoes(server, seconds, rate)
+            line = [sys.executable, "-c", ATTACK, str(pathlib.Path(__file__).parent), server.data, "127.0.0.2", str(seconds)]
+            attackers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+            stormy = echoes(server, seconds, rate)
+            frames = sum(int(one.communicate()[0]) for one in attackers)
+            found[name] = {"calm": calm, "storm": stormy, "attacks_per_s": round(frames / seconds),
+                           "goodput_kept": round(stormy["on_time_per_s"] / max(calm["on_time_per_s"], 1), 4)}
+    return found
+
+
+def slow(peers=1000, seconds=6, rate=20_000):
+    """Peers that send a hello byte by byte, all at once."""
+    hello = frame(HELLO, 0, struct.pack("<BBQ", 1, 1, 0) + string("slow") + string("") + string(""))
+    with Server(["echo"]) as server:
+        calm = echoes(server, seconds, rate)
+        before, host, port = server.resident_kib(), *server.data.rsplit(":", 1)
+        held, gone, began = {}, [], time.monotonic()
+        for at in range(peers):
+            peer = socket.create_connection((host, int(port)), timeout=2, source_address=("127.0.0.2", 0))
+            peer.setblocking(False)
+            held[peer] = time.monotonic()
+        opened = time.monotonic() - began
+        good = {}
+        beside = threading.Thread(target=lambda: good.update(echoes(server, seconds, rate)))
+        beside.start()
+        sent, most = 0, 0
+        while held and time.monotonic() - began < 30:
+            for peer, since in list(held.items()):
+                try:
+                    if sent < len(hello) - 1:
+                        peer.send(hello[sent:sent + 1])
+                    closed = peer.recv(4096) == b""
+                except BlockingIOError:
+                    closed = False
+                except OSError:
+                    closed = True
+                if closed:
+                    gone.append(time.monotonic() - since)
+                    del held[peer]
+            sent += 1
+            most = max(most, server.resident_kib())
+            time.sleep(0.2)
+        beside.join()
+        for peer in held:
+            peer.close()
+    return {"peers": peers, "opened_in_s": round(opened, 2), "closed": len(gone), "closed_after": spread(gone) if gone else None,
+            "kib_a_peer": round((most - before) / peers, 2), "calm": calm, "beside": good,
+            "goodput_kept": round(good["on_time_per_s"] / max(calm["on_time_per_s"], 1), 4)}
+
+
+def answers(seconds=20):
+    with Server(["echo"]) as server:
+        command = [FERRY, "load", "--addr", server.data, "--model", "echo", "--lengths", "uniform:1..2000", "--concurrency", "256",
+                   "--connections", "8", "--duration", f"{seconds}s", "--verify=1", "--json"]
+        report = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    return {key: report[key] for key in ("ok", "verified", "mismatches", "lost")}
+
+
+def starts():
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    low = lambda what, value: lambda: resource.setrlimit(what, (value, value))  # noqa: E731
+    with tempfile.TemporaryDirectory() as folder:
+        models = pathlib.Path(folder) / "models"
+        (models / "broken").mkdir(parents=True)
+        (models / "broken" / "model.toml").write_text("architecture = 7\n")
+        good = ["--models", str(pathlib.Path(__file__).parents[1] / "models")]
+        cases = {
+            "port in use": ([*good, "--listen", f"127.0.0.1:{port}"], None),
+            "no models directory": (["--models", folder + "/none"], None),
+            "broken manifest": (["--models", str(models)], None),
+            "unknown key": ([*good, "--set", "no.such=1"], None),
+            "value out of range": ([*good, "--set", "executor.threads=0"], None),
+            "beyond loopback without tenants": ([*good, "--listen", "0.0.0.0:0"], None),
+            "no certificate": ([*good, "--set", "tls.certificate=/none", "--set", "tls.key=/none"], None),
+            "few descriptors": (good, low(resource.RLIMIT_NOFILE, 24)),
+            "little locked memory": (good, low(resource.RLIMIT_MEMLOCK, 4096)),
+        }
+        found = {}
+        for name, (arguments, before) in cases.items():
+            listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+            command = [FERRY, "serve", *listen, "--control", "127.0.0.1:0", *arguments]
+            began = time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=before, timeout=20)
+            said = (done.stderr + done.stdout).strip().splitlines()
+            found[name] = {"status": done.returncode, "lines": len(said), "seconds": round(time.monotonic() - began, 3),
+                           "said": (said or [""])[-1][:200]}
+        return found
+
+
+PARTS = {"deadlines": deadlines, "cancels": cancels, "storm": storm, "slow": slow, "answers": answers, "starts": starts}
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    options.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    options.add_argument("--json", action="store_true")
+    args = options.parse_args()
+    result = {"machine": machine()}
+    for name in args.parts or PARTS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        result[name] = PARTS[name]()
+        if not args.json:
+            print(json.dumps({name: result[name]}, indent=1), flush=True)
+    if args.json:
+        print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
