@@ -23,6 +23,7 @@ use crate::clock;
 use crate::config::{Config, OtelProtocol, Place};
 use crate::contract::Contract;
 use crate::control::admin::{self, Beside, ControlHandle, ControlOptions};
+use crate::control::auth::{Gate, Stranger};
 use crate::control::lifecycle::Lifecycle;
 use crate::device::sim::{self, SimDevice};
 use crate::executor::cpu::CpuExecutor;
@@ -31,6 +32,7 @@ use crate::executor::fence::{Fence, Pass};
 use crate::executor::model::LoadedModel;
 use crate::executor::slot::{FilledSlot, VacantSlot};
 use crate::executor::worker::{Answers, Left, Worker};
+use crate::frontend::access::{Proof, SharedAccess};
 use crate::frontend::traces::Tracing;
 use crate::frontend::watchdog::Watch;
 use crate::frontend::{self, Catalog, abuse, preflight, shard};
@@ -320,7 +322,10 @@ fn build(
     let (words_sender, words) = flume::bounded(4);
     let board = Arc::new(Board::new(plan.contracts.len(), words_sender));
     let (tracing, records) = tracing_of(config);
-    let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board, records)?;
+    let control = {
+        let shared = access.as_ref().map(|access| &access.shared);
+        start_control(&plan, &lifecycle, &catalog, &stopper, &board, records, shared)?
+    };
 
     let mut others = Vec::new();
     let executors = ExecutorThreads::default();
@@ -370,6 +375,19 @@ fn build(
     })
 }
 
+/// Whom the control port lets in.
+fn gate(access: &Arc<SharedAccess>) -> Arc<Gate> {
+    let (who, how) = (Arc::clone(access), Arc::clone(access));
+    Arc::new(Gate {
+        prove: Box::new(move |token, addr, now| match who.prove(token, addr, now) {
+            Proof::Of(identity) => Ok(identity.roles),
+            Proof::Nothing => Err(Stranger::Unknown),
+            Proof::Banned => Err(Stranger::Banned),
+        }),
+        tls: Box::new(move || how.current().control_tls.clone()),
+    })
+}
+
 fn start_control(
     plan: &Plan<'_>,
     lifecycle: &Arc<Lifecycle>,
@@ -377,6 +395,7 @@ fn start_control(
     stopper: &Stopper,
     board: &Arc<Board>,
     records: Option<Receiver<RequestRecord>>,
+    access: Option<&Arc<SharedAccess>>,
 ) -> Result<ControlHandle, StartError> {
     plan.contracts.iter().for_each(|contract| lifecycle.set_cold(&contract.name));
     plan.telemetry.publish_limits(plan.config.limits());
@@ -393,6 +412,7 @@ fn start_control(
         on_drain: Arc::new(move || drain.drain()),
         batcher: plan.batcher.clone(),
         shadow: Arc::clone(board),
+        gate: access.filter(|_| plan.config.control_auth).map(gate),
     };
     admin::spawn_with(options, records)
         .map_err(|error| StartError::Thread(format!("control port {}: {error}", plan.config.control)))

@@ -126,6 +126,14 @@ pub fn server_config(files: &ServerFiles) -> Result<Arc<ServerConfig>, TlsError>
     Ok(Arc::new(config))
 }
 
+/// The same for HTTP on the control port: no certificate is asked for, tokens say who it is there; no protocol has to be named.
+pub fn control_config(files: &ServerFiles) -> Result<Arc<ServerConfig>, TlsError> {
+    let files = ServerFiles { client_ca: None, client_auth: ClientAuth::None, ..files.clone() };
+    let mut config = ServerConfig::clone(&*server_config(&files)?);
+    config.alpn_protocols.clear();
+    Ok(Arc::new(config))
+}
+
 /// What a client's sessions begin with: the authorities that it trusts, and its own certificate where it has one.
 pub fn client_config(ca: &Path, own: Option<(&Path, &Path)>) -> Result<Arc<ClientConfig>, TlsError> {
     let builder = ClientConfig::builder_with_provider(provider())

@@ -307,6 +307,111 @@ fn f54_a_role_that_is_missing_is_said_and_nothing_is_run() {
     assert_eq!(server.metric("ferry_requests_refused_total", &["permission_denied"]), 1.0);
 }
 
+/// Status and all of an answer of the control port.
+fn ask_control(server: &Server, tls: Option<&ClientTls>, line: &str, headers: &str) -> (u16, String) {
+    let socket = TcpStream::connect(server.control).expect("it listens");
+    socket.set_read_timeout(Some(Duration::from_secs(60))).expect("a timeout");
+    let rest = "HTTP/1.1\r\nHost: somewhere.example\r\nConnection: close\r\nContent-Length: 0\r\n";
+    let request = format!("{line} {rest}{headers}\r\n");
+    let mut answer = String::new();
+    let exchange = |mut stream: Box<dyn ReadWrite>, answer: &mut String| {
+        stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(answer))
+    };
+    let done = match tls {
+        Some(tls) => exchange(Box::new(tls.open(socket).expect("a good name")), &mut answer),
+        None => exchange(Box::new(socket), &mut answer),
+    };
+    done.unwrap_or_else(|error| panic!("{line}: {error}: {answer}"));
+    let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok());
+    (status.unwrap_or_else(|| panic!("{line}: {answer:?}")), answer)
+}
+
+trait ReadWrite: Read + Write {}
+
+impl<T: Read + Write> ReadWrite for T {}
+
+#[test]
+fn f54_where_the_control_port_wants_tokens_one_role_looks_and_another_changes() {
+    let office = Office::new();
+    let [asks, looks, rules] = [("asks", "\"infer\""), ("looks", "\"observe\""), ("rules", "\"admin\"")]
+        .map(|(name, roles)| office.tenant(name, roles, name.len() as u8));
+    office.write("tenants.toml", &[&*asks.0, &*looks.0, &*rules.0].concat());
+    for encrypted in [false, true] {
+        let mut sets = vec![office.set("auth.tenants", "tenants.toml"), "auth.control=true".into()];
+        sets.extend(encrypted.then(|| office.tls_sets()).into_iter().flatten());
+        let server = start(&sets);
+        let tls = encrypted.then(|| office.client(None));
+        let ask = |line: &str, headers: &str| ask_control(&server, tls.as_ref(), line, headers);
+        assert_eq!((ask("GET /healthz", "").0, ask("GET /readyz", "").0), (200, 200), "a supervisor has no token");
+        let as_whom = |line: &str| {
+            let bearer = |token: &str| ask(line, &format!("Authorization: Bearer {token}\r\n")).0;
+            [bearer(&asks.1), bearer(&looks.1), bearer(&rules.1)]
+        };
+        for line in ["GET /metrics", "GET /stats", "GET /", "GET /v1/models/echo/policy"] {
+            let (status, answer) = ask(line, "");
+            assert_eq!(status, 401, "{line}");
+            assert!(
+                answer.to_ascii_lowercase().contains("www-authenticate: basic"),
+                "a browser asks its user: {answer}"
+            );
+            assert_eq!(as_whom(line), [403, 200, 200], "{line}");
+        }
+        assert_eq!(as_whom("GET /nothing"), [403, 404, 404]);
+        assert_eq!(as_whom("DELETE /v1/models/nothing/trial"), [403, 403, 404]);
+        // As a browser shows it, and from a page of elsewhere that a browser shows it for.
+        let basic = base64_of(&format!("me:{}", looks.1));
+        let from = |headers: &str| ask("GET /stats", &format!("Authorization: Basic {basic}\r\n{headers}")).0;
+        assert_eq!((from(""), from("Origin: https://evil.example\r\n")), (200, 403));
+        // Guesses are counted, and cost nobody the data port.
+        let guess = "Authorization: Bearer ferry_rules_guess\r\n";
+        let guesses = (0..20).map(|_| ask("POST /drain", guess).0).collect::<Vec<_>>();
+        assert!(guesses.starts_with(&[401]) && guesses.ends_with(&[429]), "{guesses:?}");
+        assert_eq!(as_whom("GET /stats"), [429; 3], "not even the right one");
+        echo(&Client::connect(server.data, options(tls, &asks.1)).expect("served"), 1, 1).expect("served");
+        assert!(!server.has_ended());
+    }
+}
+
+fn base64_of(text: &str) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut out = String::new();
+    for part in text.as_bytes().chunks(3) {
+        let bits = part.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - part.len()));
+        let digit = |at: usize| char::from(DIGITS[(bits >> (18 - 6 * at)) as usize & 63]);
+        (0..4).for_each(|at| out.push(if at <= part.len() { digit(at) } else { '=' }));
+    }
+    out
+}
+
+#[test]
+fn f54_commands_ask_an_encrypted_control_port_and_a_drain_by_an_admin_drains() {
+    let office = Office::new();
+    let (table, token) = office.tenant("rules", "\"admin\"", 9);
+    office.write("tenants.toml", &table);
+    office.write("token", &token);
+    let mut sets = office.tls_sets();
+    sets.extend([office.set("auth.tenants", "tenants.toml"), "auth.control=true".into()]);
+    let server = start(&sets);
+    let file = |name: &str| office.path(name).display().to_string();
+    let ferry = |more: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_ferry"))
+            .args(["set", "echo", "rows_max=3", "--control", &server.control.to_string()])
+            .args(more)
+            .output()
+            .expect("the binary runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let encrypted = ["--control-tls", "--tls-ca", &file("server-ca.pem")];
+    let (status, said) = ferry(&[&encrypted[..], &["--token-file", &file("token")]].concat());
+    assert_eq!(status, Some(0), "{said}");
+    assert_eq!(ferry(&encrypted).0, Some(1), "no token");
+    let (status, said) = ferry(&["--token-file", &file("token")]);
+    assert!(status == Some(1) && said.contains("--control-tls"), "{said}");
+    let bearer = format!("Authorization: Bearer {token}\r\n");
+    assert_eq!(ask_control(&server, Some(&office.client(None)), "POST /drain", &bearer).0, 202);
+    assert_eq!(server.ending(), Ending::Drained);
+}
+
 #[test]
 fn f50_a_large_frame_before_the_hello_is_refused_by_its_header() {
     let office = Office::new();

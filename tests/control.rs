@@ -56,6 +56,7 @@ fn start_on(ip: [u8; 4]) -> Control {
         }),
         batcher,
         shadow: board(),
+        gate: None,
     })
     .expect("a free port");
     Control { handle, telemetry, lifecycle, drains, mailbox }
@@ -232,6 +233,7 @@ fn a_port_that_is_taken_is_an_error_and_not_a_panic() {
         on_drain: Arc::new(|| {}),
         batcher: mailbox(1).0,
         shadow: board(),
+        gate: None,
     })
     .expect_err("the port is taken");
     assert_eq!(error.kind(), std::io::ErrorKind::AddrInUse);

@@ -95,6 +95,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "scheduler",
             "shadow",
             "telemetry",
+            "tenants",
             "timeline",
             "trial",
             "vocab",

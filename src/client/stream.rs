@@ -25,6 +25,23 @@ pub struct ClientTls {
     pub name: String,
 }
 
+impl ClientTls {
+    fn session(&self, socket: &TcpStream) -> std::io::Result<ClientConnection> {
+        let name = match self.name.as_str() {
+            "" => ServerName::IpAddress(socket.peer_addr()?.ip().into()),
+            name => ServerName::try_from(name.to_owned()).map_err(|_| {
+                std::io::Error::new(ErrorKind::InvalidInput, format!("{name:?} is not a name of a server"))
+            })?,
+        };
+        ClientConnection::new(Arc::clone(&self.config), name).map_err(broken)
+    }
+
+    /// Encrypts a socket that blocks, for whatever is spoken on it. The handshake is made with the first byte.
+    pub fn open(&self, socket: TcpStream) -> std::io::Result<impl Read + Write + use<>> {
+        Ok(rustls::StreamOwned::new(self.session(&socket)?, socket))
+    }
+}
+
 /// Bytes that are encrypted at a time, and records that are read at a time.
 const PART: usize = 16 << 10;
 
@@ -100,13 +117,7 @@ impl Stream {
     /// Encrypts a socket that blocks: the handshake is over when this returns.
     pub(crate) fn open(mut socket: TcpStream, tls: Option<&ClientTls>) -> std::io::Result<Stream> {
         let Some(tls) = tls else { return Ok(Stream::Plain(socket)) };
-        let name = match tls.name.as_str() {
-            "" => ServerName::IpAddress(socket.peer_addr()?.ip().into()),
-            name => ServerName::try_from(name.to_owned()).map_err(|_| {
-                std::io::Error::new(ErrorKind::InvalidInput, format!("{name:?} is not a name of a server"))
-            })?,
-        };
-        let mut session = ClientConnection::new(Arc::clone(&tls.config), name).map_err(broken)?;
+        let mut session = tls.session(&socket)?;
         while session.is_handshaking() {
             session.complete_io(&mut socket)?;
         }

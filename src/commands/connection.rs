@@ -7,7 +7,7 @@ use clap::Args;
 use ferry::client::{ClientOptions, ClientTls};
 use ferry::tls;
 
-/// Of every command that connects to a data port.
+/// Of every command that connects to a server.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ConnectionArgs {
     /// Encrypt, and trust servers whose certificate is signed by one of these authorities (PEM).
@@ -29,6 +29,9 @@ pub struct ConnectionArgs {
     /// The key of --tls-cert (PEM).
     #[arg(long, global = true, value_name = "FILE", requires = "tls_cert", help_heading = "Connection")]
     tls_key: Option<PathBuf>,
+    /// The control port is encrypted, too (`auth.control` with `tls.certificate`).
+    #[arg(long, global = true, requires = "tls_ca", help_heading = "Connection")]
+    control_tls: bool,
     /// Show the token in this file [default: the variable FERRY_TOKEN]. There is no flag for the token itself: arguments can be seen
     /// by everybody on the machine.
     #[arg(long, global = true, value_name = "FILE", help_heading = "Connection")]
@@ -40,6 +43,7 @@ pub struct ConnectionArgs {
 struct Connection {
     token: Vec<u8>,
     tls: Option<ClientTls>,
+    control_tls: bool,
 }
 
 static CONNECTION: OnceLock<Connection> = OnceLock::new();
@@ -60,7 +64,7 @@ pub fn set(args: &ConnectionArgs) -> Result<(), String> {
         Ok::<_, String>(ClientTls { config, name: args.tls_name.clone().unwrap_or_default() })
     };
     let tls = args.tls_ca.as_deref().map(encrypt).transpose()?;
-    let _ = CONNECTION.set(Connection { token, tls });
+    let _ = CONNECTION.set(Connection { token, tls, control_tls: args.control_tls });
     Ok(())
 }
 
@@ -74,6 +78,11 @@ pub fn token() -> Vec<u8> {
 
 pub fn tls() -> Option<ClientTls> {
     connection().tls.clone()
+}
+
+/// How a control port is spoken to; None: in plain.
+pub fn control_tls() -> Option<ClientTls> {
+    tls().filter(|_| connection().control_tls)
 }
 
 pub fn options() -> ClientOptions {

@@ -1,4 +1,5 @@
-//! Requests to a control port: HTTP/1.1 in a few lines, one connection each, JSON both ways.
+//! Requests to a control port: HTTP/1.1 in a few lines, one connection each, JSON both ways. With the token and the TLS of the
+//! command's flags.
 //!
 //! Always true
 //! - An answer has at most [`ANSWER_BYTES_MAX`] bytes, and comes within [`PATIENCE`] or not at all.
@@ -8,6 +9,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use serde_json::Value;
+
+use super::connection;
 
 const ANSWER_BYTES_MAX: u64 = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,14 +32,29 @@ pub fn text(addr: SocketAddr, path: &str) -> Result<String, String> {
     }
 }
 
+trait Duplex: Read + Write {}
+
+impl<T: Read + Write> Duplex for T {}
+
 fn exchange(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) -> Result<(u16, Vec<u8>), String> {
     let exchange = || -> std::io::Result<Vec<u8>> {
-        let mut stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+        let socket = TcpStream::connect_timeout(&addr, PATIENCE)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.set_write_timeout(Some(PATIENCE))?;
+        let tls = connection::control_tls();
+        // In plain a token stays on this machine.
+        let may_show = tls.is_some() || addr.ip().is_loopback();
+        let mut stream: Box<dyn Duplex> = match tls {
+            Some(tls) => Box::new(tls.open(socket)?),
+            None => Box::new(socket),
+        };
+        let shown = match String::from_utf8_lossy(&connection::token()).into_owned() {
+            token if token.is_empty() || !may_show => String::new(),
+            token => format!("Authorization: Bearer {token}\r\n"),
+        };
         let body = body.map_or(String::new(), Value::to_string);
         let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\nContent-Type: application/json\r\n\
+            "{method} {path} HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n{shown}Content-Type: application/json\r\n\
              Content-Length: {}\r\n\r\n",
             body.len()
         );
@@ -47,7 +65,9 @@ fn exchange(addr: SocketAddr, method: &str, path: &str, body: Option<&Value>) ->
         Ok(answer)
     };
     let answer = exchange().map_err(|error| format!("control port {addr}: {method} {path}: {error}"))?;
-    read_answer(&answer).ok_or_else(|| format!("control port {addr}: {method} {path}: the answer is not HTTP"))
+    read_answer(&answer).ok_or_else(|| {
+        format!("control port {addr}: {method} {path}: the answer is not HTTP; where it is encrypted, --control-tls")
+    })
 }
 
 fn read_answer(answer: &[u8]) -> Option<(u16, Vec<u8>)> {

@@ -103,7 +103,7 @@ pub const SETTINGS: &[Setting] = &[
     Setting {
         key: "allow_unauthenticated",
         about: "Lets ports listen beyond this machine although nobody has to prove anything there: everyone who can reach
-                them can use them. The data port does not need it with auth.tenants; the control port always does.",
+                them can use them. The data port does not need it with auth.tenants, nor does the control port with auth.control.",
         access: Access::Bool(|c| &mut c.allow_unauthenticated),
     },
     Setting {
@@ -327,6 +327,13 @@ pub const SETTINGS: &[Setting] = &[
         about: "File of those who may ask: tenants with tokens, certificates and roles (README, Who may ask). Read again when it
                 changes. Empty: nobody has to prove anything.",
         access: Access::PathOrNone(|c| &mut c.tenants),
+    },
+    Setting {
+        key: "auth.control",
+        about: "The control port wants a tenant's token (Authorization: Bearer, or Basic with the token as password): observe to
+                look, admin to change anything. /healthz and /readyz answer everybody. Where tls.certificate is set it speaks
+                TLS, and may then listen beyond this machine.",
+        access: Access::Bool(|c| &mut c.control_auth),
     },
     Setting {
         key: "tls.certificate",
@@ -688,9 +695,18 @@ pub(super) fn contradictions(config: &Config) -> Vec<String> {
     }
     let beyond = |addr: &SocketAddr| !addr.ip().is_loopback() && !config.allow_unauthenticated;
     let words = "allow_unauthenticated = true if everyone who can reach it may use it";
-    if beyond(&config.control) {
+    if beyond(&config.control) && !config.control_auth {
         found.push(format!(
-            "control must be a loopback address because the control port has no authentication, got {}; set {words}",
+            "control must be a loopback address where nobody has to prove who they are, got {}; set auth.control, or {words}",
+            config.control
+        ));
+    }
+    if config.control_auth && config.tenants.is_none() {
+        found.push("auth.control needs auth.tenants: the file of those whose tokens it takes".into());
+    }
+    if !config.control.ip().is_loopback() && config.control_auth && config.tls.certificate.is_none() {
+        found.push(format!(
+            "control must be a loopback address where credentials are not encrypted, got {}; set tls.certificate and tls.key",
             config.control
         ));
     }

@@ -50,6 +50,8 @@ pub struct Config {
     pub tls: Tls,
     /// File of tenants; none: nobody has to prove anything.
     pub tenants: Option<PathBuf>,
+    /// The control port wants a token, too.
+    pub control_auth: bool,
     pub log: Log,
 }
 
@@ -344,6 +346,7 @@ impl Config {
             },
             tls: Tls::default(),
             tenants: None,
+            control_auth: false,
             log: Log { format: LogFormat::Text, level: "info".into() },
         }
     }

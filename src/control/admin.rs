@@ -22,6 +22,7 @@
 //!   dawdles or floods costs this thread a bounded share of a core, and the data path nothing.
 //! - Health and readiness are answered beyond the request rate, so that a busy scraper cannot make a supervisor
 //!   think that the server is dead.
+//! - Where tokens are wanted (auth.rs) nobody without one gets more than health and readiness.
 //! - A page in a browser can use this port only if this port served it (origin.rs), and cannot drain the server at all.
 
 use std::future::Future;
@@ -44,7 +45,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::Sleep;
+use tokio_rustls::server::TlsStream;
+use tokio_rustls::{Accept, TlsAcceptor};
 
+use super::auth::{self, Gate, Peer};
 use super::capture::capture;
 use super::dashboard::{self, Live};
 use super::lifecycle::{self, Lifecycle};
@@ -85,6 +89,8 @@ pub struct ControlOptions {
     pub batcher: Sender<ToBatcher>,
     /// What is asked of the shadow schedulers, and what they have found.
     pub shadow: Arc<Board>,
+    /// Who may ask; None: everybody who can reach the port.
+    pub gate: Option<Arc<Gate>>,
 }
 
 /// Work for the control thread beside the port. It is to end when the channel that it is given does.
@@ -137,13 +143,14 @@ pub fn spawn_with(options: ControlOptions, beside: Option<Beside>) -> io::Result
         let _inside = runtime.enter();
         TcpListener::from_std(listener)?
     };
-    let router = router(options);
+    let gate = options.gate.clone();
+    let router = router(options).into_make_service_with_connect_info::<Peer>();
     let (end, ended) = oneshot::channel::<()>();
     let thread = std::thread::Builder::new().name("ferry-control".into()).spawn(move || {
         runtime.block_on(async {
             let (end_beside, beside_ended) = oneshot::channel();
             let beside = beside.map(|work| tokio::spawn(work(beside_ended)));
-            let serve = axum::serve(Bounded::new(listener), router);
+            let serve = axum::serve(Bounded::new(listener, gate), router);
             tokio::select! {
                 _ = serve => {}
                 _ = ended => {} // by drop, too
@@ -278,6 +285,11 @@ impl Shared {
 }
 
 fn router(options: ControlOptions) -> Router {
+    let gate = options.gate.clone();
+    let guarded = |router: Router<Arc<Shared>>| match &gate {
+        None => router.layer(middleware::from_fn(origin::guard)),
+        Some(_) => router.layer(middleware::from_fn(origin::guard_by_any_name)),
+    };
     let shared = Arc::new(Shared {
         options,
         rate: Mutex::new(Rate::new(RATE, clock::now())),
@@ -295,18 +307,21 @@ fn router(options: ControlOptions) -> Router {
         .merge(shadow::routes())
         .merge(insight::routes())
         .merge(recorder::routes())
-        .merge(dashboard::routes())
-        .layer(middleware::from_fn(origin::guard))
+        .merge(dashboard::routes());
+    let paced = guarded(paced)
         .route("/metrics", get(metrics))
         .fallback(unknown)
         .layer(middleware::from_fn_with_state(Arc::clone(&shared), pace));
-    Router::new()
-        .route("/drain", post(drain)) // never refused for rate: it is what ends an overload
-        .layer(middleware::from_fn(origin::guard))
+    // Never refused for rate: it is what ends an overload.
+    let all = guarded(Router::new().route("/drain", post(drain))).merge(paced);
+    let all = match gate {
+        None => all,
+        Some(gate) => all.layer(middleware::from_fn_with_state(gate, auth::guard)),
+    };
+    all
         // Of a supervisor or a scraper, who may know this machine by any name.
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
-        .merge(paced)
         .with_state(shared)
 }
 
@@ -428,14 +443,48 @@ impl Rate {
 }
 
 /// Accepts at most [`CONNECTIONS_MAX`] connections at once.
-struct Bounded {
+pub(super) struct Bounded {
     listener: TcpListener,
     seats: Arc<Semaphore>,
+    gate: Option<Arc<Gate>>,
 }
 
 impl Bounded {
-    fn new(listener: TcpListener) -> Bounded {
-        Bounded { listener, seats: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+    fn new(listener: TcpListener, gate: Option<Arc<Gate>>) -> Bounded {
+        Bounded { listener, seats: Arc::new(Semaphore::new(CONNECTIONS_MAX)), gate }
+    }
+}
+
+/// A socket, encrypted or not. The handshake is made by whoever reads or writes first, so that one that dawdles holds up nobody.
+enum Wire {
+    Plain(TcpStream),
+    Shaking(Box<Accept<TcpStream>>),
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+trait Duplex: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Duplex for T {}
+
+impl Wire {
+    fn new(stream: TcpStream, tls: Option<Arc<rustls::ServerConfig>>) -> Wire {
+        match tls {
+            None => Wire::Plain(stream),
+            Some(config) => Wire::Shaking(Box::new(TlsAcceptor::from(config).accept(stream))),
+        }
+    }
+
+    /// What bytes go through, once the handshake is over.
+    fn poll_open(&mut self, context: &mut Context<'_>) -> Poll<io::Result<Pin<&mut dyn Duplex>>> {
+        if let Wire::Shaking(accept) = self {
+            let stream = std::task::ready!(Pin::new(&mut **accept).poll(context))?;
+            *self = Wire::Tls(Box::new(stream));
+        }
+        Poll::Ready(Ok(match self {
+            Wire::Plain(stream) => Pin::new(stream),
+            Wire::Tls(stream) => Pin::new(&mut **stream),
+            Wire::Shaking(_) => unreachable!("replaced above"),
+        }))
     }
 }
 
@@ -447,7 +496,10 @@ impl axum::serve::Listener for Bounded {
         let seat = Arc::clone(&self.seats).acquire_owned().await.expect("the seats are never closed");
         loop {
             match self.listener.accept().await {
-                Ok((stream, addr)) => return (Guarded::new(stream, seat), addr),
+                Ok((stream, addr)) => {
+                    let tls = self.gate.as_ref().and_then(|gate| (gate.tls)());
+                    return (Guarded::new(Wire::new(stream, tls), seat), addr);
+                }
                 // Out of files, or the peer went away: neither gets better by asking again at once.
                 Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
             }
@@ -460,8 +512,8 @@ impl axum::serve::Listener for Bounded {
 }
 
 /// A connection that ends when a request takes too long or is too long.
-struct Guarded {
-    stream: TcpStream,
+pub(super) struct Guarded {
+    stream: Wire,
     /// Bytes read since the last were written.
     request_bytes: usize,
     deadline: Pin<Box<Sleep>>,
@@ -469,7 +521,7 @@ struct Guarded {
 }
 
 impl Guarded {
-    fn new(stream: TcpStream, seat: OwnedSemaphorePermit) -> Guarded {
+    fn new(stream: Wire, seat: OwnedSemaphorePermit) -> Guarded {
         Guarded { stream, request_bytes: 0, deadline: Box::pin(tokio::time::sleep(REQUEST_TIMEOUT)), _seat: seat }
     }
 
@@ -493,7 +545,7 @@ impl AsyncRead for Guarded {
         let this = self.get_mut();
         this.overdue(context)?;
         let before = buffer.filled().len();
-        let read = Pin::new(&mut this.stream).poll_read(context, buffer);
+        let read = std::task::ready!(this.stream.poll_open(context))?.poll_read(context, buffer);
         this.request_bytes += buffer.filled().len() - before;
         if this.request_bytes > REQUEST_BYTES_MAX {
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, "the request is too long")));
@@ -506,7 +558,7 @@ impl AsyncWrite for Guarded {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         this.overdue(context)?;
-        let written = Pin::new(&mut this.stream).poll_write(context, bytes);
+        let written = std::task::ready!(this.stream.poll_open(context))?.poll_write(context, bytes);
         if let Poll::Ready(Ok(1..)) = written {
             this.progressed();
         }
@@ -514,11 +566,16 @@ impl AsyncWrite for Guarded {
     }
 
     fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+        std::task::ready!(self.get_mut().stream.poll_open(context))?.poll_flush(context)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+        match &mut self.get_mut().stream {
+            // There is no session to end.
+            Wire::Shaking(_) => Poll::Ready(Ok(())),
+            Wire::Plain(stream) => Pin::new(stream).poll_shutdown(context),
+            Wire::Tls(stream) => Pin::new(&mut **stream).poll_shutdown(context),
+        }
     }
 }
 

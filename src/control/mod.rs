@@ -6,6 +6,7 @@
 //!   asked of the batcher: bounded copies, a bounded number of times per second, through its mailbox.
 
 pub mod admin;
+pub mod auth;
 mod capture;
 pub mod dashboard;
 mod insight;

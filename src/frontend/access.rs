@@ -4,6 +4,7 @@
 //! - A connection keeps what it proved to be; when tenants change it is asked again whether that still holds.
 //! - Nothing here is touched by a request: looked at when a connection comes, when it says hello, and a few times a second.
 
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -44,6 +45,8 @@ pub(super) fn handshakes() -> Bucket {
 pub struct Access {
     /// None: connections are not encrypted.
     pub tls: Option<Arc<ServerConfig>>,
+    /// Of the control port. None: it is not encrypted.
+    pub control_tls: Option<Arc<ServerConfig>>,
     /// None: nobody has to prove anything.
     pub tenants: Option<Arc<Tenants>>,
 }
@@ -58,6 +61,17 @@ pub struct SharedAccess {
     today: AtomicI64,
     /// Addresses that failed to prove who they are.
     failures: Bans,
+    /// The same on the control port: who fails there is kept out there.
+    control_failures: Bans,
+}
+
+/// What a token comes to on the control port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Proof {
+    Of(Identity),
+    Nothing,
+    /// The address failed too often: what it shows is not looked at for a while.
+    Banned,
 }
 
 impl SharedAccess {
@@ -67,6 +81,24 @@ impl SharedAccess {
             generation: AtomicU64::new(1),
             today: AtomicI64::new(today.0),
             failures: Bans::new(FAILURES),
+            control_failures: Bans::new(FAILURES),
+        }
+    }
+
+    /// Who shows this token on the control port.
+    pub fn prove(&self, token: &[u8], addr: IpAddr, now: Moment) -> Proof {
+        if !self.control_failures.admits(addr, now) {
+            return Proof::Banned;
+        }
+        match self.current().tenants.as_ref().and_then(|tenants| tenants.by_token(token, self.today())) {
+            Some(identity) => Proof::Of(identity),
+            None => {
+                // Whoever shows none is asked for one, as every browser is at first.
+                if !token.is_empty() && self.control_failures.strike(addr, now) {
+                    tracing::warn!(ban = ?FAILURES.ban, "an address failed too often to prove who it is on the control port");
+                }
+                Proof::Nothing
+            }
         }
     }
 

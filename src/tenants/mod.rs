@@ -69,6 +69,10 @@ pub struct Roles(u8);
 impl Roles {
     pub const ALL: Roles = Roles(7);
 
+    pub fn with(self, role: Role) -> Roles {
+        Roles(self.0 | role as u8)
+    }
+
     pub fn has(self, role: Role) -> bool {
         self.0 & role as u8 != 0
     }
