@@ -23,6 +23,8 @@ pub struct Details {
     pub timings: bool,
     /// What came of it, and why; with the timeline.
     pub receipt: bool,
+    /// How much later than intended it was sent, in microseconds; 0: not stated.
+    pub late_us: u32,
 }
 
 /// Mails the batch to every shard that has a member in it.
@@ -135,11 +137,11 @@ fn describe(
         result.timings = Some(timings());
     }
     if details.receipt {
-        result.receipt = Some(Box::new(receipt_of(finished, member)));
+        result.receipt = Some(Box::new(Receipt { late_us: details.late_us.into(), ..receipt_of(finished, member) }));
     }
 }
 
-/// What came of a member, and why.
+/// What came of a member, and why. Its caller knows more: when it meant to send it.
 pub fn receipt_of(finished: &FinishedBatch, member: &Member) -> Receipt {
     let batch = &finished.batch;
     let nanos = |from: Moment, to: Moment| to.since(from).as_nanos() as u64;
@@ -171,6 +173,7 @@ pub fn receipt_of(finished: &FinishedBatch, member: &Member) -> Receipt {
         upload_ns: finished.device.map_or(0, |device| nanos(device.asked_at, device.uploaded_at)),
         readback_ns: finished.device.map_or(0, |device| nanos(device.computed_at, finished.finished_at)),
         predicted_ns: batch.predicted,
+        late_us: 0,
         co_members: finished.members.len() as u32 - 1,
         co_lens,
     }

@@ -155,7 +155,14 @@ fn answer(inbox: &Receiver<ToShard>, out: &mut Vec<u8>) -> usize {
         let ToShard::Batch(finished) = message else { panic!("a batch was run") };
         for member in &finished.members {
             out.clear();
-            append_result(out, &finished, member, 1, Details { timings: true, receipt: false }, finished.finished_at);
+            append_result(
+                out,
+                &finished,
+                member,
+                1,
+                Details { timings: true, ..Details::default() },
+                finished.finished_at,
+            );
             answers += 1;
         }
     }

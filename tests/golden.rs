@@ -410,6 +410,7 @@ fn goldens() -> Vec<Golden> {
                     upload_ns: 40_000,
                     readback_ns: 7000,
                     predicted_ns: 4_800_000,
+                    late_us: 1500,
                     co_members: 2,
                     co_lens: List::from_slice(&[9, 3]).expect("two"),
                 })),

@@ -125,6 +125,7 @@ fn sample_metadata() -> Vec<(Kind, Vec<u8>)> {
         outputs: List::from_slice(&[tensor(0, DType::F32, &[2, 384])]).expect("one"),
         timings: Some(Timings { run_ns: 7, ..Timings::default() }),
         receipt: Some(Box::new(Receipt {
+            late_us: 7,
             co_members: 2,
             co_lens: List::from_slice(&[5, 6]).expect("two"),
             ..Receipt::default()

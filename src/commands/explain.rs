@@ -136,6 +136,7 @@ fn story_of(response: &Response) -> Option<Story> {
         co_members: receipt.co_members,
         co_lens: receipt.co_lens.to_vec(),
         predicted_us: us(receipt.predicted_ns),
+        late_us: receipt.late_us as f64,
         failed: false,
         times_us: Times {
             admit: us(timings.admit_ns),

@@ -185,7 +185,7 @@ fn request(contract: &Contract, model: ModelHandle, slot: u32, rows: u32, len: u
 
 /// The payload of a member's result: the end of its frame, `len` bytes long.
 fn result_payload(finished: &FinishedBatch, at: usize, len: usize) -> Vec<u8> {
-    let (mut out, details) = (Vec::new(), Details { timings: true, receipt: false });
+    let (mut out, details) = (Vec::new(), Details { timings: true, ..Details::default() });
     append_result(&mut out, finished, &finished.members[at], 1, details, Moment(9));
     out.split_off(out.len() - len)
 }

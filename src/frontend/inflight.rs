@@ -25,15 +25,13 @@ pub struct Waiting {
     pub items: bool,
     /// Its tenant's quota counts it.
     pub in_quota: bool,
-    /// How late it was sent, in microseconds; 0: not stated.
-    pub late_us: u32,
     /// What traces.rs keeps of it; 0: nothing.
     pub trace: u32,
 }
 
 impl Waiting {
     pub fn send_lag(&self) -> Option<Duration> {
-        (self.late_us != 0).then(|| Duration::from_micros(self.late_us.into()))
+        (self.details.late_us != 0).then(|| Duration::from_micros(self.details.late_us.into()))
     }
 }
 
@@ -173,7 +171,6 @@ mod tests {
             details: Details::default(),
             items: false,
             in_quota: false,
-            late_us: 0,
             trace: 0,
         }
     }

@@ -123,7 +123,6 @@ mod tests {
                     details: Details::default(),
                     items: false,
                     in_quota: false,
-                    late_us: 0,
                     trace: 0,
                 };
                 let connection = &mut state.connections[at as usize];

@@ -320,10 +320,13 @@ fn accept(
         request_id: header.request_id,
         model: header.model,
         payload_bytes: header.payload_len,
-        details: Details { timings: infer.flags & INFER_TIMINGS != 0, receipt: infer.flags & INFER_RECEIPT != 0 },
+        details: Details {
+            timings: infer.flags & INFER_TIMINGS != 0,
+            receipt: infer.flags & INFER_RECEIPT != 0,
+            late_us: u32::try_from(infer.late_us).unwrap_or(u32::MAX), // more than an hour is an hour
+        },
         items: infer.flags & INFER_ITEMS != 0,
         in_quota,
-        late_us: u32::try_from(infer.late_us).unwrap_or(u32::MAX), // more than an hour is an hour
         trace: 0,
     };
     let key = state.in_flight.insert(waiting, &mut connection.owned).ok_or_else(|| {

@@ -59,6 +59,9 @@ pub struct Story {
     pub co_lens: Vec<u32>,
     /// 0: nothing was known.
     pub predicted_us: f64,
+    /// How much later than intended it was sent, where its caller says so; before all other times. 0: not known.
+    #[serde(default)]
+    pub late_us: f64,
     /// The batch ended without results.
     pub failed: bool,
     pub times_us: Times,
@@ -101,6 +104,7 @@ impl Story {
             co_members: record.members - 1,
             co_lens,
             predicted_us: record.predicted as f64 / 1e3,
+            late_us: 0.0,
             failed: ran.outcome != Outcome::Ok,
             times_us: Times {
                 admit: micros(oldest.received_at, oldest.admitted_at),
@@ -137,6 +141,10 @@ impl Story {
             time(t.run),
             time(t.scatter),
         )];
+        if self.late_us > 0.0 {
+            let (late, total) = (time(self.late_us), time(self.late_us + t.total));
+            said.push(format!("It was sent {late} later than its caller meant to: {total} in all."));
+        }
         said.extend(self.queue_sentence());
         said.push(self.batch_sentence());
         said.extend(self.mates_sentence());
@@ -309,6 +317,13 @@ mod tests {
         ] {
             assert!(told.contains(part), "{part:?} is not in\n{told}");
         }
+    }
+
+    #[test]
+    fn a_request_that_was_sent_late_took_longer_for_its_caller_than_for_the_server() {
+        let told = Story { late_us: 155.0, ..story() }.sentences();
+        assert_eq!(told[1], "It was sent 155 µs later than its caller meant to: 1.00 ms in all.");
+        assert!(!story().sentences()[1].contains("later"));
     }
 
     #[test]

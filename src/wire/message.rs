@@ -297,6 +297,9 @@ pub struct Receipt {
     pub readback_ns: u64,
     /// How long the batch was expected to take, when it was sealed; 0 where nothing was known.
     pub predicted_ns: u64,
+    /// How much later than intended its caller said that it sent it, in microseconds; 0: not stated. Before it was received, so no
+    /// part of the timings.
+    pub late_us: u64,
     /// Other requests in the batch.
     pub co_members: u32,
     /// How long their rows were, in the batch's order: of the first [`CO_LENS_MAX`].

@@ -35,6 +35,9 @@ fn a_receipt_says_who_shared_the_batch_and_what_was_padding() {
     let queued = raw.handle("queued");
     let (result, _) = raw.round(&Ask::floats(queued, &[1.0]).timings()).expect_result();
     assert_eq!(result.receipt, None, "nobody asked for it");
+    let mut late = with_receipt(Ask::floats(queued, &[1.0]));
+    late.infer.late_us = 1234;
+    assert_eq!(receipt_of(&raw.round(&late).expect_result().0).late_us, 1234);
     let lens = [10u32, 1, 4];
     let ask = |len: u32| with_receipt(Ask::floats(queued, &vec![0.5; len as usize])).compose(8101, 3);
     let ids: Vec<u64> = lens.iter().map(|len| raw.ask(&ask(*len))).collect();

@@ -526,10 +526,9 @@ impl World {
             request_id: id,
             model,
             payload_bytes: payload.len() as u32,
-            details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25) },
+            details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25), late_us: 0 },
             items: false,
             in_quota: false,
-            late_us: 0,
             trace: 0,
         };
         let shard = &mut self.shards[shard];
