@@ -16,7 +16,7 @@ use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
     Alarm, BISECTED, Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES,
-    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway,
+    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway, log,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -82,6 +82,9 @@ impl Telemetry {
             for (end, count) in CAPTURE_ENDS.iter().zip(&self.captures) {
                 family.add([("end", end)], count.get());
             }
+        });
+        list.open("ferry_log_lines_dropped", "Lines that are missing in the log", Kind::Counter, |family| {
+            log::dropped().iter().for_each(|(why, count)| family.add([("why", why)], *count));
         });
         self.list_otel(list);
         let process = Process::read();

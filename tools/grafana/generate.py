@@ -270,6 +270,8 @@ def dashboard():
     board.graph("OpenTelemetry", "Messages to the receiver, and what was lost on the way.", "short",
                 ("{{signal}} {{outcome}}", rise("ferry_otel_exports_total", "signal", "outcome")),
                 ("lost {{what}}", rise("ferry_otel_dropped_total", "what")))
+    board.graph("Missing in the log", "Lines that nobody took in time, or that could not be written.", "short",
+                ("{{why}}", rise("ferry_log_lines_dropped_total", "why")))
 
     board.row("Devices")
     board.graph("Memory", "Of executors that run on a device.", "bytes", ("{{executor}} device", now("ferry_device_bytes", "executor")),
