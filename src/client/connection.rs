@@ -360,6 +360,18 @@ impl Connection {
         Ok(Asked::Sent)
     }
 
+    /// Asks on the observer's behalf whether the server is there. Waits for nothing.
+    pub(super) fn try_ping(self: &Arc<Self>, token: u64) -> Result<(), ClientError> {
+        let expires = clock::now() + self.options.control_timeout;
+        let mut state = lock(&self.state);
+        state.check_alive()?;
+        let State { session, out, .. } = &mut *state;
+        let id = session.ping(out).map_err(send_error)?;
+        state.add_waiter(id, Told::Observer(token), None, expires);
+        self.flush(state);
+        Ok(())
+    }
+
     /// Asks the server to drop a request that somebody here still waits for.
     pub(super) fn cancel(self: &Arc<Self>, id: u64) {
         let mut state = lock(&self.state);
