@@ -625,6 +625,8 @@ fn advice(error: &ClientError, maybe_executed: bool) -> Option<Advice> {
         | ClientError::ConnectionLost { .. }
         | ClientError::Connect(_)
         | ClientError::Protocol(_) => Some(Advice::Elsewhere),
+        // Another replica may have the contract that the request is built for.
+        ClientError::Contract(refusal) if refusal.retry == Retry::Elsewhere => Some(Advice::Elsewhere),
         ClientError::NoCredit => Some(Advice::Same),
         ClientError::Contract(_) | ClientError::DeadlineExceeded { .. } | ClientError::Usage(_) => None,
     }
@@ -775,6 +777,7 @@ mod tests {
             (ClientError::Connect(String::new()), true, true),
             (ClientError::Protocol(String::new()), false, true),
             (ClientError::Contract(Refusal::invalid("")), false, false),
+            (ClientError::Contract(Refusal { retry: Retry::Elsewhere, ..Refusal::invalid("") }), true, true),
             (ClientError::DeadlineExceeded { executed: Executed::Never }, false, false),
             (ClientError::DeadlineExceeded { executed: Executed::Maybe }, false, false),
             (ClientError::Usage(String::new()), false, false),
@@ -1003,9 +1006,6 @@ mod tests {
     }
 
     #[test]
-    fn an_outcome_of_the_last_attempt_does_not_hide_that_an_earlier_one_may_have_run() {
-        let (mut router, _) = up(2, RouteOptions { retry_maybe_executed: true, ..options() });
-    #[test]
     fn a_replica_that_let_a_call_run_out_gets_nothing_until_it_is_heard_again() {
         let (mut router, links) = up(2, RouteOptions { connections: 2, ..options() });
         let of = |replica: usize| links.iter().copied().filter(move |link| link.replica == replica);
@@ -1123,6 +1123,9 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_outcome_of_the_last_attempt_does_not_hide_that_an_earlier_one_may_have_run() {
+        let (mut router, _) = up(2, RouteOptions { retry_maybe_executed: true, ..options() });
         let mut call = route();
         assert_eq!(router.judge(&mut call, 0, &lost(Executed::Maybe), at(0), 0), Next::Retry);
         router.judge(&mut call, 1, &refused(Code::InvalidArgument), at(0), 0);
@@ -1173,11 +1176,11 @@ mod tests {
                         if let Some(pick) = router.pick(&mut call, now, number) {
                             let replica = &router.replicas[pick.link.replica];
                             assert!(!replica.draining && replica.paused_until <= now);
+                            let link = replica.links.iter().find(|link| link.id == pick.link).expect("it was picked");
+                            assert!(!link.is_suspect() || !router.replicas.iter().any(Replica::is_well));
                             match random.random_bool(0.2) {
                                 true => router.handle_no_credit(pick, &mut call),
                                 false => in_flight.push((pick.link, call)),
-                            let link = replica.links.iter().find(|link| link.id == pick.link).expect("it was picked");
-                            assert!(!link.is_suspect() || !router.replicas.iter().any(Replica::is_well));
                             }
                         }
                     }
