@@ -408,8 +408,12 @@ fn a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_missing_once_it_is_r
     while dropped(&child) == 0.0 {
         assert!(failed < 200_000, "more than any pipe and our own room for lines hold");
         for _ in 0..5 {
-            (0..200).for_each(|_| drop(raw.ask(&Ask::word(faulty, 2))));
-            (0..200).for_each(|_| drop(raw.recv().expect_error(Code::ExecutorFailed)));
+            for _ in 0..200 {
+                raw.ask(&Ask::word(faulty, 2));
+            }
+            for _ in 0..200 {
+                raw.recv().expect_error(Code::ExecutorFailed);
+            }
         }
         failed += 1000;
     }
