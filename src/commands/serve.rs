@@ -66,6 +66,7 @@ pub fn run(args: Args) -> ExitCode {
         Ok(guard) => guard,
         Err(error) => {
             log::say(format!("{error}\n"));
+            log::flush();
             return ExitCode::from(match error {
                 log::InitError::Filter(_) => EXIT_CONFIG,
                 log::InitError::Failed(_) => EXIT_FAILED,

@@ -398,14 +398,15 @@ fn missing_in(log: &str) -> u64 {
     said.map(|line| line.rsplit_once("lines=").expect("it says how many").1.parse::<u64>().expect("a number")).sum()
 }
 
-#[test]
-fn a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_missing_once_it_is_read() {
-    let mut child = Child::start_unread(&["executor.quarantine_max=0", "threads.shards=1"]);
-    let mut raw = child.connect();
-    let (echo, faulty) = (raw.handle("echo"), raw.handle("faulty"));
-    let dropped = |child: &Child| child.metric("ferry_log_lines_dropped_total", &["why=\"full\""]);
-    let mut failed = 0u64;
-    while dropped(&child) == 0.0 {
+/// Lines that found no room in the log.
+fn dropped(child: &Child) -> f64 {
+    child.metric("ferry_log_lines_dropped_total", &["why=\"full\""])
+}
+
+/// Has requests fail until there is no more room in the log. Says how many.
+fn fill_log(child: &Child, raw: &mut Raw, faulty: ModelHandle) -> u64 {
+    let mut failed = 0;
+    while dropped(child) == 0.0 {
         assert!(failed < 200_000, "more than any pipe and our own room for lines hold");
         for _ in 0..5 {
             for _ in 0..200 {
@@ -417,6 +418,25 @@ fn a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_missing_once_it_is_r
         }
         failed += 1000;
     }
+    failed
+}
+
+#[test]
+fn a_server_whose_log_nobody_reads_ends_when_told_to() {
+    let mut child = Child::start_unread(&["executor.quarantine_max=0"]);
+    let mut raw = child.connect();
+    let faulty = raw.handle("faulty");
+    fill_log(&child, &mut raw, faulty);
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.status(), Some(0));
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_missing_once_it_is_read() {
+    let mut child = Child::start_unread(&["executor.quarantine_max=0", "threads.shards=1"]);
+    let mut raw = child.connect();
+    let (echo, faulty) = (raw.handle("echo"), raw.handle("faulty"));
+    let failed = fill_log(&child, &mut raw, faulty);
     // A panic is said in the log as well, and costs no more: by the thread that panicked, and by who watches.
     raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
     // Everybody goes on: shards, executors, the control port, newcomers, the watch.

@@ -83,6 +83,9 @@ pub fn init(json: bool, filter: &str) -> Result<Guard, InitError> {
         _ => filter.to_owned(),
     };
     let failed = |error: &dyn std::fmt::Display| InitError::Failed(error.to_string());
+    if LOG.get().is_some() {
+        return Err(failed(&"there is one"));
+    }
     let handover = Arc::new(Handover::default());
     let sink = Sink(handover.clone());
     let subscriber = subscriber(json, &filter, move || sink.clone()).map_err(InitError::Filter)?;
@@ -93,8 +96,9 @@ pub fn init(json: bool, filter: &str) -> Result<Guard, InitError> {
     let write = move || {
         from.write_to(Blocking(File::from(to)), |lost| notices.of(|| missing(lost)));
     };
-    LOG.set(Log { handover, lines }).map_err(|_| failed(&"there is one"))?;
     std::thread::Builder::new().name(THREAD.into()).spawn(write).map_err(|error| failed(&error))?;
+    // Only now: what is handed in is written.
+    LOG.set(Log { handover, lines }).map_err(|_| failed(&"there is one"))?;
     tracing::subscriber::set_global_default(subscriber).map_err(|error| failed(&error))?;
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| log_panic(panic, &report)));
