@@ -120,7 +120,7 @@ impl Telemetry {
         list.by_shard(self, "ferry_written_bytes", "Bytes sent on the data port", |s| &s.bytes_written);
         list.by_shard(self, "ferry_accept_errors", "Connections that could not be taken", |s| &s.accept_errors);
         let of_shards = |of: &dyn Fn(&ShardMetrics) -> u64| self.shards.iter().map(of).sum::<u64>();
-        list.open("ferry_turned_away", "Connections that were closed as they came", Kind::Counter, |family| {
+        list.open("ferry_turned_away", "Connections that were closed before their hello", Kind::Counter, |family| {
             for why in TurnedAway::ALL {
                 family.add([("why", why.name())], of_shards(&|shard| shard.turned_away[why as usize].get()));
             }

@@ -11,7 +11,7 @@
 //! | `ferry_read_bytes_total` | counter | shard | bytes received on the data port |
 //! | `ferry_written_bytes_total` | counter | shard | bytes sent on the data port |
 //! | `ferry_accept_errors_total` | counter | shard | connections that could not be taken |
-//! | `ferry_turned_away_total` | counter | why | connections that were closed as they came: too many that have not said hello (`strangers`), an address that failed too often (`banned`), too many handshakes at once (`handshakes`) |
+//! | `ferry_turned_away_total` | counter | why | connections that were closed before they said hello: too many that have not (`strangers`), one of those that made room for another (`displaced`), an address that failed too often (`banned`), too many handshakes at once (`handshakes`) |
 //! | `ferry_tls_handshakes_total` | counter | outcome | TLS handshakes that ended: `done`, or `failed` |
 //! | `ferry_authentications_total` | counter | outcome | hellos whose credentials were looked at: `ok`, or `failed` |
 //! | `ferry_reloads_total` | counter | what, outcome | times that certificates (`tls`) or `tenants` were read again: `ok`, or `failed`, and the old ones stay |

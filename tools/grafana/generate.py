@@ -246,7 +246,7 @@ def dashboard():
     board.graph("Credentials and handshakes", "Hellos whose credentials were looked at, TLS handshakes that ended.", "ops",
                 ("credentials {{outcome}}", rate("ferry_authentications_total", "outcome")),
                 ("handshakes {{outcome}}", rate("ferry_tls_handshakes_total", "outcome")))
-    board.graph("Turned away", "Connections that were closed as they came, and addresses that were kept out.", "ops",
+    board.graph("Turned away", "Connections that were closed before they said hello, and addresses that were kept out.", "ops",
                 ("{{why}}", rate("ferry_turned_away_total", "why")), ("banned", rate("ferry_banned_connections_total")),
                 ("pauses of accept", rate("ferry_accept_pauses_total")))
     board.graph("Waste and windows", "Points for acts that brought nobody an answer; credit frames near the budget of payloads.", "short",
