@@ -43,7 +43,8 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Longest time a write may make no progress; then the connection counts as lost.
     pub write_timeout: Duration,
-    /// Longest wait for what answers at once: contracts, counters, pings.
+    /// Longest wait for what answers at once: contracts, counters, pings. A pool also asks a connection by a ping whether it
+    /// lives when it has said nothing for so long and owes an answer.
     pub control_timeout: Duration,
     /// The server ends a request at its deadline and says where it was. This much later the client gives up by itself.
     pub deadline_grace: Duration,

@@ -131,7 +131,8 @@ pub struct PoolStats {
     pub connects_failed: u64,
     /// Connections that ended without a goaway. What was reopened is in `connects`.
     pub connections_lost: u64,
-    /// Connections that were asked whether they live, because a call's time ran out there without a word.
+    /// Connections that were asked whether they live, because a call's time ran out there without a word or because an answer
+    /// was owed for long.
     pub probes: u64,
     /// Calls that wait for a replica now.
     pub waiting: usize,
@@ -257,6 +258,7 @@ impl Pool {
             retry_maybe_executed: options.retry_maybe_executed,
             backoff_min: options.backoff_min,
             backoff_max: options.backoff_max,
+            silence_max: options.client.control_timeout,
         };
         let inner = Arc::new(Inner {
             state: Mutex::new(State {
@@ -470,8 +472,8 @@ impl State {
     }
 
     /// A connection that is to be asked whether it lives, and the number of the question.
-    fn poll_probe(&mut self) -> Option<(Arc<Connection>, LinkId, u64)> {
-        let link = self.router.poll_probe()?;
+    fn poll_probe(&mut self, now: Moment) -> Option<(Arc<Connection>, LinkId, u64)> {
+        let link = self.router.poll_probe(now)?;
         let connection = self.connections.get(&link)?.clone();
         let token = self.new_token();
         self.pings.insert(token);
@@ -751,7 +753,7 @@ impl Inner {
             }
             let connect = state.router.poll_connect(now);
             let close = state.router.poll_close().and_then(|link| state.connections.remove(&link));
-            let probe = state.poll_probe();
+            let probe = state.poll_probe(now);
             let start = state.ready.pop().or_else(|| {
                 let oldest = state.waiting.first().copied()?;
                 state.pick(oldest, now)

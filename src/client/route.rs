@@ -11,7 +11,8 @@
 //!   al., Metastable Failures in Distributed Systems, HotOS 2021). The law is that of finagle's `RetryBudget`. As in
 //!   gRPC (proposal A6, transparent retries), what never left this process costs nothing, and what a leaving server
 //!   handed back costs nothing the first time.
-//! - **Who is asked whether it lives**: a replica where a call's time ran out without a word. A server says itself that a
+//! - **Who is asked whether it lives**: a replica where a call's time ran out without a word, or which owes an answer and
+//!   has said nothing for long (calls need not have a deadline). A server says itself that a
 //!   deadline passed, whatever its model does, so silence is the connection's fault or the server's. Its connections are
 //!   asked (a ping) and get nothing until they are heard, where others are above suspicion; whatever is heard on one
 //!   clears that one. This is what proxies do by outlier detection (Envoy's `consecutive_local_origin_failure`), with a
@@ -51,6 +52,8 @@ pub struct RouteOptions {
     pub retry_maybe_executed: bool,
     pub backoff_min: Duration,
     pub backoff_max: Duration,
+    /// A connection that owes an answer and has said nothing for so long is asked whether it lives.
+    pub silence_max: Duration,
 }
 
 /// One connection of one replica. A number is never used twice.
@@ -187,6 +190,8 @@ struct Link {
     full: bool,
     epoch: u64,
     trust: Trust,
+    /// Since when it has owed answers and said nothing. Of no meaning while it owes none.
+    quiet_since: Moment,
 }
 
 /// Whether a connection is taken to work.
@@ -207,6 +212,7 @@ impl Link {
 
     /// Something came from the server.
     fn heard(&mut self, now: Moment) {
+        self.quiet_since = now;
         if self.is_suspect() {
             self.trust = Trust::Yes(now + BELIEVED);
         }
@@ -356,6 +362,7 @@ impl Router {
                     full: false,
                     epoch: 0,
                     trust: Trust::Yes(now),
+                    quiet_since: now,
                 });
                 return Some(id);
             }
@@ -376,7 +383,14 @@ impl Router {
 
     /// A connection that is to be asked now whether it lives. Whatever is heard on it is told by `handle_end` or
     /// `handle_alive`; where nothing is, the caller ends it in its own time.
-    pub fn poll_probe(&mut self) -> Option<LinkId> {
+    pub fn poll_probe(&mut self, now: Moment) -> Option<LinkId> {
+        let silence_max = self.options.silence_max;
+        for link in self.replicas.iter_mut().flat_map(|replica| &mut replica.links) {
+            let is_quiet = link.outstanding > 0 && link.quiet_since + silence_max <= now;
+            if is_quiet && link.state == LinkState::Open && !link.is_suspect() {
+                link.trust = Trust::Doubted;
+            }
+        }
         let mut links = self.replicas.iter_mut().flat_map(|replica| &mut replica.links);
         let link = links.find(|link| link.state == LinkState::Open && link.trust == Trust::Doubted)?;
         link.trust = Trust::Asked;
@@ -396,10 +410,12 @@ impl Router {
         self.link(id).is_some_and(|link| link.is_suspect())
     }
 
-    /// When time alone changes something next.
+    /// When time alone changes something next. Never later than it is time to look for connections that are silent: the
+    /// pool's thread is not told of each call, so it looks as often as that, whether there are calls or not.
     pub fn poll_timeout(&self, now: Moment) -> Moment {
         let moments = self.replicas.iter().flat_map(|replica| [replica.retry_at, replica.paused_until]);
-        moments.filter(|moment| *moment > now).min().unwrap_or(Moment::FAR)
+        let look_at = now + self.options.silence_max;
+        moments.filter(|moment| *moment > now).min().map_or(look_at, |moment| moment.min(look_at))
     }
 
     /// False when the connection has ended meanwhile.
@@ -486,6 +502,9 @@ impl Router {
         let replica = &mut self.replicas[replica];
         let at = replica.best_link(also_suspect).expect("a replica that takes requests has a link that does");
         let link = &mut replica.links[at];
+        if link.outstanding == 0 {
+            link.quiet_since = now;
+        }
         link.outstanding += 1;
         route.attempts += 1;
         self.counts.attempts += 1;
@@ -719,6 +738,7 @@ mod tests {
             retry_maybe_executed: false,
             backoff_min: 100 * MS,
             backoff_max: 1600 * MS,
+            silence_max: Duration::from_secs(100),
         }
     }
 
@@ -1012,13 +1032,13 @@ mod tests {
         // Calls that end in any other way say nothing against it.
         for ended in [Ended::Replied, Ended::Here] {
             let pick = router.pick(&mut route(), at(0), 0).expect("both are up");
-            assert!(!router.handle_end(pick.link, ended, at(0)) && router.poll_probe().is_none());
+            assert!(!router.handle_end(pick.link, ended, at(0)) && router.poll_probe(at(502)).is_none());
         }
         let silent = router.pick(&mut route(), at(0), 0).expect("both are up").link.replica;
         let silent_link = of(silent).find(|link| router.link(*link).expect("open").outstanding == 1).expect("picked");
         assert!(router.handle_end(silent_link, Ended::Silent, at(500)), "somebody is to ask");
         assert_eq!(router.state(silent, at(500)), ReplicaState::Suspect);
-        let mut asked: Vec<LinkId> = std::iter::from_fn(|| router.poll_probe()).collect();
+        let mut asked: Vec<LinkId> = std::iter::from_fn(|| router.poll_probe(at(502))).collect();
         asked.sort_unstable();
         assert_eq!(asked, of(silent).collect::<Vec<_>>(), "each of its connections, once");
         for random in 0..50u64 {
@@ -1031,10 +1051,10 @@ mod tests {
         assert_eq!(router.state(silent, at(501)), ReplicaState::Up);
         assert_eq!(router.pick(&mut route(), at(501), 0).expect("both are up").link, silent_link);
         // What runs out there now is the calls' own fault, for a while.
-        assert!(!router.handle_end(silent_link, Ended::Silent, at(502)) && router.poll_probe().is_none());
+        assert!(!router.handle_end(silent_link, Ended::Silent, at(502)) && router.poll_probe(at(502)).is_none());
         router.pick(&mut route(), at(502), 0).expect("both are up");
         assert!(router.handle_end(silent_link, Ended::Silent, at(701)), "and then it is asked again");
-        assert_eq!(router.poll_probe(), Some(silent_link));
+        assert_eq!(router.poll_probe(at(502)), Some(silent_link));
         assert_eq!(router.counts().probes, 3);
     }
 
@@ -1046,7 +1066,25 @@ mod tests {
         assert!(router.is_suspect(links[0]));
         router.handle_end(picks[1].link, Ended::Replied, at(501));
         assert!(!router.is_suspect(links[0]));
-        assert_eq!(router.poll_probe(), None, "it need not be asked any more");
+        assert_eq!(router.poll_probe(at(502)), None, "it need not be asked any more");
+    }
+
+    #[test]
+    fn a_connection_that_owes_an_answer_and_says_nothing_for_long_is_asked_and_an_idle_one_is_not() {
+        let (mut router, links) = up(1, RouteOptions { connections: 2, silence_max: 1000 * MS, ..options() });
+        assert_eq!(router.poll_probe(at(60_000)), None, "nothing is owed");
+        let busy = router.pick(&mut route(), at(60_000), 0).expect("it is up").link;
+        assert!(router.poll_timeout(at(60_000)) <= at(61_000), "somebody looks");
+        assert_eq!(router.poll_probe(at(60_999)), None);
+        assert_eq!(router.poll_probe(at(61_000)), Some(busy));
+        assert_eq!(router.poll_probe(at(61_000)), None, "asked once, and the idle one not at all");
+        // A model that takes long, on a server that lives.
+        router.handle_alive(busy, at(61_001));
+        assert_eq!(router.poll_probe(at(62_000)), None);
+        assert_eq!(router.poll_probe(at(62_001)), Some(busy), "and again after as long");
+        router.handle_end(busy, Ended::Replied, at(62_002));
+        assert_eq!(router.poll_probe(at(90_000)), None, "nothing is owed any more");
+        assert!(links.iter().all(|link| !router.is_suspect(*link)));
     }
 
     #[test]
@@ -1096,7 +1134,7 @@ mod tests {
                     silent += u64::from(ended == Ended::Silent);
                     router.handle_end(link, ended, at(now));
                 }
-                while let Some(link) = router.poll_probe() {
+                while let Some(link) = router.poll_probe(at(now)) {
                     pongs.push((if is_dark(link, now) { 40_001 } else { now + 1 }, link));
                 }
                 for (_, link) in pongs.extract_if(.., |(due, _)| *due <= now) {
@@ -1164,7 +1202,7 @@ mod tests {
                         let (link, mut call) = in_flight.swap_remove(number as usize % in_flight.len());
                         let ended = [Ended::Replied, Ended::Replied, Ended::Silent, Ended::Here];
                         router.handle_end(link, ended[random.random_range(0..4)], now);
-                        if let Some(asked) = router.poll_probe().filter(|_| random.random_bool(0.5)) {
+                        if let Some(asked) = router.poll_probe(now).filter(|_| random.random_bool(0.5)) {
                             router.handle_alive(asked, now);
                         }
                         if random.random_bool(0.3) {

@@ -236,13 +236,20 @@ fn call_until_suspect(pool: &Pool, silent: usize) {
     });
 }
 
+/// Calls until the replica has taken one more.
+fn call_until_used(pool: &Pool, replica: &Replica) {
+    let accepted = || replica.child.metric("ferry_requests_accepted_total", &["model=\"echo\""]);
+    let before = accepted();
+    wait_until("it is used", || {
+        pool.infer(echo(None)).expect("both are well");
+        accepted() > before
+    });
+}
+
 /// A replica goes silent and is heard again. Between the two hardly a call is given to it, and afterwards it is used as before.
 fn silent_for_a_while(replicas: &[Replica; 2], go_silent: impl FnOnce(), speak_again: impl FnOnce()) {
     let pool = pool_of(replicas, PoolOptions { retry_maybe_executed: false, ..pure() });
-    let accepted = || replicas[0].child.metric("ferry_requests_accepted_total", &["model=\"echo\""]);
-    while accepted() == 0.0 {
-        pool.infer(echo(None)).expect("both are well");
-    }
+    call_until_used(&pool, &replicas[0]);
     go_silent();
     call_until_suspect(&pool, 0);
     let patient = Duration::from_secs(5);
@@ -255,11 +262,7 @@ fn silent_for_a_while(replicas: &[Replica; 2], go_silent: impl FnOnce(), speak_a
     );
     speak_again();
     wait_until_up(&pool);
-    let before = accepted();
-    wait_until("it is used again", || {
-        pool.infer(echo(None)).expect("both are well");
-        accepted() > before
-    });
+    call_until_used(&pool, &replicas[0]);
     println!("{:?}", pool.stats());
 }
 
@@ -280,12 +283,15 @@ fn a_replica_that_is_stopped_gets_no_calls_until_it_goes_on() {
 fn a_replica_that_does_not_answer_when_asked_is_left_and_calls_without_a_deadline_are_told() {
     let replicas = [Replica::start(), Replica::start()];
     let base = pure();
-    let client = ClientOptions { control_timeout: Duration::from_millis(300), ..base.client };
-    let pool = pool_of(&replicas, PoolOptions { client, retry_maybe_executed: false, ..base });
-    pool.infer(echo(None)).expect("both are well");
+    let client = ClientOptions { control_timeout: Duration::from_secs(1), ..base.client };
+    let pool = pool_of(&replicas, PoolOptions { client, retry_maybe_executed: false, connections: 1, ..base });
+    call_until_used(&pool, &replicas[0]);
     replicas[0].proxy.set_dark(true);
-    let endless: Vec<_> = (0..8).map(|_| pool.submit(echo(None))).collect();
-    call_until_suspect(&pool, 0);
+    // Nobody has a deadline that could run out.
+    let mut endless = Vec::new();
+    while pool.stats().replicas[0].outstanding == 0 {
+        endless.push(pool.submit(echo(None)));
+    }
     let told = endless.into_iter().map(|call| call.wait());
     let lost = told.filter(|outcome| match outcome {
         Ok(_) => false,
