@@ -475,6 +475,63 @@ fn f90_files_that_change_take_effect_and_bad_ones_change_nothing() {
     echo(&searcher, 1, 3).expect("a session that was there goes on");
 }
 
+/// A connection from this address of our own machine, on which nothing was said.
+fn silent_from(ends_with: [u8; 2], server: &Server) -> TcpStream {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).expect("a socket");
+    let own = std::net::SocketAddr::from(([127, 0, ends_with[0], ends_with[1]], 0));
+    socket.bind(&own.into()).expect("all of 127/8 is ours");
+    socket.connect(&server.data.into()).expect("the server listens");
+    socket.into()
+}
+
+#[test]
+fn f46_a_full_house_of_silent_strangers_locks_nobody_out() {
+    silent_strangers(false);
+}
+
+#[test]
+fn f46_silent_strangers_use_up_no_handshakes_of_others() {
+    silent_strangers(true);
+}
+
+fn silent_strangers(encrypted: bool) {
+    let office = Office::new();
+    let (table, token) = office.tenant("search", "\"infer\"", 1);
+    office.write("tenants.toml", &table);
+    // None of the silent leaves by itself while this lasts.
+    let mut sets = vec![office.set("auth.tenants", "tenants.toml"), "threads.shards=1".into()];
+    sets.push("frontend.hello_timeout_ms=60000".into());
+    if encrypted {
+        sets.extend(office.tls_sets());
+    }
+    let server = start(&sets);
+    let connect = || Client::connect(server.data, options(encrypted.then(|| office.client(None)), &token));
+    let turned_away = |why: &str| server.metric("ferry_turned_away_total", &[&format!("why=\"{why}\"")]);
+    let good = connect().expect("a tenant");
+    let silent: Vec<TcpStream> = (0..300).map(|_| silent_from([0, 2], &server)).collect();
+    wait_until("the house was full, and they had to go themselves", || turned_away("strangers") > 0.0);
+    // From another address at once, and as often as it likes.
+    for _ in 0..20 {
+        drop(connect().expect("there is a place for it"));
+    }
+    assert!(turned_away("displaced") >= 1.0);
+    assert_eq!(turned_away("handshakes"), 0.0, "the silent have begun none");
+    echo(&good, 4, 1).expect("nobody else was hurt");
+    drop(silent);
+    let only_one_is_left = || {
+        server.metric("ferry_connections_opened_total", &[])
+            == 1.0 + server.metric("ferry_connections_closed_total", &[])
+    };
+    wait_until("only one is left", only_one_is_left);
+    // Also where every address holds one place: after a second the first of them have had their chance.
+    let many: Vec<TcpStream> =
+        (0..300).map(|n| silent_from([1 + (n / 200) as u8, 1 + (n % 200) as u8], &server)).collect();
+    wait_until("one is let in", || connect().is_ok());
+    echo(&good, 4, 2).expect("nobody else was hurt");
+    drop(many);
+    wait_until("only one is left", only_one_is_left);
+}
+
 #[test]
 fn f46_half_done_handshakes_are_bounded_and_end_by_themselves() {
     let office = Office::new();

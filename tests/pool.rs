@@ -698,3 +698,56 @@ fn a_pool_of_nothing_is_refused() {
     assert!(matches!(Pool::new(&none, PoolOptions::default()), Err(ClientError::Usage(_))));
     assert!(Client::connect("127.0.0.1:1", ClientOptions::default()).is_err(), "as a client of nobody is");
 }
+
+/// A server whose echo takes at most so many values, and the hash of that contract.
+fn server_of_contract(values_max: u32) -> (Server, u64) {
+    let models = common::models_directory();
+    let manifest = models.path().join("echo/model.toml");
+    let text = std::fs::read_to_string(&manifest).expect("reads the manifest");
+    let text =
+        text.replace("max = 1024", &format!("max = {values_max}")).replace("512, 1024]", &format!("{values_max}]"));
+    let text = text.replace("lengths = [8, 1024]", "lengths = [8]");
+    std::fs::write(&manifest, text).expect("writes the manifest");
+    let server = Server::start_in(models, &[], ferry::server::TestHooks::default());
+    let client = Client::connect(server.data, ClientOptions::default()).expect("the server greets");
+    let hash = client.model("echo").expect("it is there").contract_hash;
+    (server, hash)
+}
+
+fn built_for(hash: u64) -> Request {
+    Request::new("echo").input("values", &[1, 2], &[1.0f32, 2.0]).built_for(hash)
+}
+
+#[test]
+fn a_request_that_was_built_for_another_contract_is_not_sent_and_both_are_named() {
+    let (server, hash) = server_of_contract(600);
+    let client = Client::connect(server.data, ClientOptions::default()).expect("the server greets");
+    client.infer(&built_for(hash)).expect("the same contract");
+    let other = hash ^ 1;
+    let ClientError::Contract(refusal) = client.infer(&built_for(other)).expect_err("another contract") else {
+        panic!("not for its contract")
+    };
+    assert_eq!((refusal.code, refusal.executed), (Code::InvalidArgument, Executed::Never));
+    let (wants, has) = (format!("{other:016x}"), format!("{hash:016x}"));
+    assert!(refusal.message.contains(&wants) && refusal.message.contains(&has), "{}", refusal.message);
+    assert_eq!(server.metric("ferry_requests_accepted_total", &["model=\"echo\""]), 1.0, "it was not sent");
+}
+
+#[test]
+fn a_pool_finds_the_replica_that_still_has_the_contract_a_request_was_built_for() {
+    let ((old, old_hash), (new, new_hash)) = (server_of_contract(600), server_of_contract(700));
+    assert_ne!(old_hash, new_hash);
+    let pool = Pool::new(&[old.data, new.data], PoolOptions { retry_reserve: 1000, ..options() }).expect("replicas");
+    wait_until_up(&pool);
+    for _ in 0..50 {
+        for hash in [old_hash, new_hash] {
+            pool.infer(built_for(hash)).expect("one of them has it");
+        }
+    }
+    let error = pool.infer(built_for(old_hash ^ new_hash)).expect_err("nobody has that");
+    assert!(matches!(&error.last, ClientError::Contract(_)), "{error}");
+    assert_eq!(error.executed, Executed::Never);
+    for server in [&old, &new] {
+        assert_eq!(server.metric("ferry_requests_accepted_total", &["model=\"echo\""]), 50.0, "each had its own");
+    }
+}

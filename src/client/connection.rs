@@ -43,7 +43,8 @@ pub struct ClientOptions {
     pub connect_timeout: Duration,
     /// Longest time a write may make no progress; then the connection counts as lost.
     pub write_timeout: Duration,
-    /// Longest wait for what answers at once: contracts, counters, pings.
+    /// Longest wait for what answers at once: contracts, counters, pings. A pool also asks a connection by a ping whether it
+    /// lives when it has said nothing for so long and owes an answer.
     pub control_timeout: Duration,
     /// The server ends a request at its deadline and says where it was. This much later the client gives up by itself.
     pub deadline_grace: Duration,
@@ -358,6 +359,18 @@ impl Connection {
         state.add_waiter(id, Told::Observer(token), None, expires);
         self.flush(state);
         Ok(Asked::Sent)
+    }
+
+    /// Asks on the observer's behalf whether the server is there. Waits for nothing.
+    pub(super) fn try_ping(self: &Arc<Self>, token: u64) -> Result<(), ClientError> {
+        let expires = clock::now() + self.options.control_timeout;
+        let mut state = lock(&self.state);
+        state.check_alive()?;
+        let State { session, out, .. } = &mut *state;
+        let id = session.ping(out).map_err(send_error)?;
+        state.add_waiter(id, Told::Observer(token), None, expires);
+        self.flush(state);
+        Ok(())
     }
 
     /// Asks the server to drop a request that somebody here still waits for.

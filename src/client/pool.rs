@@ -13,7 +13,7 @@
 //!
 //! Elsewhere: which replica, whether again, when to reconnect (route.rs), one connection (connection.rs).
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -27,7 +27,7 @@ use rand::{RngCore, SeedableRng};
 use super::ClientError;
 use super::connection::{Answer, Asked, ClientOptions, Connection, Observer, Outcome, Started};
 use super::request::{Request, Response};
-use super::route::{LinkId, Next, Pick, ReplicaState, Route, RouteCounts, RouteOptions, Router, Stop};
+use super::route::{Ended, LinkId, Next, Pick, ReplicaState, Route, RouteCounts, RouteOptions, Router, Stop};
 use super::slot::{Slot, lock};
 use crate::clock;
 use crate::vocab::{Code, Executed, Moment, Refusal, Stage};
@@ -131,6 +131,9 @@ pub struct PoolStats {
     pub connects_failed: u64,
     /// Connections that ended without a goaway. What was reopened is in `connects`.
     pub connections_lost: u64,
+    /// Connections that were asked whether they live, because a call's time ran out there without a word or because an answer
+    /// was owed for long.
+    pub probes: u64,
     /// Calls that wait for a replica now.
     pub waiting: usize,
     pub replicas: Vec<ReplicaStats>,
@@ -188,9 +191,10 @@ struct State {
     router: Router,
     random: SmallRng,
     connections: HashMap<LinkId, Arc<Connection>>,
-    /// Calls and questions for contracts are told apart by their table: their numbers are from the same counter.
+    /// Calls, questions for contracts and pings are told apart by their table: their numbers are from the same counter.
     calls: HashMap<u64, Call>,
     describes: HashMap<u64, Described>,
+    pings: HashSet<u64>,
     last_token: u64,
     /// Oldest first: numbers rise.
     waiting: BTreeSet<u64>,
@@ -254,6 +258,7 @@ impl Pool {
             retry_maybe_executed: options.retry_maybe_executed,
             backoff_min: options.backoff_min,
             backoff_max: options.backoff_max,
+            silence_max: options.client.control_timeout,
         };
         let inner = Arc::new(Inner {
             state: Mutex::new(State {
@@ -262,6 +267,7 @@ impl Pool {
                 connections: HashMap::new(),
                 calls: HashMap::new(),
                 describes: HashMap::new(),
+                pings: HashSet::new(),
                 last_token: 0,
                 waiting: BTreeSet::new(),
                 timeouts: BTreeSet::new(),
@@ -335,6 +341,7 @@ impl Pool {
             connects: counts.connects,
             connects_failed: counts.connects_failed,
             connections_lost: counts.connections_lost,
+            probes: counts.probes,
             waiting: state.waiting.len(),
             replicas: replicas.collect(),
         }
@@ -444,29 +451,39 @@ impl State {
     }
 
     /// Gives a call back from its connection, where nothing was sent.
-    fn leave_link(&mut self, id: u64) {
+    fn leave_link(&mut self, id: u64, ended: Ended, now: Moment) {
         if let Place::Describing(pick, _) = self.call(id).place {
-            self.ring |= self.router.handle_end(pick.link, false);
+            self.ring |= self.router.handle_end(pick.link, ended, now);
         }
     }
 
     /// Ends what was at no server when the pool was dropped.
     fn end_unsent(&mut self) {
         for start in std::mem::take(&mut self.ready) {
-            self.router.handle_end(start.pick.link, false);
+            self.router.handle_end(start.pick.link, Ended::Here, clock::now());
             self.finish_unsent(start.call, Stop::Closed);
         }
         let unsent = |call: &Call| matches!(call.place, Place::Waiting(_) | Place::Describing(..));
         let ids: Vec<u64> = self.calls.iter().filter(|(_, call)| unsent(call)).map(|(id, _)| *id).collect();
         for id in ids {
-            self.leave_link(id);
+            self.leave_link(id, Ended::Here, clock::now());
             self.finish_unsent(id, Stop::Closed);
         }
     }
 
+    /// A connection that is to be asked whether it lives, and the number of the question.
+    fn poll_probe(&mut self, now: Moment) -> Option<(Arc<Connection>, LinkId, u64)> {
+        let link = self.router.poll_probe(now)?;
+        let connection = self.connections.get(&link)?.clone();
+        let token = self.new_token();
+        self.pings.insert(token);
+        Some((connection, link, token))
+    }
+
     fn expire(&mut self, now: Moment) {
         while let Some((until, id)) = self.timeouts.first().copied().filter(|(until, _)| *until <= now) {
-            self.leave_link(id);
+            // Where it asked for a contract, the server was silent.
+            self.leave_link(id, Ended::Silent, now);
             let at_deadline = until == self.call(id).route.deadline();
             self.finish_unsent(id, if at_deadline { Stop::Deadline } else { Stop::NoReplica });
         }
@@ -474,8 +491,14 @@ impl State {
 
     /// The end of an attempt at `link`.
     fn end_attempt(&mut self, id: u64, link: LinkId, outcome: CallOutcome, options: &PoolOptions) {
-        let replied = matches!(outcome, Ok(_) | Err(ClientError::Refused(_)));
-        self.ring |= self.router.handle_end(link, replied);
+        let ended = match &outcome {
+            Ok(_) | Err(ClientError::Refused(_)) => Ended::Replied,
+            // A server says that itself, and this one had the grace to do so.
+            Err(ClientError::DeadlineExceeded { executed: Executed::Maybe }) => Ended::Silent,
+            Err(_) => Ended::Here,
+        };
+        let now = clock::now();
+        self.ring |= self.router.handle_end(link, ended, now);
         self.unwait(id);
         let error = match outcome {
             Ok(response) => {
@@ -487,7 +510,6 @@ impl State {
             }
             Err(error) => error,
         };
-        let now = clock::now();
         let random = self.random.next_u64();
         let call = self.calls.get_mut(&id).expect("an attempt ends before its call");
         let next = self.router.judge(&mut call.route, link.replica, &error, now, random);
@@ -617,7 +639,7 @@ impl Inner {
         call.place = Place::Describing(start.pick, until);
         if call.cancelled || state.closed {
             let stop = if state.closed { Stop::Closed } else { Stop::Cancelled };
-            state.leave_link(start.call);
+            state.leave_link(start.call, Ended::Here, now);
             state.finish_unsent(start.call, stop);
             return None;
         }
@@ -676,6 +698,28 @@ impl Inner {
         }
     }
 
+    /// What became of a ping.
+    fn ponged(&self, link: LinkId, token: u64, outcome: Result<(), ClientError>) {
+        let mut state = lock(&self.state);
+        state.pings.remove(&token);
+        let mut dead = None;
+        match &outcome {
+            Ok(()) => {
+                state.router.handle_alive(link, clock::now());
+                state.ring = true;
+            }
+            // It may have answered something else meanwhile, and have much to send before the pong.
+            Err(ClientError::DeadlineExceeded { .. }) if state.router.is_suspect(link) => {
+                dead = state.connections.get(&link).cloned();
+            }
+            Err(error) => state.note_link(link, error),
+        }
+        self.release(state);
+        if let Some(connection) = dead {
+            connection.end("the server does not answer");
+        }
+    }
+
     fn cancel(&self, id: u64) {
         let mut state = lock(&self.state);
         let Some(call) = state.calls.get_mut(&id) else { return };
@@ -684,7 +728,7 @@ impl Inner {
             Place::Starting => None, // whoever starts it will see
             Place::InFlight(link, wire_id) => state.connections.get(&link).cloned().map(|at| (at, wire_id)),
             Place::Waiting(_) | Place::Describing(..) => {
-                state.leave_link(id);
+                state.leave_link(id, Ended::Here, clock::now());
                 state.finish_unsent(id, Stop::Cancelled);
                 None
             }
@@ -709,17 +753,24 @@ impl Inner {
             }
             let connect = state.router.poll_connect(now);
             let close = state.router.poll_close().and_then(|link| state.connections.remove(&link));
+            let probe = state.poll_probe(now);
             let start = state.ready.pop().or_else(|| {
                 let oldest = state.waiting.first().copied()?;
                 state.pick(oldest, now)
             });
-            if connect.is_some() || close.is_some() || start.is_some() || !state.ended.is_empty() {
+            let anything = connect.is_some() || close.is_some() || probe.is_some() || start.is_some();
+            if anything || !state.ended.is_empty() {
                 self.release(state);
                 if let Some(link) = connect {
                     self.spawn_connect(link);
                 }
                 if let Some(connection) = close {
                     connection.end("the server takes nothing more here");
+                }
+                if let Some((connection, link, token)) = probe
+                    && let Err(error) = connection.try_ping(token)
+                {
+                    self.ponged(link, token, Err(error));
                 }
                 if let Some(start) = start {
                     self.start(start);
@@ -783,16 +834,21 @@ impl Observer for LinkObserver {
     fn answered(&self, token: u64, outcome: Outcome) {
         let outcome = match outcome {
             Ok(Answer::Response(response)) => Ok(*response),
+            Ok(Answer::Pong) => return self.inner.ponged(self.link, token, Ok(())),
             Ok(_) => return self.inner.described(token, Ok(())),
             Err(error) => Err(error),
         };
         let mut state = lock(&self.inner.state);
-        match (outcome, state.describes.contains_key(&token)) {
-            (Err(error), true) => {
+        match (outcome, state.describes.contains_key(&token), state.pings.contains(&token)) {
+            (Err(error), true, _) => {
                 drop(state);
                 self.inner.described(token, Err(error));
             }
-            (outcome, _) => {
+            (Err(error), _, true) => {
+                drop(state);
+                self.inner.ponged(self.link, token, Err(error));
+            }
+            (outcome, ..) => {
                 state.end_attempt(token, self.link, outcome, &self.inner.options);
                 self.inner.release(state);
             }

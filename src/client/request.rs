@@ -13,7 +13,7 @@ use super::ClientError;
 use super::session::ModelInfo;
 use crate::clock;
 use crate::contract::Contract;
-use crate::vocab::{DType, Moment, Refusal, SealReason, TraceContext, TraceParentError};
+use crate::vocab::{DType, Moment, Refusal, Retry, SealReason, TraceContext, TraceParentError};
 use crate::wire::encoder::align8;
 use crate::wire::message::{
     INFER_ITEMS, INFER_RECEIPT, INFER_TIMINGS, INFER_TRUNCATE, Infer, InferResult, List, RANK_MAX, RESULT_TRUNCATED,
@@ -58,6 +58,7 @@ pub struct Request {
     /// How late it was, and when that was said.
     late: Option<(Duration, Moment)>,
     trace: Option<TraceContext>,
+    built_for: Option<u64>,
 }
 
 impl Request {
@@ -73,6 +74,7 @@ impl Request {
             compose_rows: 0,
             late: None,
             trace: None,
+            built_for: None,
         }
     }
 
@@ -89,6 +91,29 @@ impl Request {
     pub fn version(mut self, version: impl Into<String>) -> Request {
         self.version = version.into();
         self
+    }
+
+    /// The contract that the caller was written for, by its hash (`ferry models`, [`ModelInfo::contract_hash`]). Where the
+    /// server has another one the request is not sent, and the error names both: a model that was changed under the same
+    /// name and version is noticed before its numbers are believed. A pool asks its other replicas, which may not have
+    /// been changed yet.
+    pub fn built_for(mut self, contract_hash: u64) -> Request {
+        self.built_for = Some(contract_hash);
+        self
+    }
+
+    /// Whether this may be asked of a model with this contract.
+    pub(super) fn check_built_for(&self, contract_hash: u64) -> Result<(), Refusal> {
+        match self.built_for {
+            Some(expected) if expected != contract_hash => {
+                let name = &self.model;
+                let message = format!(
+                    "built for contract {expected:016x} of {name}, and the server has contract {contract_hash:016x}"
+                );
+                Err(Refusal { retry: Retry::Elsewhere, ..Refusal::invalid(message) })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Adds an input; `dims[0]` is the number of rows.

@@ -11,12 +11,20 @@
 //!   al., Metastable Failures in Distributed Systems, HotOS 2021). The law is that of finagle's `RetryBudget`. As in
 //!   gRPC (proposal A6, transparent retries), what never left this process costs nothing, and what a leaving server
 //!   handed back costs nothing the first time.
+//! - **Who is asked whether it lives**: a replica where a call's time ran out without a word, or which owes an answer and
+//!   has said nothing for long (calls need not have a deadline). A server says itself that a
+//!   deadline passed, whatever its model does, so silence is the connection's fault or the server's. Its connections are
+//!   asked (a ping) and get nothing until they are heard, where others are above suspicion; whatever is heard on one
+//!   clears that one. This is what proxies do by outlier detection (Envoy's `consecutive_local_origin_failure`), with a
+//!   question in place of a time of ejection: a replica that is only slow answers in one round trip, so there is no need
+//!   to keep a share from being ejected.
 //! - **When to reconnect**: after capped exponential backoff, half fixed and half random, so that clients of a replica
 //!   that comes back do not arrive together (M. Brooker, Exponential Backoff And Jitter, AWS Architecture Blog, 2015).
 //!
 //! Always true
 //! - A request that may have run is not sent again unless [`RouteOptions::retry_maybe_executed`] says so.
 //! - A replica gets nothing before its overload pause is over, and nothing on a connection that said goaway.
+//! - A replica is never kept from calls on suspicion where every other one is suspect, too.
 //! - What is picked is given back exactly once: by `handle_end`, `handle_no_credit` or `handle_not_sent`.
 //!
 //! Elsewhere: threads, sockets, waiting (pool.rs), what the outcomes mean (vocab.rs).
@@ -28,6 +36,9 @@ use crate::vocab::{Code, Executed, Moment, Retry};
 
 /// Longest overload pause: a hint beyond it is a server's mistake that would cost us a replica.
 const PAUSE_MAX: Duration = Duration::from_secs(60);
+/// A connection that was heard after it was asked is not asked again for so long: what then runs out is the calls' own
+/// fault.
+const BELIEVED: Duration = Duration::from_millis(200);
 /// For servers that say "later" without saying when.
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 
@@ -41,6 +52,8 @@ pub struct RouteOptions {
     pub retry_maybe_executed: bool,
     pub backoff_min: Duration,
     pub backoff_max: Duration,
+    /// A connection that owes an answer and has said nothing for so long is asked whether it lives.
+    pub silence_max: Duration,
 }
 
 /// One connection of one replica. A number is never used twice.
@@ -59,6 +72,8 @@ pub enum ReplicaState {
     Connecting,
     /// Said that it is overloaded, and for how long.
     Paused,
+    /// A call's time ran out there without a word: it is asked whether it lives, and what it is good for is not known.
+    Suspect,
     /// Said goaway because it shuts down, and has not come back.
     Draining,
     /// Not reached; tried again after its backoff.
@@ -84,6 +99,17 @@ pub enum Stop {
     Cancelled,
     /// The pool was dropped.
     Closed,
+}
+
+/// How an attempt ended, as far as it tells something of the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The server ended it: the connection works.
+    Replied,
+    /// Its deadline and the grace after it passed, and the server had said nothing.
+    Silent,
+    /// By the client, or with the connection.
+    Here,
 }
 
 /// What to do after an outcome.
@@ -141,6 +167,8 @@ pub struct RouteCounts {
     pub connects: u64,
     pub connects_failed: u64,
     pub connections_lost: u64,
+    /// Connections that were asked whether they live.
+    pub probes: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +189,34 @@ struct Link {
     /// No credit since this epoch.
     full: bool,
     epoch: u64,
+    trust: Trust,
+    /// Since when it has owed answers and said nothing. Of no meaning while it owes none.
+    quiet_since: Moment,
+}
+
+/// Whether a connection is taken to work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trust {
+    /// And is not doubted again before this moment.
+    Yes(Moment),
+    /// To be asked.
+    Doubted,
+    /// Asked, and not heard since.
+    Asked,
+}
+
+impl Link {
+    fn is_suspect(&self) -> bool {
+        !matches!(self.trust, Trust::Yes(_))
+    }
+
+    /// Something came from the server.
+    fn heard(&mut self, now: Moment) {
+        self.quiet_since = now;
+        if self.is_suspect() {
+            self.trust = Trust::Yes(now + BELIEVED);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -183,15 +239,22 @@ impl Replica {
         self.links.iter().any(|link| link.state == state)
     }
 
-    /// The connection with the least in flight among those that take requests.
-    fn best_link(&self) -> Option<usize> {
-        let takes = |(_, link): &(usize, &Link)| link.state == LinkState::Open && !link.full;
+    /// The connection with the least in flight among those that take requests. `also_suspect`: also of those that are.
+    fn best_link(&self, also_suspect: bool) -> Option<usize> {
+        let takes = |(_, link): &(usize, &Link)| {
+            link.state == LinkState::Open && !link.full && (also_suspect || !link.is_suspect())
+        };
         let best = self.links.iter().enumerate().filter(takes).min_by_key(|(_, link)| link.outstanding);
         best.map(|(at, _)| at)
     }
 
-    fn takes_requests(&self, now: Moment) -> bool {
-        !self.draining && self.paused_until <= now && self.best_link().is_some()
+    fn takes_requests(&self, now: Moment, also_suspect: bool) -> bool {
+        !self.draining && self.paused_until <= now && self.best_link(also_suspect).is_some()
+    }
+
+    /// Has a connection that is above suspicion, even if it takes nothing at the moment.
+    fn is_well(&self) -> bool {
+        !self.draining && self.links.iter().any(|link| link.state == LinkState::Open && !link.is_suspect())
     }
 
     /// The server refuses us, not our requests: waiting does not help.
@@ -204,7 +267,13 @@ impl Replica {
         if self.draining {
             ReplicaState::Draining
         } else if self.has(LinkState::Open) {
-            if self.paused_until > now { ReplicaState::Paused } else { ReplicaState::Up }
+            if self.paused_until > now {
+                ReplicaState::Paused
+            } else if self.is_well() {
+                ReplicaState::Up
+            } else {
+                ReplicaState::Suspect
+            }
         } else if self.has(LinkState::Connecting) {
             ReplicaState::Connecting
         } else {
@@ -292,6 +361,8 @@ impl Router {
                     outstanding: 0,
                     full: false,
                     epoch: 0,
+                    trust: Trust::Yes(now),
+                    quiet_since: now,
                 });
                 return Some(id);
             }
@@ -310,10 +381,41 @@ impl Router {
         None
     }
 
-    /// When time alone changes something next.
+    /// A connection that is to be asked now whether it lives. Whatever is heard on it is told by `handle_end` or
+    /// `handle_alive`; where nothing is, the caller ends it in its own time.
+    pub fn poll_probe(&mut self, now: Moment) -> Option<LinkId> {
+        let silence_max = self.options.silence_max;
+        for link in self.replicas.iter_mut().flat_map(|replica| &mut replica.links) {
+            let is_quiet = link.outstanding > 0 && link.quiet_since + silence_max <= now;
+            if is_quiet && link.state == LinkState::Open && !link.is_suspect() {
+                link.trust = Trust::Doubted;
+            }
+        }
+        let mut links = self.replicas.iter_mut().flat_map(|replica| &mut replica.links);
+        let link = links.find(|link| link.state == LinkState::Open && link.trust == Trust::Doubted)?;
+        link.trust = Trust::Asked;
+        self.counts.probes += 1;
+        Some(link.id)
+    }
+
+    /// A connection that was asked has answered.
+    pub fn handle_alive(&mut self, id: LinkId, now: Moment) {
+        if let Some(link) = self.link(id) {
+            link.heard(now);
+        }
+    }
+
+    /// Whether a connection was asked and is not heard since.
+    pub fn is_suspect(&mut self, id: LinkId) -> bool {
+        self.link(id).is_some_and(|link| link.is_suspect())
+    }
+
+    /// When time alone changes something next. Never later than it is time to look for connections that are silent: the
+    /// pool's thread is not told of each call, so it looks as often as that, whether there are calls or not.
     pub fn poll_timeout(&self, now: Moment) -> Moment {
         let moments = self.replicas.iter().flat_map(|replica| [replica.retry_at, replica.paused_until]);
-        moments.filter(|moment| *moment > now).min().unwrap_or(Moment::FAR)
+        let look_at = now + self.options.silence_max;
+        moments.filter(|moment| *moment > now).min().map_or(look_at, |moment| moment.min(look_at))
     }
 
     /// False when the connection has ended meanwhile.
@@ -391,13 +493,18 @@ impl Router {
 
     /// A connection for this call's next attempt, or `None` while there is none.
     pub fn pick(&mut self, route: &mut Route, now: Moment, random: u64) -> Option<Pick> {
-        let replica = self.choose(now, random, &route.avoid).or_else(|| {
+        // Waiting for one that is known to live beats asking one that may not.
+        let also_suspect = !self.replicas.iter().any(Replica::is_well);
+        let replica = self.choose(now, random, &route.avoid, also_suspect).or_else(|| {
             // Nobody else: then perhaps one of those that said no.
-            if route.avoid.is_empty() { None } else { self.choose(now, random, &[]) }
+            if route.avoid.is_empty() { None } else { self.choose(now, random, &[], also_suspect) }
         })?;
         let replica = &mut self.replicas[replica];
-        let at = replica.best_link().expect("a replica that takes requests has a link that does");
+        let at = replica.best_link(also_suspect).expect("a replica that takes requests has a link that does");
         let link = &mut replica.links[at];
+        if link.outstanding == 0 {
+            link.quiet_since = now;
+        }
         link.outstanding += 1;
         route.attempts += 1;
         self.counts.attempts += 1;
@@ -405,8 +512,8 @@ impl Router {
     }
 
     /// Two choices among the replicas that take requests.
-    fn choose(&self, now: Moment, random: u64, avoid: &[usize]) -> Option<usize> {
-        let takes = |index: &usize| !avoid.contains(index) && self.replicas[*index].takes_requests(now);
+    fn choose(&self, now: Moment, random: u64, avoid: &[usize], also_suspect: bool) -> Option<usize> {
+        let takes = |index: &usize| !avoid.contains(index) && self.replicas[*index].takes_requests(now, also_suspect);
         let candidates = (0..self.replicas.len()).filter(takes);
         let count = candidates.clone().count();
         let nth = |n: usize| candidates.clone().nth(n).expect("fewer than were counted");
@@ -447,19 +554,38 @@ impl Router {
         }
     }
 
-    /// An attempt ended. `replied` when the server itself ended it, which shows that the connection works. True when it
-    /// was the last that kept a connection which is to be closed.
-    pub fn handle_end(&mut self, id: LinkId, replied: bool) -> bool {
+    /// An attempt ended. True when the pool's thread has something to do now: a connection is to be closed, or asked.
+    pub fn handle_end(&mut self, id: LinkId, ended: Ended, now: Moment) -> bool {
         let Some(link) = self.link(id) else { return false };
         link.outstanding -= 1;
         let closes = link.state == LinkState::Leaving && link.outstanding == 0;
         link.full = false;
         link.epoch += 1;
-        if replied && !link.answered && link.state == LinkState::Open {
-            link.answered = true;
-            self.replicas[id.replica].failures = 0;
+        match ended {
+            Ended::Replied => {
+                link.heard(now);
+                if !link.answered && link.state == LinkState::Open {
+                    link.answered = true;
+                    self.replicas[id.replica].failures = 0;
+                }
+            }
+            Ended::Silent => return self.doubt(id.replica, now) | closes,
+            Ended::Here => {}
         }
         closes
+    }
+
+    /// What keeps one connection silent often keeps its neighbours silent, too: all are asked.
+    fn doubt(&mut self, replica: usize, now: Moment) -> bool {
+        let mut any = false;
+        for link in &mut self.replicas[replica].links {
+            let doubted = link.state == LinkState::Open && matches!(link.trust, Trust::Yes(until) if until <= now);
+            if doubted {
+                link.trust = Trust::Doubted;
+            }
+            any |= doubted;
+        }
+        any
     }
 
     /// Whether the call gets another attempt after this error of an attempt at `replica`.
@@ -518,6 +644,8 @@ fn advice(error: &ClientError, maybe_executed: bool) -> Option<Advice> {
         | ClientError::ConnectionLost { .. }
         | ClientError::Connect(_)
         | ClientError::Protocol(_) => Some(Advice::Elsewhere),
+        // Another replica may have the contract that the request is built for.
+        ClientError::Contract(refusal) if refusal.retry == Retry::Elsewhere => Some(Advice::Elsewhere),
         ClientError::NoCredit => Some(Advice::Same),
         ClientError::Contract(_) | ClientError::DeadlineExceeded { .. } | ClientError::Usage(_) => None,
     }
@@ -610,6 +738,7 @@ mod tests {
             retry_maybe_executed: false,
             backoff_min: 100 * MS,
             backoff_max: 1600 * MS,
+            silence_max: Duration::from_secs(100),
         }
     }
 
@@ -668,6 +797,7 @@ mod tests {
             (ClientError::Connect(String::new()), true, true),
             (ClientError::Protocol(String::new()), false, true),
             (ClientError::Contract(Refusal::invalid("")), false, false),
+            (ClientError::Contract(Refusal { retry: Retry::Elsewhere, ..Refusal::invalid("") }), true, true),
             (ClientError::DeadlineExceeded { executed: Executed::Never }, false, false),
             (ClientError::DeadlineExceeded { executed: Executed::Maybe }, false, false),
             (ClientError::Usage(String::new()), false, false),
@@ -736,7 +866,7 @@ mod tests {
         let mut call = route();
         for attempt in 1..=4 {
             let pick = router.pick(&mut call, at(0), attempt).expect("both are up");
-            router.handle_end(pick.link, false);
+            router.handle_end(pick.link, Ended::Here, at(0));
             let next = router.judge(&mut call, pick.link.replica, &lost(Executed::Never), at(0), 0);
             assert_eq!(next, if attempt < 4 { Next::Retry } else { Next::End(Stop::Attempts) });
         }
@@ -824,7 +954,7 @@ mod tests {
         let link = router.poll_connect(now).expect("it is due");
         assert!(router.handle_connected(link, now));
         let pick = router.pick(&mut route(), now, 0).expect("it is up");
-        router.handle_end(pick.link, true);
+        router.handle_end(pick.link, Ended::Replied, now);
         router.handle_lost(link, now, u64::MAX);
         assert!(router.poll_timeout(now).since(now) <= 100 * MS, "an answer showed that it works");
     }
@@ -855,7 +985,7 @@ mod tests {
         router.handle_leaving(other, Some(Code::Draining), at(0), 0);
         assert_eq!(router.poll_close(), Some(other), "nothing is in flight there");
         assert_eq!(router.poll_close(), None, "the other still owes an answer");
-        assert!(router.handle_end(busy, true), "somebody is to close it");
+        assert!(router.handle_end(busy, Ended::Replied, at(0)), "somebody is to close it");
         assert_eq!(router.poll_close(), Some(busy));
         let link = router.poll_connect(at(100)).expect("after the backoff");
         assert!(router.handle_connected(link, at(100)));
@@ -893,6 +1023,142 @@ mod tests {
         assert_eq!(router.pick(&mut call, at(0), 0), None, "there was none, and none came");
         router.handle_credit(links[0]);
         assert!(router.pick(&mut call, at(0), 0).is_some());
+    }
+
+    #[test]
+    fn a_replica_that_let_a_call_run_out_gets_nothing_until_it_is_heard_again() {
+        let (mut router, links) = up(2, RouteOptions { connections: 2, ..options() });
+        let of = |replica: usize| links.iter().copied().filter(move |link| link.replica == replica);
+        // Calls that end in any other way say nothing against it.
+        for ended in [Ended::Replied, Ended::Here] {
+            let pick = router.pick(&mut route(), at(0), 0).expect("both are up");
+            assert!(!router.handle_end(pick.link, ended, at(0)) && router.poll_probe(at(502)).is_none());
+        }
+        let silent = router.pick(&mut route(), at(0), 0).expect("both are up").link.replica;
+        let silent_link = of(silent).find(|link| router.link(*link).expect("open").outstanding == 1).expect("picked");
+        assert!(router.handle_end(silent_link, Ended::Silent, at(500)), "somebody is to ask");
+        assert_eq!(router.state(silent, at(500)), ReplicaState::Suspect);
+        let mut asked: Vec<LinkId> = std::iter::from_fn(|| router.poll_probe(at(502))).collect();
+        asked.sort_unstable();
+        assert_eq!(asked, of(silent).collect::<Vec<_>>(), "each of its connections, once");
+        for random in 0..50u64 {
+            let random = random.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+            let pick = router.pick(&mut route(), at(500), random).expect("the other is up");
+            assert_eq!(pick.link.replica, 1 - silent);
+        }
+        // One of its connections answers: that one, and no more, is used again, and is the emptier one.
+        router.handle_alive(silent_link, at(501));
+        assert_eq!(router.state(silent, at(501)), ReplicaState::Up);
+        assert_eq!(router.pick(&mut route(), at(501), 0).expect("both are up").link, silent_link);
+        // What runs out there now is the calls' own fault, for a while.
+        assert!(!router.handle_end(silent_link, Ended::Silent, at(502)) && router.poll_probe(at(502)).is_none());
+        router.pick(&mut route(), at(502), 0).expect("both are up");
+        assert!(router.handle_end(silent_link, Ended::Silent, at(701)), "and then it is asked again");
+        assert_eq!(router.poll_probe(at(502)), Some(silent_link));
+        assert_eq!(router.counts().probes, 3);
+    }
+
+    #[test]
+    fn an_answer_to_any_call_clears_a_connection_as_a_pong_does() {
+        let (mut router, links) = up(1, options());
+        let picks = [0, 0].map(|random| router.pick(&mut route(), at(0), random).expect("it is up"));
+        assert!(router.handle_end(picks[0].link, Ended::Silent, at(500)));
+        assert!(router.is_suspect(links[0]));
+        router.handle_end(picks[1].link, Ended::Replied, at(501));
+        assert!(!router.is_suspect(links[0]));
+        assert_eq!(router.poll_probe(at(502)), None, "it need not be asked any more");
+    }
+
+    #[test]
+    fn a_connection_that_owes_an_answer_and_says_nothing_for_long_is_asked_and_an_idle_one_is_not() {
+        let (mut router, links) = up(1, RouteOptions { connections: 2, silence_max: 1000 * MS, ..options() });
+        assert_eq!(router.poll_probe(at(60_000)), None, "nothing is owed");
+        let busy = router.pick(&mut route(), at(60_000), 0).expect("it is up").link;
+        assert!(router.poll_timeout(at(60_000)) <= at(61_000), "somebody looks");
+        assert_eq!(router.poll_probe(at(60_999)), None);
+        assert_eq!(router.poll_probe(at(61_000)), Some(busy));
+        assert_eq!(router.poll_probe(at(61_000)), None, "asked once, and the idle one not at all");
+        // A model that takes long, on a server that lives.
+        router.handle_alive(busy, at(61_001));
+        assert_eq!(router.poll_probe(at(62_000)), None);
+        assert_eq!(router.poll_probe(at(62_001)), Some(busy), "and again after as long");
+        router.handle_end(busy, Ended::Replied, at(62_002));
+        assert_eq!(router.poll_probe(at(90_000)), None, "nothing is owed any more");
+        assert!(links.iter().all(|link| !router.is_suspect(*link)));
+    }
+
+    #[test]
+    fn where_all_are_suspect_all_are_used_and_where_one_lives_it_is_waited_for() {
+        let (mut router, links) = up(2, options());
+        for link in &links {
+            router.pick(&mut route(), at(0), 0).expect("both are up");
+            router.pick(&mut route(), at(0), u64::MAX).expect("both are up");
+            router.handle_end(*link, Ended::Silent, at(500));
+        }
+        assert!((0..2).all(|replica| router.state(replica, at(500)) == ReplicaState::Suspect));
+        assert!(router.pick(&mut route(), at(500), 0).is_some(), "better than nothing");
+        // One answers, and has no room just now: that is no reason to give calls to one which may be dead.
+        router.handle_alive(links[1], at(500));
+        let pick = router.pick(&mut route(), at(500), 0).expect("it lives");
+        assert_eq!(pick.link, links[1]);
+        router.handle_no_credit(pick, &mut route_of_one_attempt());
+        assert_eq!(router.pick(&mut route(), at(500), 0), None);
+        router.handle_credit(links[1]);
+        assert_eq!(router.pick(&mut route(), at(500), 0).expect("it has room").link, links[1]);
+        // It leaves: then the other is all there is.
+        router.handle_lost(links[1], at(500), 0);
+        assert_eq!(router.pick(&mut route(), at(500), 0).expect("better than nothing").link, links[0]);
+    }
+
+    fn route_of_one_attempt() -> Route {
+        Route { attempts: 1, ..route() }
+    }
+
+    /// Goal: a replica that goes silent costs the calls it had and hardly any more; one that is only slow costs none.
+    /// Method: a virtual minute of calls at random moments, half of which take longer than they may, which is said by the
+    /// replica; but from the tenth second to the fortieth replica 0 says nothing (its pongs come when that is over).
+    #[test]
+    fn a_silent_replica_costs_the_calls_it_had_and_no_stream_of_them() {
+        let (deadline, grace) = (200, 50);
+        for seed in 0..20 {
+            let mut random = SmallRng::seed_from_u64(seed);
+            let (mut router, _) = up(2, RouteOptions { connections: 2, ..options() });
+            // By when it ends.
+            let mut open: Vec<(u64, LinkId, Ended)> = Vec::new();
+            let mut pongs: Vec<(u64, LinkId)> = Vec::new();
+            let (mut silent, mut in_the_dark, mut after) = (0, 0, [0; 2]);
+            let is_dark = |link: LinkId, ms: u64| link.replica == 0 && (10_000..40_000).contains(&ms);
+            for now in 0..60_000u64 {
+                open.sort_unstable_by_key(|(due, ..)| std::cmp::Reverse(*due));
+                while let Some((_, link, ended)) = open.pop_if(|(due, ..)| *due <= now) {
+                    silent += u64::from(ended == Ended::Silent);
+                    router.handle_end(link, ended, at(now));
+                }
+                while let Some(link) = router.poll_probe(at(now)) {
+                    pongs.push((if is_dark(link, now) { 40_001 } else { now + 1 }, link));
+                }
+                for (_, link) in pongs.extract_if(.., |(due, _)| *due <= now) {
+                    router.handle_alive(link, at(now));
+                }
+                if random.random_bool(0.5) {
+                    let pick = router.pick(&mut route(), at(now), random.next_u64()).expect("one is up");
+                    in_the_dark += u64::from((10_000..40_000).contains(&now));
+                    after[pick.link.replica] += u64::from(now > 41_000);
+                    let took = random.random_range(1..2 * deadline);
+                    let ends_at = now + took.min(deadline);
+                    let end = match is_dark(pick.link, now) || is_dark(pick.link, ends_at) {
+                        true => (now + deadline + grace, pick.link, Ended::Silent),
+                        false => (ends_at, pick.link, Ended::Replied),
+                    };
+                    open.push(end);
+                }
+            }
+            assert!(in_the_dark > 10_000);
+            // Two choices alone would fill it up to what the other has in flight, again and again: thousands.
+            assert!((1..300).contains(&silent), "repeat with: seed {seed}; {silent} ran out of {in_the_dark}");
+            assert!(after[0] > 3000 && after[1] > 3000, "both are used again: {after:?}");
+            assert_eq!(router.counts().probes, 2, "repeat with: seed {seed}; the slow one was never asked");
+        }
     }
 
     #[test]
@@ -934,7 +1200,11 @@ mod tests {
                     (4, _) => drop(router.poll_close()),
                     (5 | 6, _) if !in_flight.is_empty() => {
                         let (link, mut call) = in_flight.swap_remove(number as usize % in_flight.len());
-                        router.handle_end(link, random.random_bool(0.7));
+                        let ended = [Ended::Replied, Ended::Replied, Ended::Silent, Ended::Here];
+                        router.handle_end(link, ended[random.random_range(0..4)], now);
+                        if let Some(asked) = router.poll_probe(now).filter(|_| random.random_bool(0.5)) {
+                            router.handle_alive(asked, now);
+                        }
                         if random.random_bool(0.3) {
                             router.judge(&mut call, link.replica, &overloaded(20), now, number);
                         }
@@ -944,6 +1214,8 @@ mod tests {
                         if let Some(pick) = router.pick(&mut call, now, number) {
                             let replica = &router.replicas[pick.link.replica];
                             assert!(!replica.draining && replica.paused_until <= now);
+                            let link = replica.links.iter().find(|link| link.id == pick.link).expect("it was picked");
+                            assert!(!link.is_suspect() || !router.replicas.iter().any(Replica::is_well));
                             match random.random_bool(0.2) {
                                 true => router.handle_no_credit(pick, &mut call),
                                 false => in_flight.push((pick.link, call)),
@@ -953,7 +1225,7 @@ mod tests {
                 }
             }
             for (link, _) in in_flight {
-                router.handle_end(link, true);
+                router.handle_end(link, Ended::Replied, now);
             }
             let later = now + Duration::from_secs(10);
             while let Some(link) = router.poll_connect(later) {

@@ -358,6 +358,7 @@ impl Session {
         out: &mut Vec<u8>,
     ) -> Result<u64, SendError> {
         self.check_open()?;
+        request.check_built_for(model.contract_hash).map_err(SendError::Refused)?;
         let placed = request.place(&model.contract).map_err(SendError::Refused)?;
         let bytes = placed.payload_len() as u64;
         if bytes > u64::from(self.payload_bytes_max) || bytes > self.window.bytes_max {

@@ -4,6 +4,7 @@
 //! - Standard output gets exactly one line, `ready data=ADDR control=ADDR models=a,b`, once every model is warm.
 //! - SIGTERM or SIGINT starts a drain; a second one ends at once; before the server is ready the first one ends it,
 //!   because nothing has been accepted. SIGHUP has certificates and tenants read again.
+//! - What is said on standard error goes the way of the log: who does not read it holds nobody up.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,7 +45,7 @@ pub fn run(args: Args) -> ExitCode {
     if !args.threads
         && let Err(error) = run_each_model_on_one_thread()
     {
-        eprintln!("cannot start again with RAYON_NUM_THREADS=1: {error}");
+        log::say(format!("cannot start again with RAYON_NUM_THREADS=1: {error}\n"));
         return ExitCode::from(EXIT_FAILED);
     }
     let device = args.device.map(|device| if device == "auto" { find_device() } else { device });
@@ -52,35 +53,43 @@ pub fn run(args: Args) -> ExitCode {
     let config = match args.config.load(&more) {
         Ok(config) => config,
         Err(errors) => {
-            eprintln!("{errors}");
+            log::say(format!("{errors}\n"));
             return ExitCode::from(EXIT_CONFIG);
         }
     };
     if args.threads {
-        eprint!("{}", thread_plan(&config));
+        log::say(thread_plan(&config));
         return ExitCode::SUCCESS;
     }
-    if let Err(message) = log::init(config.log.format == LogFormat::Json, &config.log.level) {
-        eprintln!("{message}");
-        return ExitCode::from(EXIT_CONFIG);
-    }
+    // Dropped last: what was said at the end is written before it.
+    let _log = match log::init(config.log.format == LogFormat::Json, &config.log.level) {
+        Ok(guard) => guard,
+        Err(error) => {
+            log::say(format!("{error}\n"));
+            log::flush();
+            return ExitCode::from(match error {
+                log::InitError::Filter(_) => EXIT_CONFIG,
+                log::InitError::Failed(_) => EXIT_FAILED,
+            });
+        }
+    };
     let stopper = match watch_signals() {
         Ok(stopper) => stopper,
         Err(error) => {
-            eprintln!("cannot watch signals: {error}");
+            log::say(format!("cannot watch signals: {error}\n"));
             return ExitCode::from(EXIT_FAILED);
         }
     };
     let server = match server::start(&config) {
         Ok(server) => server,
         Err(error) => {
-            eprintln!("{error}");
+            log::say(format!("{error}\n"));
             return ExitCode::from(status_of(&error));
         }
     };
-    eprint!("{}{}", thread_plan(&config), recorder_line(&config));
+    log::say(thread_plan(&config) + &recorder_line(&config));
     for skipped in &server.skipped {
-        eprintln!("{}", skipped.reason);
+        log::say(format!("{}\n", skipped.reason));
     }
     *stopper.lock().expect("the signal thread does not panic") = Some(server.stopper());
     let ready =
@@ -89,16 +98,16 @@ pub fn run(args: Args) -> ExitCode {
     // Whoever started us may have closed the pipe; that is no reason to stop serving.
     let _ = out.write_all(ready.as_bytes()).and_then(|()| out.flush());
     drop(out);
-    eprint!("{}", how_to_try(&server));
+    log::say(how_to_try(&server));
     match server.wait() {
         Ending::Drained => ExitCode::SUCCESS,
         Ending::Aborted => ExitCode::from(EXIT_FAILED),
         Ending::Fault(what) => {
-            eprintln!("{what}");
+            log::say(format!("{what}\n"));
             ExitCode::from(EXIT_FAILED)
         }
         Ending::DeviceLost(what) => {
-            eprintln!("{what}; start again");
+            log::say(format!("{what}; start again\n"));
             ExitCode::from(EXIT_AGAIN)
         }
     }
@@ -109,7 +118,7 @@ fn find_device() -> String {
     match gpus() {
         Ok(numbers) => format!("cuda:{}", numbers.join(",")),
         Err(problem) => {
-            eprintln!("{problem}; batches run on the CPU");
+            log::say(format!("{problem}; batches run on the CPU\n"));
             "cpu".to_owned()
         }
     }
@@ -161,13 +170,13 @@ fn thread_plan(config: &Config) -> String {
     // Each executor of a device has a second thread, which waits for it.
     let waiting = if config.executor.device == Place::Cpu { 0 } else { threads.executors };
     let recorder = usize::from(config.recorder_directory().is_some());
-    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 4 + keeper + recorder;
+    let total = threads.shards + 1 + threads.executors + waiting + threads.tokenizers + 5 + keeper + recorder;
     let waiting =
         if waiting > 0 { format!(" and as many that wait for {}", config.executor.device) } else { String::new() };
     let keeper = if keeper > 0 { ", 1 for --state" } else { "" };
     let recorder = if recorder > 0 { ", 1 for the flight recorder's files" } else { "" };
     format!(
-        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 shadow, 1 signals, 1 main\
+        "threads: {} shard(s){pinned}, 1 batcher, {} executor(s){waiting}, up to {} tokenizer(s), 1 control, 1 shadow, 1 signals, 1 log, 1 main\
          {keeper}{recorder}; {total} at most, on {} core(s)\n",
         threads.shards,
         threads.executors,
@@ -204,11 +213,17 @@ fn watch_signals() -> std::io::Result<Arc<Mutex<Option<Stopper>>>> {
                 continue;
             }
             match (count, stopper) {
-                (_, None) => std::process::exit(0),
+                (_, None) => {
+                    log::flush();
+                    std::process::exit(0)
+                }
                 (0, Some(stopper)) => stopper.drain(),
                 (1, Some(stopper)) => stopper.abort(),
                 // Not even the abort came to an end.
-                _ => std::process::exit(EXIT_FAILED.into()),
+                _ => {
+                    log::flush();
+                    std::process::exit(EXIT_FAILED.into())
+                }
             }
             count += 1;
         }

@@ -3,7 +3,9 @@
 //! Always true
 //! - A connection keeps what it proved to be; when tenants change it is asked again whether that still holds.
 //! - Nothing here is touched by a request: looked at when a connection comes, when it says hello, and a few times a second.
+//! - Who says nothing keeps nobody out: of those that have not said hello one makes room for who comes ([`makes_room`]).
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +13,7 @@ use std::time::Duration;
 
 use rustls::ServerConfig;
 
-use super::abuse::{Bans, Rules};
+use super::abuse::{Bans, Rules, Source};
 use super::bucket::Bucket;
 use super::connection::Connection;
 use super::session::Fatal;
@@ -21,8 +23,10 @@ use crate::telemetry::TurnedAway;
 use crate::tenants::{Day, Identity, Tenants};
 use crate::vocab::{Code, Moment};
 
-/// Connections that have not said hello, of a shard; more are turned away at once.
-const STRANGERS_MAX: u32 = 256;
+/// Connections that have not said hello, of a shard. For one more, one of them has to go.
+const STRANGERS_MAX: usize = 256;
+/// So long a stranger keeps its place against one that has no better right to it: time for the round trips of a far peer.
+const STRANGERS_CHANCE: Duration = Duration::from_secs(1);
 /// Handshakes that a shard begins at once, and in each second after that.
 const HANDSHAKES: f64 = 200.0;
 /// Lines in the log about peers that cannot connect, at once and in each second after that.
@@ -144,6 +148,31 @@ pub fn identify(tenants: &Tenants, token: &[u8], uris: &[String], named: &str, t
     Ok(identity)
 }
 
+/// A connection that has not said hello.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stranger {
+    at: u32,
+    source: Option<Source>,
+    since: Moment,
+}
+
+/// Who of a full house of strangers goes for one more from `newcomer`; `None` when nobody does, and it is the newcomer that has to.
+///
+/// - An address that holds the most places gives one up to another that would still hold fewer, at once: its oldest.
+/// - Among equals it is the oldest of all, once it has had its chance: whoever fills the house from many addresses has to fill it
+///   anew each second.
+fn makes_room(strangers: &[Stranger], newcomer: Option<Source>, now: Moment) -> Option<u32> {
+    let mut places: HashMap<Option<Source>, usize> = HashMap::new();
+    strangers.iter().for_each(|stranger| *places.entry(stranger.source).or_default() += 1);
+    let of = |source: &Option<Source>| places.get(source).copied().unwrap_or(0);
+    let most = places.values().copied().max()?;
+    let oldest = |among: &dyn Fn(&&Stranger) -> bool| strangers.iter().filter(among).min_by_key(|s| (s.since, s.at));
+    if of(&newcomer) + 1 < most {
+        return oldest(&|stranger| of(&stranger.source) == most).map(|stranger| stranger.at);
+    }
+    oldest(&|_| true).filter(|stranger| stranger.since + STRANGERS_CHANCE <= now).map(|stranger| stranger.at)
+}
+
 impl State {
     /// Whether a hello has to prove who says it.
     pub fn wants_proof(&self) -> bool {
@@ -165,19 +194,16 @@ impl State {
     pub fn welcome(&mut self, connection: &mut Connection, now: Moment) -> bool {
         let Some(shared) = &self.options.access else { return true };
         let access = shared.current();
-        if self.strangers >= STRANGERS_MAX {
-            self.metrics().turned_away(TurnedAway::Strangers);
-            return false;
-        }
         if connection.addr.is_some_and(|addr| !shared.failures.admits(addr, now)) {
             self.metrics().turned_away(TurnedAway::Banned);
             return false;
         }
+        // Last: nobody goes for one that is turned away itself.
+        if !self.make_room_for(connection.addr.map(Source::of), now) {
+            self.metrics().turned_away(TurnedAway::Strangers);
+            return false;
+        }
         if let Some(config) = &access.tls {
-            if !self.handshakes.take(1.0, now) {
-                self.metrics().turned_away(TurnedAway::Handshakes);
-                return false;
-            }
             match Tls::new(Arc::clone(config)) {
                 Ok(tls) => connection.tls = Some(Box::new(tls)),
                 Err(fault) => {
@@ -186,16 +212,41 @@ impl State {
                 }
             }
         }
-        connection.is_stranger = true;
-        self.strangers += 1;
         true
+    }
+
+    /// Has a stranger go, if there is no room for one more. False when none does.
+    fn make_room_for(&mut self, newcomer: Option<Source>, now: Moment) -> bool {
+        if self.strangers.len() < STRANGERS_MAX {
+            return true;
+        }
+        let stranger = |at: &u32| {
+            let connection = &self.connections[*at as usize];
+            Stranger { at: *at, source: connection.addr.map(Source::of), since: connection.since }
+        };
+        let strangers: Vec<Stranger> = self.strangers.iter().map(stranger).collect();
+        let Some(at) = makes_room(&strangers, newcomer, now) else { return false };
+        self.metrics().turned_away(TurnedAway::Displaced);
+        self.greeted(at);
+        // Without a word: it has said none, and may not understand any before its handshake.
+        self.connections[at as usize].close();
+        self.recount(at);
+        true
+    }
+
+    /// A connection that was let in is a stranger until it says hello.
+    pub fn meet(&mut self, at: u32) {
+        if self.options.access.is_some() {
+            self.connections[at as usize].is_stranger = true;
+            self.strangers.push(at);
+        }
     }
 
     /// A connection is no stranger any more: it has said hello, or leaves.
     pub fn greeted(&mut self, at: u32) {
         let connection = &mut self.connections[at as usize];
         if std::mem::take(&mut connection.is_stranger) {
-            self.strangers -= 1;
+            self.strangers.retain(|stranger| *stranger != at);
         }
     }
 
@@ -261,6 +312,80 @@ mod tests {
 
     fn second(at: u64) -> Moment {
         Moment(at * 1_000_000_000)
+    }
+
+    /// Strangers by the last number of their address, each a nanosecond younger than the one before.
+    fn house(of: impl IntoIterator<Item = u8>) -> Vec<Stranger> {
+        let stranger = |(at, number): (usize, u8)| Stranger {
+            at: at as u32,
+            source: Some(Source::of(source(number))),
+            since: Moment(at as u64),
+        };
+        of.into_iter().enumerate().map(stranger).collect()
+    }
+
+    #[test]
+    fn an_address_that_fills_the_house_gives_a_place_to_any_other_at_once() {
+        let goes = |of: &[u8], newcomer: u8, now| {
+            makes_room(&house(of.iter().copied()), Some(Source::of(source(newcomer))), now)
+        };
+        let soon = Moment(100);
+        assert_eq!(goes(&[2, 1, 1, 1], 3, soon), Some(1), "the oldest of the one with most");
+        assert_eq!(goes(&[2, 1, 1, 1], 2, soon), Some(1), "also for one that is there already and has less");
+        assert_eq!(goes(&[2, 2, 1, 1], 3, soon), Some(0), "of two with most the oldest");
+        // It would hold as many as who gives: then who was first stays, as long as it has its chance.
+        assert_eq!(goes(&[1, 1, 2], 2, soon), None);
+        assert_eq!(goes(&[2, 1, 1, 1], 1, soon), None, "its own places are all it can take");
+        assert_eq!(goes(&[1, 2, 3, 4], 5, soon), None);
+        // And then the oldest goes, whoever it is.
+        let chance = Moment::ZERO + STRANGERS_CHANCE;
+        assert_eq!(goes(&[2, 1, 1, 1], 1, chance), Some(0));
+        assert_eq!(goes(&[1, 2, 3, 4], 5, chance), Some(0));
+        assert_eq!(goes(&[1, 2, 3, 4], 5, Moment(chance.nanos() - 1)), None);
+        assert_eq!(makes_room(&[], None, chance), None);
+        // Nobody knows where it comes from: an address like any other.
+        assert_eq!(makes_room(&house([1, 1]), None, soon), Some(0));
+    }
+
+    #[test]
+    fn a_house_is_never_fuller_than_it_may_be_and_the_books_stay_right() {
+        use crate::frontend::{Catalog, Options};
+        use crate::mailbox::mailbox;
+        use crate::telemetry::Telemetry;
+        let access = Some(Arc::new(SharedAccess::new(Access::default(), Day(0))));
+        let options = Options { access, ..Options::unbounded() };
+        let telemetry = Telemetry::new(&[], 1, 1);
+        let mut state = State::new(0, options, Arc::new(Catalog::new(&[])), telemetry, mailbox(1).0, None);
+        let come = |state: &mut State, number: u8, now: Moment| {
+            let mut connection = Connection::new(-1, now);
+            connection.addr = Some(source(number));
+            state.welcome(&mut connection, now).then(|| {
+                let at = state.connections.insert(connection) as u32;
+                state.meet(at);
+                assert!(state.strangers.len() <= STRANGERS_MAX);
+                assert_eq!(state.audit(), Ok(()));
+                at
+            })
+        };
+        let silent: Vec<u32> =
+            (0..STRANGERS_MAX).map(|_| come(&mut state, 1, second(1)).expect("there is room")).collect();
+        assert_eq!(come(&mut state, 1, second(1)), None, "no more of that address for now");
+        let honest = come(&mut state, 2, second(1)).expect("another address is let in");
+        assert!(state.connections[silent[0] as usize].phase == crate::frontend::connection::Phase::Closed);
+        state.greeted(honest);
+        state.remove(silent[0]);
+        assert_eq!((state.strangers.len(), state.audit()), (STRANGERS_MAX - 1, Ok(())));
+        let younger = Moment(second(1).nanos() + 1);
+        assert!(come(&mut state, 1, younger).is_some(), "who said hello leaves its place");
+        // Another second, and the address may replace its own.
+        assert!(come(&mut state, 1, second(2)).is_some());
+        assert!(state.connections[silent[1] as usize].phase == crate::frontend::connection::Phase::Closed);
+        let counted = |why: &str| {
+            let line = format!("ferry_turned_away_total{{why=\"{why}\"}} ");
+            let page = state.telemetry.encode();
+            page.lines().find_map(|text| text.strip_prefix(&line)?.parse::<u32>().ok()).expect("exported")
+        };
+        assert_eq!((counted("strangers"), counted("displaced")), (1, 2));
     }
 
     fn source(n: u8) -> std::net::IpAddr {

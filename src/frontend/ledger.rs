@@ -66,7 +66,11 @@ impl State {
         }
         equal("requests in flight", slots, listed)?;
         let strangers = self.connections.iter().filter(|(_, connection)| connection.is_stranger).count();
-        equal("connections that have not said hello", self.strangers.into(), strangers as u64)?;
+        equal("connections that have not said hello", self.strangers.len() as u64, strangers as u64)?;
+        let is_one = |at: &u32| self.connections.get(*at as usize).is_some_and(|connection| connection.is_stranger);
+        if !self.strangers.iter().all(is_one) {
+            return Err("one that is gone or known is listed among those that have not said hello".into());
+        }
         equal("payload bytes of all connections", self.admitted, admitted)?;
         equal("bytes of unfinished frames", self.receiving, receiving)?;
         equal("bytes of unsent answers", self.unsent, unsent)
@@ -148,7 +152,11 @@ mod tests {
             ("payload bytes of all connections", &|state| state.admitted += 1),
             ("bytes of unfinished frames", &|state| state.receiving += 1),
             ("bytes of unsent answers", &|state| state.unsent += 1),
-            ("have not said hello", &|state| state.strangers += 1),
+            ("have not said hello", &|state| state.strangers.push(0)),
+            ("is listed among those", &|state| {
+                state.connections[0].is_stranger = true;
+                state.strangers.push(1);
+            }),
             ("requests in flight", &|state| drop(state.connections.remove(1))),
             ("another connection", &|state| {
                 let (first, second) = state.connections.get2_mut(0, 1).expect("two");

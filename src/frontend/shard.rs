@@ -278,7 +278,6 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     if full && connection.tls.is_some() {
         // It would not understand a word before the handshake, which costs more than the word is worth.
         state.metrics().connection_closed();
-        state.strangers -= 1;
         return;
     }
     if full {
@@ -289,6 +288,8 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
     if full {
         state.output(at);
         state.flush(now);
+    } else {
+        state.meet(at);
     }
     drop(state);
     spawn("connection", serve(Rc::clone(shard), at, stream));

@@ -71,8 +71,8 @@ pub struct State {
     pub(super) handshakes: Bucket,
     /// What may be said in the log about peers that cannot connect: they could fill it.
     pub(super) complaints: Bucket,
-    /// Connections that have not said hello.
-    pub(super) strangers: u32,
+    /// Connections that have not said hello, where they may be only so many (access.rs).
+    pub(super) strangers: Vec<u32>,
     /// Generation and day that connections' identities were last compared with.
     pub(super) access_seen: (u64, Day),
     /// Records that were just read.
@@ -122,7 +122,7 @@ impl State {
             traces,
             handshakes: access::handshakes(),
             complaints: access::complaints(),
-            strangers: 0,
+            strangers: Vec::new(),
             access_seen: (0, Day(0)),
             records: Vec::new(),
             mode: Mode::Serving,

@@ -15,6 +15,7 @@ use rustls::{ServerConfig, ServerConnection};
 
 use super::connection::Phase;
 use super::state::{ReadEnd, State};
+use crate::telemetry::TurnedAway;
 use crate::tls::{ALPN, uris_of};
 use crate::vocab::Moment;
 
@@ -54,6 +55,11 @@ impl Tls {
 
     pub fn is_established(&self) -> bool {
         self.established
+    }
+
+    /// Whether anything has come.
+    fn has_begun(&self) -> bool {
+        self.established || self.received > 0
     }
 
     /// Takes records from the front of `bytes`, as many as fit. True when the handshake ended with them.
@@ -192,6 +198,11 @@ impl State {
     fn take_records(&mut self, at: u32, mut records: &[u8], now: Moment) -> ReadEnd {
         let mut tls = self.connections[at as usize].tls.take().expect("the caller asked");
         let mut end = ReadEnd::Burst;
+        // Here and not when it came: who says nothing costs others no handshake.
+        if !tls.has_begun() && !self.handshakes.take(1.0, now) {
+            self.metrics().turned_away(TurnedAway::Handshakes);
+            end = ReadEnd::Gone;
+        }
         'records: while !records.is_empty() && end == ReadEnd::Burst {
             match tls.feed(&mut records) {
                 Ok(false) => {}

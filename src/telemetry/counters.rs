@@ -320,11 +320,13 @@ impl ShardMetrics {
     }
 }
 
-/// Why a connection is closed as it comes.
+/// Why a connection is closed before it has said hello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TurnedAway {
-    /// As many as may are there that have not said hello.
+    /// As many as may are there that have not said hello, and each has as good a right to be.
     Strangers,
+    /// It had its chance to say hello, and made room for another.
+    Displaced,
     /// Its address failed too often to prove who it is.
     Banned,
     /// Too many handshakes begin at once.
@@ -332,11 +334,13 @@ pub enum TurnedAway {
 }
 
 impl TurnedAway {
-    pub const ALL: [TurnedAway; 3] = [TurnedAway::Strangers, TurnedAway::Banned, TurnedAway::Handshakes];
+    pub const ALL: [TurnedAway; 4] =
+        [TurnedAway::Strangers, TurnedAway::Displaced, TurnedAway::Banned, TurnedAway::Handshakes];
 
     pub fn name(self) -> &'static str {
         match self {
             TurnedAway::Strangers => "strangers",
+            TurnedAway::Displaced => "displaced",
             TurnedAway::Banned => "banned",
             TurnedAway::Handshakes => "handshakes",
         }

@@ -16,7 +16,7 @@ use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
     Alarm, BISECTED, Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES,
-    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway,
+    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway, log,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -83,6 +83,9 @@ impl Telemetry {
                 family.add([("end", end)], count.get());
             }
         });
+        list.open("ferry_log_lines_dropped", "Lines that are missing in the log", Kind::Counter, |family| {
+            log::dropped().iter().for_each(|(why, count)| family.add([("why", why)], *count));
+        });
         self.list_otel(list);
         let process = Process::read();
         list.gauge("ferry_process_resident_bytes", "Memory of the process", process.resident_bytes as f64);
@@ -117,7 +120,7 @@ impl Telemetry {
         list.by_shard(self, "ferry_written_bytes", "Bytes sent on the data port", |s| &s.bytes_written);
         list.by_shard(self, "ferry_accept_errors", "Connections that could not be taken", |s| &s.accept_errors);
         let of_shards = |of: &dyn Fn(&ShardMetrics) -> u64| self.shards.iter().map(of).sum::<u64>();
-        list.open("ferry_turned_away", "Connections that were closed as they came", Kind::Counter, |family| {
+        list.open("ferry_turned_away", "Connections that were closed before their hello", Kind::Counter, |family| {
             for why in TurnedAway::ALL {
                 family.add([("why", why.name())], of_shards(&|shard| shard.turned_away[why as usize].get()));
             }

@@ -11,7 +11,7 @@
 //! | `ferry_read_bytes_total` | counter | shard | bytes received on the data port |
 //! | `ferry_written_bytes_total` | counter | shard | bytes sent on the data port |
 //! | `ferry_accept_errors_total` | counter | shard | connections that could not be taken |
-//! | `ferry_turned_away_total` | counter | why | connections that were closed as they came: too many that have not said hello (`strangers`), an address that failed too often (`banned`), too many handshakes at once (`handshakes`) |
+//! | `ferry_turned_away_total` | counter | why | connections that were closed before they said hello: too many that have not (`strangers`), one of those that made room for another (`displaced`), an address that failed too often (`banned`), too many handshakes at once (`handshakes`) |
 //! | `ferry_tls_handshakes_total` | counter | outcome | TLS handshakes that ended: `done`, or `failed` |
 //! | `ferry_authentications_total` | counter | outcome | hellos whose credentials were looked at: `ok`, or `failed` |
 //! | `ferry_reloads_total` | counter | what, outcome | times that certificates (`tls`) or `tenants` were read again: `ok`, or `failed`, and the old ones stay |
@@ -78,6 +78,7 @@
 //! | `ferry_device_graphs` | gauge | executor | captured graphs |
 //! | `ferry_live_objects` | gauge | kind | what exists now and could leak: connections, tickets, staging sets, outputs, buffers, streams and events of devices |
 //! | `ferry_live_bytes` | gauge | kind | bytes held now: unfinished frames, unsent answers, device and pinned buffers |
+//! | `ferry_log_lines_dropped_total` | counter | why | lines that are missing in the log, where another line says how many: nobody read it for so long that there was no room (`full`), or they could not be written (`failed`) |
 //! | `ferry_otel_exports_total` | counter | signal, outcome | messages to the receiver of OpenTelemetry: taken (`ok`), or not (`failed`; spans are tried again) |
 //! | `ferry_otel_dropped_total` | counter | what | lost on the way there: `records` of requests that found the queue full, `spans` that nobody took for long or that were turned down |
 //! | `ferry_audits_total` | counter | books, outcome | times that books were recomputed, the scheduler's or a shard's: ok, or drift, which is an alarm |
@@ -96,7 +97,7 @@
 //! The unit is in the name: seconds, bytes, ratio; the others are counts. Histograms add `_bucket`, `_sum` and `_count`.
 //!
 //! Elsewhere: counting (counters.rs, histogram.rs), executors' time by part (waterfall.rs, times.rs), what is exported (export.rs,
-//! family.rs), the log (log.rs).
+//! family.rs), the log (log/).
 
 mod counters;
 mod export;

@@ -4,8 +4,9 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use ferry::client::{ClientOptions, Pool, PoolOptions, ReplicaState};
+use ferry::client::{ClientError, ClientOptions, Pool, PoolOptions, ReplicaState, Request};
 use ferry::clock;
+use ferry::vocab::Executed;
 use nix::sys::signal::Signal;
 
 use crate::caller::{Ledger, Manner, call_pool, log_of, models, percentile, rounds};
@@ -217,6 +218,94 @@ fn a_client_that_is_cut_off_from_one_replica_moves_to_the_other_and_what_it_left
         "{} calls, {} answered ({answered_in_the_dark} in the dark), {} unknown, {:?}",
         summary.calls, summary.ok, summary.unknown, summary.failed
     );
+}
+
+fn echo(allowed: Option<Duration>) -> Request {
+    let request = Request::new("echo").input("values", &[1, 4], &[1.0f32, 2.0, 3.0, 4.0]);
+    match allowed {
+        Some(allowed) => request.deadline(allowed),
+        None => request,
+    }
+}
+
+/// Calls that end soon, until one has run out at a silent replica and the pool has drawn its conclusion.
+fn call_until_suspect(pool: &Pool, silent: usize) {
+    wait_until("the silent replica is suspect", || {
+        let _ = pool.infer(echo(Some(Duration::from_millis(50))));
+        pool.stats().replicas[silent].state != ReplicaState::Up
+    });
+}
+
+/// Calls until the replica has taken one more.
+fn call_until_used(pool: &Pool, replica: &Replica) {
+    let accepted = || replica.child.metric("ferry_requests_accepted_total", &["model=\"echo\""]);
+    let before = accepted();
+    wait_until("it is used", || {
+        pool.infer(echo(None)).expect("both are well");
+        accepted() > before
+    });
+}
+
+/// A replica goes silent and is heard again. Between the two hardly a call is given to it, and afterwards it is used as before.
+fn silent_for_a_while(replicas: &[Replica; 2], go_silent: impl FnOnce(), speak_again: impl FnOnce()) {
+    let pool = pool_of(replicas, PoolOptions { retry_maybe_executed: false, ..pure() });
+    call_until_used(&pool, &replicas[0]);
+    go_silent();
+    call_until_suspect(&pool, 0);
+    let patient = Duration::from_secs(5);
+    let failed = (0..500).filter(|_| pool.infer(echo(Some(patient))).is_err()).count();
+    // None at all, but where the other is so slow that it is doubted for a moment, too.
+    assert!(
+        failed <= 2,
+        "{failed} of 500 calls were given to a replica that was known to be silent: {:?}",
+        pool.stats()
+    );
+    speak_again();
+    wait_until_up(&pool);
+    call_until_used(&pool, &replicas[0]);
+    println!("{:?}", pool.stats());
+}
+
+#[test]
+fn a_replica_behind_a_dark_cable_gets_no_calls_until_it_is_heard_again() {
+    let replicas = [Replica::start(), Replica::start()];
+    silent_for_a_while(&replicas, || replicas[0].proxy.set_dark(true), || replicas[0].proxy.set_dark(false));
+}
+
+#[test]
+fn a_replica_that_is_stopped_gets_no_calls_until_it_goes_on() {
+    let replicas = [Replica::start(), Replica::start()];
+    let signal = |signal| replicas[0].child.signal(signal);
+    silent_for_a_while(&replicas, || signal(Signal::SIGSTOP), || signal(Signal::SIGCONT));
+}
+
+#[test]
+fn a_replica_that_does_not_answer_when_asked_is_left_and_calls_without_a_deadline_are_told() {
+    let replicas = [Replica::start(), Replica::start()];
+    let base = pure();
+    let client = ClientOptions { control_timeout: Duration::from_secs(1), ..base.client };
+    let pool = pool_of(&replicas, PoolOptions { client, retry_maybe_executed: false, connections: 1, ..base });
+    call_until_used(&pool, &replicas[0]);
+    replicas[0].proxy.set_dark(true);
+    // Nobody has a deadline that could run out.
+    let mut endless = Vec::new();
+    while pool.stats().replicas[0].outstanding == 0 {
+        endless.push(pool.submit(echo(None)));
+    }
+    let told = endless.into_iter().map(|call| call.wait());
+    let lost = told.filter(|outcome| match outcome {
+        Ok(_) => false,
+        Err(error) => {
+            let ClientError::ConnectionLost { executed: Executed::Maybe, reason } = &error.last else {
+                panic!("{error:?}")
+            };
+            assert_eq!(reason, "the server does not answer");
+            true
+        }
+    });
+    assert!(lost.count() > 0, "some were at the silent one");
+    replicas[0].proxy.set_dark(false);
+    wait_until_up(&pool);
 }
 
 #[test]

@@ -3,10 +3,12 @@
 #![allow(dead_code)] // each test file uses its own part
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
 use nix::errno::Errno;
@@ -86,6 +88,8 @@ pub struct Child {
     pub control: SocketAddr,
     process: std::process::Child,
     log: Option<JoinHandle<String>>,
+    /// While it is there nobody reads what the server says on standard error.
+    unread: Option<Sender<()>>,
     models: tempfile::TempDir,
 }
 
@@ -106,29 +110,55 @@ impl Child {
         })
     }
 
+    /// The same, and nobody reads its standard error until told to.
+    pub fn start_unread(sets: &[&str]) -> Child {
+        let (unread, may_read) = channel();
+        let spawn = |mut command: Command| command.spawn().expect("the binary runs");
+        let mut child = Child::start_gated(models_directory(), sets, spawn, may_read);
+        child.unread = Some(unread);
+        child
+    }
+
+    /// The same with a standard error that is a file, so that there is no log to ask for.
+    pub fn start_with_stderr(file: File, sets: &[&str]) -> Child {
+        Child::start_by(models_directory(), sets, |mut command| command.stderr(file).spawn().expect("the binary runs"))
+    }
+
     fn start_by(models: tempfile::TempDir, sets: &[&str], spawn: impl FnOnce(Command) -> std::process::Child) -> Child {
+        Child::start_gated(models, sets, spawn, channel().1)
+    }
+
+    /// Standard error is read once nobody is left who could say so at the other end of `may_read`.
+    fn start_gated(
+        models: tempfile::TempDir,
+        sets: &[&str],
+        spawn: impl FnOnce(Command) -> std::process::Child,
+        may_read: Receiver<()>,
+    ) -> Child {
         let mut command = Command::new(ferry());
         command.args(arguments(models.path(), sets)).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = spawn(command);
         let mut line = String::new();
         BufReader::new(process.stdout.take().expect("piped")).read_line(&mut line).expect("a line");
-        let mut log = process.stderr.take().expect("piped");
+        let log = process.stderr.take();
         if line.is_empty() {
             let mut text = String::new();
-            let _ = log.read_to_string(&mut text);
+            let _ = log.map(|mut log| log.read_to_string(&mut text));
             panic!("the server did not become ready: {text}");
         }
-        // Read on, so that a full pipe never holds the server up.
-        let log = std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            let _ = log.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).into_owned()
+        let log = log.map(|mut log| {
+            std::thread::spawn(move || {
+                let _ = may_read.recv();
+                let mut bytes = Vec::new();
+                let _ = log.read_to_end(&mut bytes);
+                String::from_utf8_lossy(&bytes).into_owned()
+            })
         });
         let field = |name: &str| {
             let value = line.split_whitespace().find_map(|field| field.strip_prefix(name)).expect("the field is there");
             value.parse().expect("an address")
         };
-        Child { data: field("data="), control: field("control="), process, log: Some(log), models }
+        Child { data: field("data="), control: field("control="), process, log, unread: None, models }
     }
 
     pub fn connect(&self) -> Raw {
@@ -162,8 +192,14 @@ impl Child {
         status.expect("it ended").code()
     }
 
+    /// From here on its standard error is read.
+    pub fn read_on(&mut self) {
+        self.unread = None;
+    }
+
     /// What it said on standard error. It must have ended.
     pub fn log(&mut self) -> String {
+        self.read_on();
         self.log.take().expect("asked for once").join().expect("reading does not panic")
     }
 
@@ -240,6 +276,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
+        self.read_on();
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

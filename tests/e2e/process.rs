@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
 
-use ferry::vocab::{Code, DType};
+use ferry::vocab::{Code, DType, ModelHandle};
 use ferry::wire::Kind;
 
 use crate::common::process::{Child, Denied, run_denied, run_under};
@@ -385,6 +385,97 @@ fn the_number_of_threads_is_the_same_under_load_as_at_rest() {
         (0..20).for_each(|_| assert!(raw.recv().ends().is_some()));
     }
     assert_eq!(child.threads(), threads);
+}
+
+/// Has the faulty model fail once, which is logged.
+fn fail_once(raw: &mut Raw, faulty: ModelHandle) {
+    raw.round(&Ask::word(faulty, 2)).expect_error(Code::ExecutorFailed);
+}
+
+/// Of lines in the log that say so, how many others are missing.
+fn missing_in(log: &str) -> u64 {
+    let said = log.lines().filter(|line| line.contains("lines of the log are missing here"));
+    said.map(|line| line.rsplit_once("lines=").expect("it says how many").1.parse::<u64>().expect("a number")).sum()
+}
+
+/// Lines that found no room in the log.
+fn dropped(child: &Child) -> f64 {
+    child.metric("ferry_log_lines_dropped_total", &["why=\"full\""])
+}
+
+/// Has requests fail until there is no more room in the log. Says how many.
+fn fill_log(child: &Child, raw: &mut Raw, faulty: ModelHandle) -> u64 {
+    let mut failed = 0;
+    while dropped(child) == 0.0 {
+        assert!(failed < 200_000, "more than any pipe and our own room for lines hold");
+        for _ in 0..5 {
+            for _ in 0..200 {
+                raw.ask(&Ask::word(faulty, 2));
+            }
+            for _ in 0..200 {
+                raw.recv().expect_error(Code::ExecutorFailed);
+            }
+        }
+        failed += 1000;
+    }
+    failed
+}
+
+#[test]
+fn a_server_whose_log_nobody_reads_ends_when_told_to() {
+    let mut child = Child::start_unread(&["executor.quarantine_max=0"]);
+    let mut raw = child.connect();
+    let faulty = raw.handle("faulty");
+    fill_log(&child, &mut raw, faulty);
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.status(), Some(0));
+}
+
+#[test]
+fn a_log_that_nobody_reads_holds_up_nobody_and_says_what_is_missing_once_it_is_read() {
+    let mut child = Child::start_unread(&["executor.quarantine_max=0", "threads.shards=1"]);
+    let mut raw = child.connect();
+    let (echo, faulty) = (raw.handle("echo"), raw.handle("faulty"));
+    let failed = fill_log(&child, &mut raw, faulty);
+    // A panic is said in the log as well, and costs no more: by the thread that panicked, and by who watches.
+    raw.round(&Ask::word(faulty, 1)).expect_error(Code::ExecutorFailed);
+    // Everybody goes on: shards, executors, the control port, newcomers, the watch.
+    for _ in 0..100 {
+        raw.round(&Ask::floats(echo, &[1.0])).expect_result();
+        fail_once(&mut raw, faulty);
+    }
+    child.connect().round(&Ask::floats(echo, &[1.0])).expect_result();
+    assert!(dropped(&child) > 100.0, "of {failed} that failed");
+    child.read_on();
+    wait_until("lines find room again", || {
+        let before = dropped(&child);
+        fail_once(&mut raw, faulty);
+        dropped(&child) == before
+    });
+    let dropped = dropped(&child) as u64;
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.status(), Some(0));
+    let log = child.log();
+    assert_eq!(missing_in(&log), dropped, "each that is missing is said to be");
+    assert!(log.contains("threads: 1 shard(s)") && log.contains("try it"), "what was said at the start is there");
+    let last = log.lines().last().expect("there are lines");
+    assert!(log.ends_with('\n') && last.contains("ledger: "), "up to the last line: {last}");
+}
+
+#[test]
+fn a_log_on_a_full_disk_costs_lines_and_nothing_else() {
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("a disk that is always full");
+    let mut child = Child::start_with_stderr(full, &["executor.quarantine_max=0"]);
+    let mut raw = child.connect();
+    let (echo, faulty) = (raw.handle("echo"), raw.handle("faulty"));
+    for _ in 0..20 {
+        fail_once(&mut raw, faulty);
+        raw.round(&Ask::floats(echo, &[1.0])).expect_result();
+    }
+    wait_until("all lines were tried", || child.metric("ferry_log_lines_dropped_total", &["why=\"failed\""]) >= 20.0);
+    assert_eq!(child.metric("ferry_log_lines_dropped_total", &["why=\"full\""]), 0.0);
+    child.signal(Signal::SIGTERM);
+    assert_eq!(child.status(), Some(0));
 }
 
 #[test]

@@ -246,7 +246,7 @@ def dashboard():
     board.graph("Credentials and handshakes", "Hellos whose credentials were looked at, TLS handshakes that ended.", "ops",
                 ("credentials {{outcome}}", rate("ferry_authentications_total", "outcome")),
                 ("handshakes {{outcome}}", rate("ferry_tls_handshakes_total", "outcome")))
-    board.graph("Turned away", "Connections that were closed as they came, and addresses that were kept out.", "ops",
+    board.graph("Turned away", "Connections that were closed before they said hello, and addresses that were kept out.", "ops",
                 ("{{why}}", rate("ferry_turned_away_total", "why")), ("banned", rate("ferry_banned_connections_total")),
                 ("pauses of accept", rate("ferry_accept_pauses_total")))
     board.graph("Waste and windows", "Points for acts that brought nobody an answer; credit frames near the budget of payloads.", "short",
@@ -270,6 +270,8 @@ def dashboard():
     board.graph("OpenTelemetry", "Messages to the receiver, and what was lost on the way.", "short",
                 ("{{signal}} {{outcome}}", rise("ferry_otel_exports_total", "signal", "outcome")),
                 ("lost {{what}}", rise("ferry_otel_dropped_total", "what")))
+    board.graph("Missing in the log", "Lines that nobody took in time, or that could not be written.", "short",
+                ("{{why}}", rise("ferry_log_lines_dropped_total", "why")))
 
     board.row("Devices")
     board.graph("Memory", "Of executors that run on a device.", "bytes", ("{{executor}} device", now("ferry_device_bytes", "executor")),
