@@ -626,4 +626,25 @@ mod tests {
             assert!(off < 0.15, "{rows}×{len}: {} for {}", model.predict(rows, len), floor(rows, len));
         }
     }
+
+    #[test]
+    fn the_budget_is_the_smallest_that_is_hardly_slower_than_the_best() {
+        let ms = Duration::from_millis;
+        assert_eq!(budget(&[]), None);
+        assert_eq!(budget(&[(64, ms(3))]), Some(64));
+        // Cells per millisecond: 50, 96, 97, 100, 98.
+        let curve = [(100, ms(2)), (960, ms(10)), (1940, ms(20)), (4000, ms(40)), (7840, ms(80))];
+        assert_eq!(budget(&curve), Some(1940));
+        assert_eq!(budget(&curve[..2]), Some(960));
+        assert_eq!(budget(&[(10, Duration::ZERO), (1000, ms(1))]), Some(10), "too fast to be measured is fast");
+    }
+
+    #[test]
+    fn a_batch_without_cells_behind_another_teaches_nothing() {
+        let mut model = CostModel::default();
+        model.observe_on(0, Work { rows: 1, cells: 0, squares: 0 }, Duration::from_millis(1), false);
+        assert_eq!(model.coefficients(), Coefficients::PRIOR, "not that batches take no time");
+        model.observe_on(0, Work { rows: 0, cells: 8, squares: 64 }, Duration::from_millis(1), true);
+        assert_eq!(model.observations(), 1, "without rows it was no batch");
+    }
 }

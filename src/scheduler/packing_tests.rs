@@ -760,3 +760,139 @@ fn on_a_shared_device_a_batch_is_charged_the_time_since_the_one_before_it() {
         assert_eq!(*rig.scheduler.cost(MODEL), expected, "{late}");
     }
 }
+
+/// A row of this bucket waits among the cells.
+fn waiting_in(queue: &mut Queue<'_>, bucket: u16, rows: u32) -> TicketId {
+    queue.tickets.insert(&Arrival { rows, ..request(1) }, bucket, 0, 1e-9, Moment(1))
+}
+
+proptest! {
+    /// As the best range, but one that a certain ticket is in, and with room for it.
+    #[test]
+    fn the_best_range_around_a_ticket_is_the_best_of_those_that_hold_it(
+        cells in cells(),
+        at in any::<prop::sample::Index>(),
+        ticket_rows in 1..16u32,
+        shared in any::<bool>(),
+    ) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let with = at.index(cells.len());
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found = with_cells(cells.clone(), sharing, |queue, outlook| {
+            let id = waiting_in(queue, with as u16, ticket_rows);
+            queue.best_around(outlook, id)
+        });
+        let of = |first: usize, last: usize| {
+            let room = cells[last].room.max(f64::from(ticket_rows));
+            let rows: f64 = cells[first..=last].iter().map(|cell| cell.rows).sum();
+            let share = (room / rows).min(1.0);
+            let worth: f64 = cells[first..=last].iter().map(|cell| cell.worth * share).sum();
+            let work: f64 = cells[first..=last].iter().map(|cell| cell.rows * cell.credit * share).sum();
+            let run = rows * share * cells[last].row;
+            (worth, rows * share, work, run.max((fixed + run) / sharing))
+        };
+        // What is shorter joins until the batch is full.
+        let ranges = (with..cells.len()).flat_map(|last| {
+            let room = cells[last].room.max(f64::from(ticket_rows));
+            let cells = &cells;
+            let full = (0..=with).rev().find(|first| cells[*first..=last].iter().map(|cell| cell.rows).sum::<f64>() >= room);
+            (full.unwrap_or(0)..=with).map(move |first| (first, last))
+        });
+        let per_time = |(first, last): (usize, usize)| { let (worth, _, _, time) = of(first, last); worth / time };
+        let best = ranges.map(per_time).fold(0.0, f64::max);
+        let mine = per_time((found.first, found.last));
+        prop_assert!((mine / best - 1.0).abs() < 1e-9, "{mine} instead of {best}");
+        let (_, rows, work, occupancy) = of(found.first, found.last);
+        prop_assert!((found.rows - rows.max(f64::from(ticket_rows))).abs() < 1e-6, "{found:?}: {rows} rows");
+        prop_assert!((found.work / work - 1.0).abs() < 1e-9, "{found:?}: work {work}");
+        prop_assert!((found.occupancy / occupancy - 1.0).abs() < 1e-9, "{found:?}: takes {occupancy}");
+        prop_assert!(found.first <= with && with <= found.last);
+    }
+
+    /// What a range says of itself is what its rows are.
+    #[test]
+    fn the_best_range_says_what_it_takes(cells in cells(), shared in any::<bool>()) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found = with_cells(cells.clone(), sharing, |queue, outlook| queue.best(outlook));
+        let (mut rows, mut work) = (0.0, 0.0);
+        for cell in cells[found.first..=found.last].iter().rev() {
+            let take = cell.rows.min(cells[found.last].room - rows);
+            rows += take;
+            work += take * cell.credit;
+        }
+        let run = rows * cells[found.last].row;
+        prop_assert!((found.rows - rows).abs() < 1e-6 && (found.work / work - 1.0).abs() < 1e-9, "{found:?}");
+        prop_assert!((found.occupancy / run.max((fixed + run) / sharing) - 1.0).abs() < 1e-9, "{found:?}");
+        prop_assert!((found.efficiency() - found.work / found.occupancy).abs() < 1e-12);
+    }
+
+    /// The parts hold every cell once, and each what its cells are.
+    #[test]
+    fn the_parts_of_a_partition_say_what_their_rows_are(cells in cells(), dues in prop::collection::vec(1..1000u64, 9)) {
+        let mut cells = cells;
+        cells.iter_mut().zip(&dues).for_each(|(cell, due)| cell.due = Moment(*due));
+        let mut parts = with_cells(cells.clone(), 1.0, |queue, outlook| {
+            queue.partition(outlook);
+            queue.packer.parts.clone()
+        });
+        parts.reverse();
+        let mut next = 0;
+        for (due, part) in parts {
+            prop_assert_eq!(part.first, next);
+            next = part.last + 1;
+            let of = &cells[part.first..next];
+            let rows: f64 = of.iter().map(|cell| cell.rows).sum();
+            let work: f64 = of.iter().map(|cell| cell.rows * cell.credit).sum();
+            prop_assert!((part.rows - rows).abs() < 1e-6 && (part.work / work - 1.0).abs() < 1e-9, "{part:?}");
+            prop_assert_eq!(Some(due), of.iter().map(|cell| cell.due).min());
+        }
+        prop_assert_eq!(next, cells.len());
+    }
+}
+
+/// One bucket of rows that take 50 µs each.
+fn one_cell(rows: f64, room: f64) -> Vec<Cell> {
+    let row = 50_000.0;
+    vec![Cell { bucket: 3, rows, row, credit: row, worth: rows * row, densest: row, room, due: Moment::FAR }]
+}
+
+#[test]
+fn a_batch_is_made_shorter_by_as_many_rows_as_it_takes_and_by_no_more_than_all() {
+    for sharing in [1.0, 2.0] {
+        with_cells(one_cell(10.0, 16.0), sharing, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let best = queue.best(outlook);
+            let takes = |rows: f64| (rows * 50_000.0).max((fixed + rows * 50_000.0) / sharing);
+            for (by, rows) in [(0.0, 10.0), (120_000.0, 7.0), (400_000.0, 2.0), (425_000.0, 1.0)] {
+                let shorter = queue.shortened(outlook, &best, by).expect("a row is left");
+                assert_eq!((shorter.first, shorter.last, shorter.rows), (0, 0, rows), "{by}");
+                assert!((shorter.work / (rows * 50_000.0) - 1.0).abs() < 1e-9, "{shorter:?}");
+                assert!((shorter.occupancy / takes(rows) - 1.0).abs() < 1e-9, "{shorter:?}");
+            }
+            for by in [475_000.0, 1e9] {
+                assert!(queue.shortened(outlook, &best, by).is_none(), "{by}");
+            }
+        });
+    }
+}
+
+#[test]
+fn the_first_batch_of_a_part_is_what_its_longest_rows_leave_room_for() {
+    for (rows, room, taken) in [(30.0, 12.0, 12.0), (9.0, 12.0, 9.0)] {
+        with_cells(one_cell(rows, room), 1.0, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let part = Range { first: 0, last: 0, rows, work: rows * 50_000.0, occupancy: 7.0 };
+            let batch = queue.part_as_batch(outlook, part);
+            assert_eq!((batch.first, batch.last, batch.rows), (0, 0, taken));
+            assert!((batch.work / (taken * 50_000.0) - 1.0).abs() < 1e-9, "{batch:?}");
+            assert!((batch.occupancy / (fixed + taken * 50_000.0) - 1.0).abs() < 1e-9, "{batch:?}");
+        });
+    }
+}
+
+#[test]
+fn small_numbers_are_rounded_up_and_the_larger_of_two_is_found() {
+    assert_eq!([0.0, 0.25, 1.0, 1.5, 2.0, 7.000001].map(whole), [0.0, 1.0, 1.0, 2.0, 2.0, 8.0]);
+    assert_eq!((larger(2.0, -3.0), larger(-3.0, 2.0), larger(2.0, 2.0)), (2.0, 2.0, 2.0));
+}

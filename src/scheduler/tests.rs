@@ -1281,3 +1281,197 @@ mod against_a_plain_model {
         }
     }
 }
+
+#[test]
+fn what_waits_is_told_by_group() {
+    let inline = Policy { group: Group::Inline, ..policy() };
+    let mut rig = Rig::new(vec![policy(), policy(), inline]);
+    assert_eq!(rig.scheduler.waits(), [false, false]);
+    let executors = rig.arrive(Arrival { model: ModelHandle(1), ..request() });
+    let mut only = [false; 2];
+    only[Group::Executors as usize] = true;
+    assert_eq!(rig.scheduler.waits(), only);
+    rig.arrive(Arrival { model: ModelHandle(2), ..request() });
+    assert_eq!(rig.scheduler.waits(), [true, true]);
+    assert!(rig.scheduler.handle_cancel(executors));
+    only.reverse();
+    assert_eq!(rig.scheduler.waits(), only);
+}
+
+#[test]
+fn what_a_class_leaves_free_is_a_share_of_bounds_of_any_size() {
+    // 15 and 5 percent of it, rounded down.
+    for (bound, kept) in [(6, [0, 0]), (7, [1, 0]), (99, [14, 4]), (199, [29, 9]), (1999, [299, 99])] {
+        let mut rig = Rig::with_limits(QueueLimits { rows_max: bound, ..QueueLimits::NONE }, vec![policy()]);
+        for (class, kept) in [(2, kept[0]), (1, kept[1]), (0, 0)] {
+            let of_class = Arrival { class: Class::from_priority(class), ..request() };
+            while rig.try_arrive(of_class).is_ok() {}
+            assert_eq!(rig.scheduler.waiting(MODEL).0, bound - kept, "class {class} of {bound}");
+        }
+    }
+}
+
+fn decision() -> Decision {
+    Decision {
+        at: Moment(5),
+        verdict: Verdict::Held,
+        model: ModelHandle(1),
+        executor: 1,
+        batch: 3,
+        rows: 4,
+        padded_len: 8,
+        rows_possible: 8,
+        padding: 0.0,
+        shortest: 8,
+        waiting: 9,
+        predicted: 77,
+        efficiency: 0.0,
+        best_efficiency: 0.0,
+        generation: 1,
+    }
+}
+
+#[test]
+fn decisions_that_differ_have_another_hash_and_equal_ones_the_same() {
+    let hash = |decisions: &[Decision], members: &[(u32, u32)]| {
+        let mut log = DecisionLog::default();
+        decisions.iter().for_each(|decision| log.push(*decision));
+        members.iter().for_each(|(sequence, len)| log.mix_member(*sequence, *len));
+        (log.count(), log.hash())
+    };
+    let same = decision();
+    let others = [
+        Decision { at: Moment(6), ..same },
+        Decision { verdict: Verdict::Shed, ..same },
+        Decision { verdict: Verdict::Refused, ..same },
+        Decision { verdict: Verdict::Sealed(SealReason::Full), ..same },
+        Decision { verdict: Verdict::Sealed(SealReason::Idle), ..same },
+        Decision { model: ModelHandle(2), ..same },
+        Decision { executor: 2, ..same },
+        Decision { batch: 4, ..same },
+        Decision { rows: 5, ..same },
+        Decision { padded_len: 9, ..same },
+        Decision { predicted: 78, ..same },
+    ];
+    let mut seen = std::collections::BTreeSet::from([hash(&[same], &[])]);
+    for other in others {
+        assert!(seen.insert(hash(&[other], &[])), "{other:?}");
+    }
+    for members in [[(1, 2)], [(2, 1)], [(1, 3)], [(3, 2)]] {
+        assert!(seen.insert(hash(&[same], &members)), "{members:?}");
+    }
+    assert!(seen.insert(hash(&[same, others[0]], &[])) && seen.insert(hash(&[others[0], same], &[])), "order counts");
+    assert_eq!(hash(&[same, others[3]], &[(1, 2)]), hash(&[same, others[3]], &[(1, 2)]));
+}
+
+#[test]
+fn the_log_keeps_the_last_decisions_in_order() {
+    let mut log = DecisionLog::default();
+    let numbers = |log: &DecisionLog, count: usize| -> Vec<u64> { log.last(count).map(|one| one.batch).collect() };
+    assert_eq!(log.last(5).count(), 0);
+    // Twice around, and a few more.
+    let ring = 8192;
+    for batch in 0..2 * ring + 3 {
+        log.push(Decision { batch, ..decision() });
+        if [1, ring - 1, ring, ring + 1, 2 * ring + 2].contains(&batch) {
+            let first = (batch + 1).saturating_sub(4);
+            assert_eq!(numbers(&log, 4), (first..=batch).collect::<Vec<_>>());
+        }
+    }
+    assert_eq!(numbers(&log, usize::MAX), (ring + 3..2 * ring + 3).collect::<Vec<_>>());
+    assert_eq!(log.count(), 2 * ring + 3);
+}
+
+#[test]
+fn every_verdict_has_its_own_name() {
+    let others = [Verdict::Held, Verdict::Shed, Verdict::Refused];
+    assert_eq!(others.map(Verdict::name), ["held", "shed", "refused"]);
+    let all = SealReason::ALL.into_iter().map(Verdict::Sealed).chain(others).map(Verdict::name);
+    let names: std::collections::BTreeSet<_> = all.clone().collect();
+    assert_eq!(names.len(), all.count(), "{names:?}");
+}
+
+/// Whatever came and went, a bucket's sums are those of what is still there.
+#[test]
+fn the_age_of_a_bucket_is_that_of_the_rows_that_are_still_in_it() {
+    let mut rig = Rig::new(vec![Policy { kind: PolicyKind::Cost, rows_max: 8, ..policy() }]);
+    let slack = MS * 10;
+    let gone = rig.arrive(Arrival { rows: 5, deadline: Some(rig.now + slack), ..request() });
+    rig.wait(MS);
+    rig.arrive(Arrival { rows: 3, deadline: Some(rig.now + slack), ..request() });
+    rig.wait(MS);
+    let age = |rig: &Rig| rig.scheduler.models[0].lanes.sums(Class::default(), 0).age(rig.now.nanos() as f64);
+    // In slacks: five rows for 2 of 10 ms, three for 1 of 10.
+    assert!((age(&rig) - (5.0 * 0.2 + 3.0 * 0.1)).abs() < 1e-4, "{}", age(&rig));
+    assert!(rig.scheduler.handle_cancel(gone));
+    assert!((age(&rig) - 3.0 * 0.1).abs() < 1e-4, "{}", age(&rig));
+}
+
+#[test]
+fn the_mean_batch_time_moves_by_a_fifth_of_what_is_new() {
+    let mut service = lengths::ServiceTime::default();
+    assert_eq!(service.mean(), Duration::ZERO);
+    service.observe(MS * 10);
+    assert_eq!(service.mean(), MS * 10);
+    service.observe(MS * 20);
+    assert_eq!(service.mean(), MS * 12);
+}
+
+/// A part of a saved state, as somebody else may have written it: the same fields in the same order.
+fn decoded<T: bincode::Decode<()>>(fields: impl bincode::Encode) -> T {
+    let config = bincode::config::standard();
+    let bytes = bincode::encode_to_vec(fields, config).expect("plain data");
+    bincode::decode_from_slice(&bytes, config).expect("the same fields").0
+}
+
+#[test]
+fn lanes_that_are_fewer_or_more_than_they_say_are_not_whole() {
+    let lane = (ticket::NONE, ticket::NONE, 0u32, Moment::FAR);
+    let lanes = |lanes: Vec<(u32, u32, u32, Moment)>, sums: usize, tenants: u16| -> Lanes {
+        decoded((2u16, true, lanes, vec![(0u32, 0u32, 0f64, 0f64); sums], tenants))
+    };
+    let is_link = |link: u32| link == ticket::NONE || link < 3;
+    let block = 2 * Class::COUNT;
+    assert!(lanes(vec![lane; block], block, 1).is_whole(is_link));
+    assert!(lanes(vec![lane; 2 * block], block, 2).is_whole(is_link));
+    for (count, of_sums, tenants) in [(block, block - 1, 1), (block - 1, block, 1), (block, block, 2), (block, block + 1, 1)] {
+        assert!(!lanes(vec![lane; count], of_sums, tenants).is_whole(is_link), "{count} lanes, {of_sums} sums");
+    }
+    for broken in [(3, ticket::NONE, 0, Moment::FAR), (ticket::NONE, 3, 0, Moment::FAR)] {
+        let mut all = vec![lane; block];
+        all[block - 1] = broken;
+        assert!(!lanes(all, block, 1).is_whole(is_link), "{broken:?}");
+    }
+}
+
+#[test]
+fn paces_and_costs_of_another_number_of_executors_are_not_whole() {
+    let paces = |paces: usize, factors: usize| -> pace::Paces { decoded((vec![(0f64, 0u32); paces], vec![1f64; factors])) };
+    assert!(paces(2, 2).is_whole(2));
+    assert!(!paces(2, 1).is_whole(2) && !paces(1, 2).is_whole(2) && !paces(1, 1).is_whole(2));
+    let mut cost = CostModel::default();
+    cost.set_executors(2);
+    assert!(cost.is_whole(2) && !cost.is_whole(1) && !cost.is_whole(3));
+}
+
+#[test]
+fn an_executor_of_a_device_that_is_not_there_is_not_whole() {
+    let seat = |group: Group, device: u16, model: u16| {
+        let running = Running { model: ModelHandle(model), ..running(1) };
+        Seat { group, slots: 1, device, running: vec![running] }
+    };
+    let whole = |seat: Seat| Seats { seats: vec![seat], devices: vec![Default::default()] }.is_whole(|model| model.0 < 2);
+    assert!(whole(seat(Group::Executors, 0, 1)));
+    assert!(!whole(seat(Group::Executors, 1, 1)), "there is one device");
+    assert!(whole(seat(Group::Inline, 1, 1)), "it has none");
+    assert!(!whole(seat(Group::Executors, 0, 2)), "there are two models");
+}
+
+#[test]
+fn how_long_rows_were_is_whole_with_a_bin_for_each_length_only() {
+    let histogram = |longest: u32, width: u32, bins: usize| -> LengthHistogram {
+        decoded((longest, width, vec![(0f64, 0f64); bins], 0f64, Moment::ZERO))
+    };
+    assert!(histogram(16, 1, 16).is_whole() && histogram(1025, 3, 342).is_whole());
+    assert!(!histogram(16, 1, 15).is_whole() && !histogram(16, 1, 17).is_whole() && !histogram(0, 1, 0).is_whole());
+}
