@@ -640,7 +640,8 @@ fn rows_that_are_held_are_written_down_once_with_how_long() {
 
 #[test]
 fn a_sealed_batch_is_written_down_with_what_it_was_expected_to_be() {
-    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), pad_to: PadTo::Bucket, ..policy() }], 2);
+    let mut rig =
+        Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), pad_to: PadTo::Bucket, ..policy() }], 2);
     for len in [61, 61, 63, 63] {
         rig.arrive(len, MS * 1000);
     }
@@ -895,4 +896,200 @@ fn the_first_batch_of_a_part_is_what_its_longest_rows_leave_room_for() {
 fn small_numbers_are_rounded_up_and_the_larger_of_two_is_found() {
     assert_eq!([0.0, 0.25, 1.0, 1.5, 2.0, 7.000001].map(whole), [0.0, 1.0, 1.0, 2.0, 2.0, 8.0]);
     assert_eq!((larger(2.0, -3.0), larger(-3.0, 2.0), larger(2.0, 2.0)), (2.0, 2.0, 2.0));
+}
+
+/// The queue of the rig's model, with an executor that is free now.
+fn ask<T>(rig: &mut Rig, asked: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T {
+    let outlook = Outlook {
+        now: rig.now,
+        start: rig.now,
+        device_free: Moment::ZERO,
+        executors: 1.0,
+        sharing: 1.0,
+        others_idle: false,
+        draining: false,
+    };
+    let Scheduler { tickets, shed, models, .. } = &mut rig.scheduler;
+    let crate::scheduler::ModelQueue { lanes, due, policy, packer, cost, .. } = &mut models[0];
+    asked(&mut Queue { packer, lanes, tickets, due, policy, cost: cost.on(0), shed }, &outlook)
+}
+
+fn near(value: f64, expected: f64) -> bool {
+    (value / expected - 1.0).abs() < 0.01
+}
+
+#[test]
+fn rows_are_worth_their_work_and_a_share_of_the_batch_by_class_and_age() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let first = Arrival { rows: 2, deadline: Some(rig.now + MS * 10), ..request(16) };
+    rig.arrive_as(first);
+    rig.now = rig.now + MS;
+    rig.arrive_as(Arrival { class: Class::from_priority(2), ..request(16) });
+    rig.arrive_as(Arrival { rows: 3, ..request(200) });
+    rig.now = rig.now + MS;
+    let cells = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.packer.cells.clone()
+    });
+    assert_eq!(cells.iter().map(|cell| cell.rows).collect::<Vec<_>>(), [3.0, 3.0]);
+    let [short, long] = [cells[0], cells[1]];
+    // Rows of 16 take 160 µs each, those of 208 2.08 ms; half of a batch's fixed 1 ms is worth of its rows, one so far.
+    for (cell, row) in [(short, 160_000.0), (long, 2_080_000.0)] {
+        assert!(near(cell.row, row) && near(cell.credit, row + 500_000.0), "{cell:?}");
+    }
+    // Two of the highest class have waited 2 of 10 ms, one of the lowest 1 of 50; three others 1 of 50.
+    let aged = 1.0 * (0.3 * 2.0 + 2.0 * 0.2) + 0.3 * (0.3 + 0.02);
+    assert!(near(short.worth, 660_000.0 * aged), "{short:?}");
+    assert!(near(long.worth, 2_580_000.0 * 3.0 * (0.3 + 0.02)), "{long:?}");
+    assert!(near(short.densest, short.worth / 3.0) && near(long.densest, long.worth / 3.0), "{short:?} {long:?}");
+    assert_eq!((short.due, long.due), (Moment(1_000_000) + MS * 10, Moment::FAR));
+    assert_eq!((short.room, long.room), (16.0, 9.0));
+
+    // Batches as long as 0.24 of the rows' mean slack, 13.6 ms: 14 rows and the fixed part.
+    rig.scheduler.models[0].policy.tuning.slack_share = 0.24;
+    let room = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.packer.cells[0].room
+    });
+    assert_eq!(room, 14.0);
+    // Of the highest class only.
+    let cells = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, 0);
+        queue.packer.cells.clone()
+    });
+    assert_eq!(cells.iter().map(|cell| cell.rows).collect::<Vec<_>>(), [2.0, 3.0]);
+    assert!(near(cells[0].worth, 660_000.0 * (0.3 * 2.0 + 2.0 * 0.2)), "{cells:?}");
+}
+
+#[test]
+fn while_a_deadline_of_the_highest_class_is_in_danger_others_wait_unless_they_are_alone() {
+    let lower = Arrival { class: Class::from_priority(2), ..request(16) };
+    let rig = || Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let mut strict = rig();
+    let low = strict.arrive_as(lower);
+    let high = strict.arrive_as(request(16));
+    strict.scheduler.models[0].packer.strict_until = strict.now + MS * 100;
+    let batch = strict.poll().expect("rows wait");
+    assert_eq!(strict.members, [high]);
+    strict.finish(&batch);
+    strict.poll().expect("a row waits");
+    assert_eq!(strict.members, [low], "nobody else is there");
+
+    let mut over = rig();
+    over.arrive_as(lower);
+    over.arrive_as(request(16));
+    over.scheduler.models[0].packer.strict_until = over.now;
+    assert_eq!(over.poll().expect("rows wait").rows, 2);
+}
+
+#[test]
+fn heads_are_given_up_while_they_are_due_before_a_moment_and_not_at_it() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let ids: Vec<TicketId> = [5u32, 7, 7, 9, 20].map(|slack| rig.arrive(16, MS * slack)).to_vec();
+    let bucket = rig.scheduler.tickets[ids[0]].bucket;
+    let at = rig.now + MS * 7;
+    let left = ask(&mut rig, |queue, _| queue.give_up_before(Class::default(), bucket, at));
+    assert_eq!((left, rig.scheduler.shed.as_slice()), (at, &ids[..1]));
+    // Not the last that has a deadline, whatever it is.
+    let left = ask(&mut rig, |queue, _| queue.give_up_before(Class::default(), bucket, Moment::FAR));
+    assert_eq!((left, rig.scheduler.shed.as_slice()), (Moment(1_000_000) + MS * 20, &ids[..4]));
+}
+
+#[test]
+fn a_full_batch_is_shrunk_to_the_rows_that_its_soonest_deadline_has_time_for() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    for _ in 0..20 {
+        rig.arrive(16, MS * 1000);
+    }
+    // Sixteen rows take 3.56 ms, 3.74 with the margin. In 3 ms: (3 ÷ 1.05 − 1) ÷ 0.16, rounded down.
+    let pressed = rig.arrive(16, MS * 3);
+    let batch = rig.poll().expect("rows wait");
+    assert_eq!((batch.rows, batch.reason), (11, SealReason::Urgent));
+    assert!(rig.members.contains(&pressed));
+    let decision = last_decision(&rig);
+    let ratio = f64::from(decision.efficiency) / f64::from(decision.best_efficiency);
+    assert!(near(ratio, 11.0 / 16.0 * 3.56 / 2.76), "{decision:?}");
+    assert_eq!(rig.expired(), []);
+}
+
+#[test]
+fn end_to_end_a_batch_is_cut_to_the_cells_that_its_soonest_deadline_has_time_for() {
+    let mut rig = Rig::new(vec![Policy { rows_max: 64, ..packed(1024) }], 1);
+    for _ in 0..40 {
+        rig.arrive(32, MS * 1000);
+    }
+    let pressed = rig.arrive(32, MS * 6);
+    let batch = rig.poll().expect("rows wait");
+    // 6 ms ÷ 1.05 − 1 are 471 cells: fourteen rows.
+    assert_eq!((batch.rows, batch.cells_real, batch.reason), (14, 448, SealReason::Urgent));
+    assert!(rig.members.contains(&pressed));
+    let decision = last_decision(&rig);
+    assert!(near(decision.efficiency.into(), 4.714 / 5.714), "{decision:?}");
+    // Of 1,024 cells, all that a batch holds: 10.24 ms, and the fixed one.
+    assert!(near(decision.best_efficiency.into(), 10.24 / 11.24), "{decision:?}");
+}
+
+#[test]
+fn end_to_end_what_waits_is_counted_in_rows_cells_and_time() {
+    let mut rig = Rig::new(vec![packed(1024)], 1);
+    for (len, rows) in [(16, 3), (200, 2), (64, 4)] {
+        rig.arrive_as(Arrival { rows, ..request(len) });
+    }
+    let (rows, cells, time) = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.waiting()
+    });
+    assert_eq!((rows, cells), (9.0, f64::from(3 * 16 + 2 * 208 + 4 * 64)));
+    assert!(near(time, 10_000.0 * cells), "{time}");
+}
+
+/// Goal: the rest goes first exactly when it would miss behind the best batch what it can make alone.
+/// Method: twenty rows that are the best batch, others with one deadline, which is moved across both bounds.
+#[test]
+fn the_rest_is_urgent_between_what_it_takes_alone_and_what_it_takes_behind_the_best_batch() {
+    for executors in [1.0, 2.0] {
+        for rows in [10.0, 1.0] {
+            let ask = |left: f64| {
+                let of = |bucket: u16, rows: f64, row: f64, due: Moment| Cell {
+                    bucket,
+                    rows,
+                    row,
+                    credit: row,
+                    worth: rows * row,
+                    densest: row,
+                    room: 20.0,
+                    due,
+                };
+                let due = after(Moment(1), left);
+                let cells = vec![of(3, 20.0, 50_000.0, Moment::FAR), of(9, rows, 200_000.0, due)];
+                with_cells(cells, 1.0, |queue, outlook| {
+                    let outlook = Outlook { executors, ..*outlook };
+                    let fixed = queue.cost.coefficients().batch;
+                    let best = Range { first: 0, last: 0, rows: 20.0, work: 1e6, occupancy: fixed + 1e6 };
+                    (queue.urgent(&outlook, &best), fixed, 1.0 + queue.cost.margin())
+                })
+            };
+            let (none, fixed, margin) = ask(1e12);
+            assert_eq!(none.map(|range| range.rows), None);
+            let alone = (fixed + rows * 200_000.0) * margin;
+            let behind = ((fixed + 1e6) + (fixed + rows * 200_000.0)) / executors * margin;
+            let chosen = |left: f64| ask(left).0;
+            for left in [alone - 1000.0, behind + 1000.0] {
+                assert!(chosen(left).is_none(), "{rows} rows, {executors} executors: {left}");
+            }
+            for left in [alone + 1000.0, (alone + behind) / 2.0 + 7000.0, behind - 307_000.0, behind - 1000.0] {
+                if left < alone || left > behind {
+                    continue;
+                }
+                let range = chosen(left).map(|range| (range.first, range.last, range.rows));
+                // One row alone is far below the best batch's efficiency: that one is made shorter instead, but not by half.
+                let shorter = ((1e6 - (behind - left) / margin * executors) / 50_000.0).floor();
+                let expected = match rows == 10.0 {
+                    true => Some((1, 1, 10.0)),
+                    false => (shorter >= 10.0).then_some((0, 0, shorter)),
+                };
+                assert_eq!(range, expected, "{rows} rows, {executors} executors: {left}");
+            }
+        }
+    }
 }

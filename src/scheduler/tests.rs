@@ -1434,7 +1434,9 @@ fn lanes_that_are_fewer_or_more_than_they_say_are_not_whole() {
     let block = 2 * Class::COUNT;
     assert!(lanes(vec![lane; block], block, 1).is_whole(is_link));
     assert!(lanes(vec![lane; 2 * block], block, 2).is_whole(is_link));
-    for (count, of_sums, tenants) in [(block, block - 1, 1), (block - 1, block, 1), (block, block, 2), (block, block + 1, 1)] {
+    for (count, of_sums, tenants) in
+        [(block, block - 1, 1), (block - 1, block, 1), (block, block, 2), (block, block + 1, 1)]
+    {
         assert!(!lanes(vec![lane; count], of_sums, tenants).is_whole(is_link), "{count} lanes, {of_sums} sums");
     }
     for broken in [(3, ticket::NONE, 0, Moment::FAR), (ticket::NONE, 3, 0, Moment::FAR)] {
@@ -1446,7 +1448,8 @@ fn lanes_that_are_fewer_or_more_than_they_say_are_not_whole() {
 
 #[test]
 fn paces_and_costs_of_another_number_of_executors_are_not_whole() {
-    let paces = |paces: usize, factors: usize| -> pace::Paces { decoded((vec![(0f64, 0u32); paces], vec![1f64; factors])) };
+    let paces =
+        |paces: usize, factors: usize| -> pace::Paces { decoded((vec![(0f64, 0u32); paces], vec![1f64; factors])) };
     assert!(paces(2, 2).is_whole(2));
     assert!(!paces(2, 1).is_whole(2) && !paces(1, 2).is_whole(2) && !paces(1, 1).is_whole(2));
     let mut cost = CostModel::default();
@@ -1460,7 +1463,8 @@ fn an_executor_of_a_device_that_is_not_there_is_not_whole() {
         let running = Running { model: ModelHandle(model), ..running(1) };
         Seat { group, slots: 1, device, running: vec![running] }
     };
-    let whole = |seat: Seat| Seats { seats: vec![seat], devices: vec![Default::default()] }.is_whole(|model| model.0 < 2);
+    let whole =
+        |seat: Seat| Seats { seats: vec![seat], devices: vec![Default::default()] }.is_whole(|model| model.0 < 2);
     assert!(whole(seat(Group::Executors, 0, 1)));
     assert!(!whole(seat(Group::Executors, 1, 1)), "there is one device");
     assert!(whole(seat(Group::Inline, 1, 1)), "it has none");
