@@ -665,7 +665,10 @@ mod tests {
         for (model, executor) in [(&model, 0), (&model, 1), (&again, 1)] {
             let (here, mean) = (model.on(executor).coefficients(), model.coefficients());
             for (here, mean) in [(here.batch, mean.batch), (here.cell, mean.cell), (here.square, mean.square)] {
-                assert!(mean > 0.0 && (here / mean / model.paces().factor(executor) - 1.0).abs() < 1e-9, "{here} of {mean}");
+                assert!(
+                    mean > 0.0 && (here / mean / model.paces().factor(executor) - 1.0).abs() < 1e-9,
+                    "{here} of {mean}"
+                );
             }
             assert_eq!(model.on(executor).predict(3, 70), model.paces().factor(executor) * model.predict(3, 70));
         }
