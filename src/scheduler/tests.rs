@@ -1479,3 +1479,71 @@ fn how_long_rows_were_is_whole_with_a_bin_for_each_length_only() {
     assert!(histogram(16, 1, 16).is_whole() && histogram(1025, 3, 342).is_whole());
     assert!(!histogram(16, 1, 15).is_whole() && !histogram(16, 1, 17).is_whole() && !histogram(0, 1, 0).is_whole());
 }
+
+#[test]
+fn in_order_of_arrival_rows_are_held_for_the_window_unless_no_other_fits() {
+    for kind in [PolicyKind::Window, PolicyKind::GreedyTokens] {
+        let mut rig = Rig::new(vec![Policy { kind, ..policy() }]);
+        let ids: Vec<TicketId> = [8, 16, 8].map(|len| rig.arrive(Arrival { len, ..request() })).to_vec();
+        assert_eq!(rig.poll_idle(), None, "{kind:?}: a fourth row would fit");
+        assert_eq!(rig.timeout_when_idle(), Some(rig.now() + MS));
+        rig.wait(MS - Duration::from_nanos(1));
+        assert_eq!(rig.poll_idle(), None);
+        rig.wait(Duration::from_nanos(1));
+        assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None, "a spare slot is for full batches");
+        let (batch, members) = rig.expect_batch();
+        assert_eq!((batch.reason, batch.padded_len, members), (SealReason::QueueDelay, 16, ids), "{kind:?}");
+
+        // Four rows of 16 are all that rows and cells allow.
+        for _ in 0..4 {
+            assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None);
+            rig.arrive(Arrival { len: 16, ..request() });
+        }
+        let (batch, _) = rig.poll(Group::Executors, Vacancy::Spare).expect("it is full");
+        assert_eq!((batch.reason, batch.rows), (SealReason::Full, 4), "{kind:?}");
+    }
+}
+
+#[test]
+fn in_order_of_arrival_the_first_row_that_does_not_fit_closes_the_batch() {
+    let mut rig = Rig::new(vec![Policy { kind: PolicyKind::Window, ..policy() }]);
+    let first = rig.arrive(Arrival { rows: 3, ..request() });
+    let wide = rig.arrive(Arrival { rows: 2, ..request() });
+    let narrow = rig.arrive(request());
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, members), (SealReason::Full, vec![first]), "nobody overtakes the second");
+    rig.scheduler.drain();
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, members), (SealReason::Drain, vec![wide, narrow]));
+
+    let at_once = Policy { kind: PolicyKind::Window, queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let mut rig = Rig::new(vec![at_once]);
+    rig.arrive(request());
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Idle);
+}
+
+#[test]
+fn in_order_of_arrival_rows_that_lie_end_to_end_are_full_at_their_own_cells_or_rows() {
+    let packed = || Policy {
+        kind: PolicyKind::GreedyTokens,
+        layout: Layout::Packed,
+        can_pack: true,
+        rows_max: 6,
+        cells_max: 40,
+        ..policy()
+    };
+    // 16 + 16 + 8 cells are all of them; one cell less is not.
+    for (last, full) in [(8, true), (7, false)] {
+        let mut rig = Rig::new(vec![packed()]);
+        for len in [16, 16, last] {
+            rig.arrive(Arrival { len, ..request() });
+        }
+        assert_eq!(rig.poll_idle().map(|(batch, _)| (batch.reason, batch.rows)), full.then_some((SealReason::Full, 3)));
+    }
+    let mut rig = Rig::new(vec![packed()]);
+    for _ in 0..6 {
+        assert_eq!(rig.poll_idle(), None);
+        rig.arrive(Arrival { len: 1, ..request() });
+    }
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Full);
+}
