@@ -1547,3 +1547,47 @@ fn in_order_of_arrival_rows_that_lie_end_to_end_are_full_at_their_own_cells_or_r
     }
     assert_eq!(rig.expect_batch().0.reason, SealReason::Full);
 }
+
+#[test]
+fn a_policy_comes_back_from_its_bytes_and_not_from_others() {
+    let policies = [policy(), automatic(), Policy { kind: PolicyKind::Cost, queue_delay_max: None, ..policy() }];
+    for policy in policies {
+        let saved = state::save_policy(&policy);
+        assert_eq!(state::restore_policy(state::LAYOUT, &saved), Ok(policy));
+        assert!(state::restore_policy(state::LAYOUT + 1, &saved).is_err());
+        for len in 0..saved.len() {
+            assert!(state::restore_policy(state::LAYOUT, &saved[..len]).is_err(), "{len} of {} bytes", saved.len());
+        }
+        assert!(state::restore_policy(state::LAYOUT, &[&saved[..], &[0]].concat()).is_err());
+    }
+}
+
+#[test]
+fn rows_end_to_end_could_be_as_many_as_the_cells_of_rows_like_them_allow() {
+    let padded = Policy { rows_max: 40, cells_max: 100, ..policy() };
+    let packed = Policy { layout: Layout::Packed, can_pack: true, ..padded.clone() };
+    let like = |policy: &Policy, rows: u32, cells: u64| policy.rows_like(Work { rows, cells, squares: 0 }, 16);
+    assert_eq!([like(&packed, 4, 40), like(&packed, 3, 50), like(&packed, 7, 99)], [10, 6, 7]);
+    assert_eq!([like(&packed, 9, 9), like(&packed, 1, 100), like(&packed, 1, 0)], [40, 1, 40]);
+    assert_eq!(like(&padded, 4, 40), 6, "rows padded to 16");
+}
+
+#[test]
+fn the_heaviest_tenant_is_who_offers_no_less_than_any_other_lately_and_is_not_alone() {
+    let (one, two) = (TenantId(1), TenantId(2));
+    let offered = |offers: &[(u64, TenantId, u64)], at: u64| {
+        let mut tenants = Tenants::new();
+        for (ms, tenant, cells) in offers {
+            tenants.offer(Moment::ZERO + MS * *ms as u32, *tenant, *cells);
+        }
+        [one, two].map(|tenant| tenants.is_heaviest(Moment::ZERO + MS * at as u32, tenant))
+    };
+    assert_eq!(offered(&[(0, one, 100)], 0), [false, false], "nobody else is here");
+    assert_eq!(offered(&[(0, one, 100), (0, two, 100)], 0), [true, true], "as much as the other");
+    assert_eq!(offered(&[(0, one, 100), (0, two, 99)], 0), [true, false]);
+    assert_eq!(offered(&[(0, one, 1000), (0, two, 9)], 0), [false, false], "next to nothing, and nothing waits");
+    // Halved each second: 100 are 25 after two.
+    assert_eq!(offered(&[(0, one, 100), (2000, two, 24)], 2000), [true, false]);
+    assert_eq!(offered(&[(0, one, 100), (2000, two, 26)], 2000), [false, true]);
+    assert_eq!(offered(&[(0, one, 100), (1000, one, 50), (1000, two, 99)], 1000), [true, false]);
+}
