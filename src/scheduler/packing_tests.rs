@@ -1093,3 +1093,90 @@ fn the_rest_is_urgent_between_what_it_takes_alone_and_what_it_takes_behind_the_b
         }
     }
 }
+
+#[test]
+fn the_pace_of_arrivals_and_the_size_of_batches_are_means_of_the_recent_ones() {
+    let mut packer = Packer::new(4);
+    packer.arrived(Moment(1000));
+    assert_eq!(packer.gap, 0.0, "one arrival is no pace");
+    packer.arrived(Moment(3000));
+    assert_eq!(packer.gap, 2000.0);
+    packer.arrived(Moment(9000));
+    assert!(near(packer.gap, 2000.0 + 0.05 * 4000.0));
+    for (rows, mean) in [(11, 2.0), (2, 2.0), (1, 1.9)] {
+        packer.sealed(rows);
+        assert!(near(packer.batch_rows, mean), "{}", packer.batch_rows);
+    }
+}
+
+#[test]
+fn a_row_is_overdue_after_so_many_slacks_and_looked_for_every_quarter_of_the_objective() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let arrived = rig.now;
+    let id = rig.arrive(16, MS * 10);
+    let mut overdue = |since: Duration| {
+        rig.now = arrived + since;
+        ask(&mut rig, |queue, outlook| {
+            queue.fill_cells(outlook, Class::COUNT - 1);
+            queue.overdue(outlook.now)
+        })
+    };
+    // Ten slacks are 100 ms; a quarter of the objective is 12.5.
+    assert_eq!(overdue(MS * 99), None);
+    assert_eq!(overdue(MS * 101), None, "looked at 2 ms ago");
+    assert_eq!(overdue(MS * 99 + Duration::from_micros(12_499)), None);
+    assert_eq!(overdue(MS * 99 + Duration::from_micros(12_500)), Some(id));
+    assert_eq!(overdue(MS * 112), Some(id), "it stays so");
+}
+
+#[test]
+fn on_a_shared_device_a_batch_is_computed_when_the_device_is_free_and_its_fixed_part_is_over() {
+    for (sharing, device_free, inflate) in
+        [(1.0, 9_000_000, 1.0), (2.0, 9_000_000, 1.0), (2.0, 9_000_000, 1.5), (2.0, 0, 1.5)]
+    {
+        with_cells(Vec::new(), sharing, |queue, outlook| {
+            let outlook = Outlook { start: Moment(1_000_000), device_free: Moment(device_free), sharing, ..*outlook };
+            let bucket = queue.policy.buckets.of(64).expect("it fits");
+            let (fixed, whole) = (queue.cost.coefficients().batch * inflate, queue.cost.predict(4, 64) * inflate);
+            let begin = if sharing > 1.0 { (1e6 + fixed).max(device_free as f64) } else { 1e6 + fixed };
+            let done = queue.done_at(&outlook, 4.0, bucket, inflate).nanos() as f64;
+            assert!((done - (begin + whole - fixed)).abs() < 3.0, "{sharing}, {device_free}, {inflate}: {done}");
+        });
+    }
+}
+
+#[test]
+fn a_batch_is_bound_to_a_busy_executor_shortly_before_it_is_expected_to_be_free_and_not_after() {
+    let at_once = Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let seats = SeatSpec::separate(Group::Executors, 1, 2);
+    let mut rig = Rig::new(vec![at_once.clone()], 1);
+    let learned = rig.scheduler.cost(MODEL).clone();
+    rig.scheduler = Scheduler::new(QueueLimits::NONE, vec![at_once], &seats);
+    rig.scheduler.resume_cost(MODEL, learned);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), Some(Moment::ZERO), "it is idle");
+    rig.arrive_as(Arrival { rows: 16, ..request(64) });
+    let running = rig.poll().expect("rows wait");
+    let until = rig.scheduler.seats.seats[0].free_at();
+    assert!(about(until.since(rig.now).as_nanos() as u64, time(16, 64)));
+    // The fixed part is longer than that.
+    let binds_at = until - Duration::from_micros(500);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), Some(binds_at));
+    assert_eq!(rig.scheduler.binds_at(until, 0, 0), Some(binds_at));
+    rig.arrive(16, MS * 1000);
+    rig.now = binds_at - Duration::from_nanos(1);
+    assert_eq!(rig.poll(), None);
+    assert_eq!(rig.scheduler.poll_timeout(rig.now), Some(binds_at));
+    rig.now = until + Duration::from_nanos(1);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), None, "nobody knows for how long");
+    assert_eq!(rig.poll(), None);
+    rig.scheduler.handle_finished(rig.now, &running, MS * 12);
+    assert_eq!(rig.poll().expect("it is idle").rows, 1);
+
+    let mut shared = on_one_device(2);
+    shared.arrive_as(Arrival { rows: 16, ..request(64) });
+    shared.poll().expect("rows wait");
+    let until = shared.scheduler.seats.devices[0].free_at;
+    let binds_at = shared.scheduler.binds_at(shared.now, 0, 1).expect("the device says when");
+    // Its own fixed part, and a little more.
+    assert!(about(until.since(binds_at).as_nanos() as u64, MS * 115 / 100), "{binds_at:?} for {until:?}");
+}

@@ -1591,3 +1591,82 @@ fn the_heaviest_tenant_is_who_offers_no_less_than_any_other_lately_and_is_not_al
     assert_eq!(offered(&[(0, one, 100), (2000, two, 26)], 2000), [false, true]);
     assert_eq!(offered(&[(0, one, 100), (1000, one, 50), (1000, two, 99)], 1000), [true, false]);
 }
+
+#[test]
+fn the_pace_of_the_queue_is_a_mean_of_recent_batches_and_a_hint_is_neither_noise_nor_for_ever() {
+    let mut rate = admission::DrainRate::default();
+    assert_eq!(rate.nanos(1000, 1), 0.0, "nothing is known");
+    rate.observe(100, MS);
+    assert_eq!(rate.nanos(300, 1), 3e6);
+    rate.observe(100, MS * 2);
+    assert!((rate.nanos(100, 1) - 1.1e6).abs() < 1.0, "a tenth of what is new");
+    assert!((rate.nanos(100, 2) - 0.55e6).abs() < 1.0, "two executors");
+    assert!((rate.nanos(100, 0) - 1.1e6).abs() < 1.0);
+    let hint = |cells: u64| rate.time_to_drain(cells, 1);
+    assert_eq!([hint(1), hint(10_000), hint(1 << 40)], [MS, MS * 110, Duration::from_secs(10)]);
+}
+
+#[test]
+fn a_batch_behind_others_begins_when_its_executor_is_free_and_computes_when_its_device_is() {
+    let at = |ms: u64| Moment::ZERO + MS * ms as u32;
+    let on = |device: u16| SeatSpec { group: Group::Executors, slots: 2, device };
+    let mut seats = Seats::new(&[on(0), on(1), on(1), SeatSpec { group: Group::Inline, slots: 1, device: 0 }]);
+    let until = |ms: u64| Running { until: at(ms), ..running(1) };
+    assert_eq!([0, 1, 2, 3].map(|seat| seats.executors_of(seat)), [1, 2, 2, 1]);
+    assert_eq!([0, 1, 2, 3].map(|seat| seats.is_shared(seat)), [false, true, true, false]);
+    // Alone: fixed part and rows, one after the other.
+    assert_eq!(seats.forecast(0, at(10), 1e6, 2e6), (at(10), at(13)));
+    seats.seats[0].running.push(until(20));
+    assert_eq!(seats.forecast(0, at(10), 1e6, 2e6), (at(20), at(23)));
+    // Beside others on one device: the fixed part overlaps with what the device computes.
+    seats.devices[1].free_at = at(15);
+    assert_eq!(seats.forecast(1, at(10), 1e6, 2e6), (at(10), at(17)));
+    assert_eq!(seats.forecast(1, at(10), 7e6, 2e6), (at(10), at(19)), "the fixed part is longer");
+    // Each holds what it holds, and the device is free after the last.
+    seats.seats[1].running.push(until(30));
+    seats.seats[2].running.push(until(25));
+    seats.expect_free(2, at(12));
+    assert_eq!(seats.devices[1].free_at, at(30));
+    seats.seats[1].running.clear();
+    seats.expect_free(2, at(12));
+    assert_eq!((seats.devices[1].free_at, seats.devices[0].free_at), (at(25), Moment::ZERO));
+    assert_eq!((seats.idle(Group::Executors), seats.idle_seat(Group::Executors)), (1, Some(1)));
+    assert_eq!((seats.idle(Group::Inline), seats.idle_seat(Group::Inline)), (1, Some(3)));
+    assert_eq!((seats.running_of(MODEL), seats.running_of(ModelHandle(1))), (2, 0));
+}
+
+#[test]
+fn beyond_the_places_tenants_share_the_last_until_one_is_free() {
+    let mut tenants = Tenants::new();
+    let places = tenants::PLACES as u16;
+    for tenant in 0..places {
+        assert_eq!(tenants.arrive(TenantId(tenant), 10), tenant);
+    }
+    assert_eq!(tenants.arrive(TenantId(3), 1), 3, "who is here keeps its place");
+    assert_eq!(tenants.arrive(TenantId(1000), 5), places - 1, "all are taken");
+    assert_eq!(tenants.waiting_in_all(), u64::from(places) * 10 + 6);
+    tenants.leave(7, 10);
+    assert_eq!(tenants.arrive(TenantId(1001), 5), 7);
+    assert_eq!((tenants.waiting(TenantId(1001)), tenants.waiting(TenantId(7))), (5, 0));
+    tenants.resize(7, 5, 8);
+    assert_eq!(tenants.waiting(TenantId(1001)), 8);
+    assert!(tenants.is_place(places - 1) && !tenants.is_place(places));
+}
+
+#[test]
+fn who_comes_back_from_rest_begins_at_the_present() {
+    let mut tenants = Tenants::new();
+    let (busy, rested) = (tenants.arrive(TenantId(1), 100), tenants.arrive(TenantId(2), 10));
+    tenants.charge(busy, 60);
+    tenants.charge(busy, 30);
+    tenants.charge(rested, 10);
+    tenants.leave(rested, 10);
+    assert_eq!((tenants.time(busy), tenants.time(rested)), (90.0, 10.0));
+    tenants.charge(busy, 10);
+    assert_eq!(tenants.arrive(TenantId(2), 10), rested);
+    assert_eq!(tenants.time(rested), 90.0, "where the last row was taken");
+    assert_eq!(tenants.arrive(TenantId(1), 10), busy);
+    assert_eq!(tenants.time(busy), 100.0, "it was never away");
+    assert_eq!(tenants.arrive(TenantId(3), 10), 2);
+    assert_eq!(tenants.time(2), 90.0);
+}
