@@ -668,27 +668,31 @@ fn a_sealed_batch_is_written_down_with_what_it_was_expected_to_be() {
     assert_eq!((one.waiting, two.waiting), (4, 1));
 }
 
+/// Goal: what a model did not use while it rested is not owed to it.
+/// Method: one model runs alone for long; then another asks for one long batch after the other.
 #[test]
 fn a_model_that_comes_back_from_rest_shares_the_executor_and_does_not_take_it() {
     let at_once = || Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
     let mut rig = Rig::new(vec![at_once(), at_once()], 1);
-    let other = ModelHandle(1);
-    for _ in 0..50 {
+    for _ in 0..200 {
         rig.arrive_as(Arrival { rows: 16, ..request(16) });
         let batch = rig.poll().expect("a full batch waits");
         rig.finish(&batch);
     }
-    for _ in 0..20 {
+    let mut times = [0.0; 2];
+    let long = Arrival { rows: 8, model: ModelHandle(1), ..request(256) };
+    rig.arrive_as(long);
+    while times[0] + times[1] < 500e6 {
         rig.arrive_as(Arrival { rows: 16, ..request(16) });
-        rig.arrive_as(Arrival { rows: 16, model: other, ..request(16) });
-    }
-    let mut of_other = 0;
-    for _ in 0..20 {
         let batch = rig.poll().expect("full batches wait");
-        of_other += u32::from(batch.model == other);
+        times[batch.model.index()] += TIMES.work_time(batch.work());
         rig.finish(&batch);
+        if batch.model == long.model {
+            rig.arrive_as(long);
+        }
     }
-    assert!((9..=11).contains(&of_other), "{of_other} of 20");
+    let share = times[1] / (times[0] + times[1]);
+    assert!((0.45..0.55).contains(&share), "{share}");
 }
 
 #[test]
@@ -1179,4 +1183,28 @@ fn a_batch_is_bound_to_a_busy_executor_shortly_before_it_is_expected_to_be_free_
     let binds_at = shared.scheduler.binds_at(shared.now, 0, 1).expect("the device says when");
     // Its own fixed part, and a little more.
     assert!(about(until.since(binds_at).as_nanos() as u64, MS * 115 / 100), "{binds_at:?} for {until:?}");
+}
+
+#[test]
+fn models_share_the_executor_by_time_and_weight_while_more_of_each_arrives() {
+    for weight in [1.0, 3.0] {
+        let at_once = |weight: f64| Policy { queue_delay_max: Some(Duration::ZERO), weight, ..policy() };
+        let mut rig = Rig::new(vec![at_once(weight), at_once(1.0)], 1);
+        let long = Arrival { rows: 8, ..request(256) };
+        let short = Arrival { rows: 16, model: ModelHandle(1), ..request(16) };
+        let mut times = [0.0; 2];
+        for arrival in [long, short] {
+            rig.arrive_as(arrival);
+        }
+        for _ in 0..300 {
+            for arrival in [long, short] {
+                rig.arrive_as(arrival);
+            }
+            let batch = rig.poll().expect("both wait");
+            times[batch.model.index()] += TIMES.work_time(batch.work());
+            rig.finish(&batch);
+        }
+        let share = times[0] / (times[0] + times[1]);
+        assert!((share - weight / (weight + 1.0)).abs() < 0.03, "{share} with weight {weight}");
+    }
 }
