@@ -1208,3 +1208,26 @@ fn models_share_the_executor_by_time_and_weight_while_more_of_each_arrives() {
         assert!((share - weight / (weight + 1.0)).abs() < 0.03, "{share} with weight {weight}");
     }
 }
+
+/// The same for a rest of many batches; and the highest class goes alone for half of the time that is left.
+#[test]
+fn a_long_rest_is_urgent_for_all_of_its_batches_and_the_highest_class_in_it_goes_first() {
+    let ask = |left: f64| {
+        let due = after(Moment(1), left);
+        let short = Cell { due: Moment::FAR, ..one_cell(20.0, 20.0)[0] };
+        let (row, rows) = (200_000.0, 100.0);
+        let long = Cell { bucket: 9, rows, row, credit: row, worth: rows * row, densest: row, room: 10.0, due };
+        with_cells(vec![short, long], 1.0, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let best = Range { first: 0, last: 0, rows: 20.0, work: 1e6, occupancy: fixed + 1e6 };
+            let urgent = queue.urgent(outlook, &best).map(|range| (range.first, range.last, range.rows));
+            let behind = ((fixed + 1e6) + (10.0 * fixed + rows * row)) * (1.0 + queue.cost.margin());
+            (urgent, behind, queue.packer.strict_until, outlook.now + due.since(outlook.now) / 2)
+        })
+    };
+    let (none, behind, strict_until, _) = ask(1e12);
+    assert_eq!((none, strict_until), (None, Moment::ZERO));
+    assert_eq!(ask(behind + 1000.0).0, None);
+    let (urgent, _, strict_until, half_way) = ask(behind - 1000.0);
+    assert_eq!((urgent, strict_until), (Some((1, 1, 10.0)), half_way));
+}

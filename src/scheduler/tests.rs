@@ -1585,7 +1585,8 @@ fn the_heaviest_tenant_is_who_offers_no_less_than_any_other_lately_and_is_not_al
     assert_eq!(offered(&[(0, one, 100)], 0), [false, false], "nobody else is here");
     assert_eq!(offered(&[(0, one, 100), (0, two, 100)], 0), [true, true], "as much as the other");
     assert_eq!(offered(&[(0, one, 100), (0, two, 99)], 0), [true, false]);
-    assert_eq!(offered(&[(0, one, 1000), (0, two, 9)], 0), [false, false], "next to nothing, and nothing waits");
+    assert_eq!(offered(&[(0, one, 1000), (0, two, 10)], 0), [false, false], "next to nothing, and nothing waits");
+    assert_eq!(offered(&[(0, one, 1000), (0, two, 11)], 0), [true, false]);
     // Halved each second: 100 are 25 after two.
     assert_eq!(offered(&[(0, one, 100), (2000, two, 24)], 2000), [true, false]);
     assert_eq!(offered(&[(0, one, 100), (2000, two, 26)], 2000), [false, true]);
