@@ -675,4 +675,17 @@ mod tests {
         assert_eq!(again.paces().factor(1), model.paces().factor(1));
         assert!(model.on(1).best_share() < 0.4 && model.on(0).best_share() == 1.0);
     }
+
+    #[test]
+    fn predictions_that_may_differ_have_another_version() {
+        let mut model = CostModel::default();
+        model.set_executors(2);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..50 {
+            assert!(seen.insert(model.on(0).version()));
+            model.observe_on(0, Work::padded(4, 32), Duration::from_millis(1), true);
+            model.observe_on(1, Work::padded(4, 32), Duration::from_millis(3), true);
+        }
+        assert_ne!(model.on(0).version(), model.on(1).version());
+    }
 }

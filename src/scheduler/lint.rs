@@ -818,4 +818,10 @@ mod tests {
         assert_eq!(mean_room(&[shape(0.2, 8), shape(0.6, 4)]), Some(5.0));
         assert_eq!(mean_room(&[]), None);
     }
+
+    #[test]
+    fn a_rate_is_believed_from_twenty_batches_on() {
+        assert_eq!(closed(&[(SealReason::Idle, BATCHES_MIN - 1)], 10.0).rate(), 0.0);
+        assert_eq!(closed(&[(SealReason::Idle, BATCHES_MIN)], 10.0).rate(), 10.0);
+    }
 }
