@@ -1229,3 +1229,34 @@ fn request_flags_that_have_no_meaning_are_refused() {
         assert_eq!(same_as_reference(contract, &infer, &payload), flags & !INFER_FLAGS_KNOWN == 0, "flags {flags}");
     }
 }
+
+#[test]
+fn every_error_of_a_stream_says_what_was_expected_and_what_came() {
+    for (error, code, said) in [
+        (DecodeError::Magic(*b"GET"), Code::ProtocolError, "expected the magic bytes 46 52 59, got 47 45 54"),
+        (DecodeError::Version(2), Code::ProtocolError, "expected protocol version 1, got 2"),
+        (DecodeError::Kind(99), Code::ProtocolError, "frame kind 99 is unknown and not marked optional"),
+        (DecodeError::Flags(5), Code::ProtocolError, "frame flags 0x05 have bits that must be zero"),
+        (DecodeError::MetadataTooLong { len: 9, max: 8 }, Code::TooLarge, "metadata of 9 bytes, at most 8 are allowed"),
+        (DecodeError::PayloadTooLong { len: 9, max: 8 }, Code::TooLarge, "payload of 9 bytes, at most 8 are allowed"),
+        (
+            DecodeError::HeadChecksum { expected: 0xab, received: 1 },
+            Code::ChecksumMismatch,
+            "checksum of header and metadata is 0x000000ab, the frame says 0x00000001",
+        ),
+    ] {
+        assert_eq!((error.code(), error.to_string().as_str()), (code, said));
+    }
+}
+
+#[test]
+fn limits_that_change_hold_from_the_next_frame_on() {
+    let bytes = frame_bytes(Kind::Infer as u8, 0, &[1], &[2; 9]);
+    let limits = |metadata_bytes, payload_bytes| Limits { metadata_bytes, payload_bytes };
+    let mut decoder = Decoder::new(limits(1, 8));
+    assert_eq!(decoder.next(&bytes), Err(DecodeError::PayloadTooLong { len: 9, max: 8 }));
+    decoder.set_limits(limits(1, 9));
+    assert!(matches!(decoder.next(&bytes), Ok(Step::Frame(frame)) if frame.payload(&bytes) == [2; 9]));
+    decoder.set_limits(limits(0, 9));
+    assert_eq!(decoder.next(&bytes), Err(DecodeError::MetadataTooLong { len: 1, max: 0 }));
+}

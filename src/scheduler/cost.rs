@@ -626,4 +626,66 @@ mod tests {
             assert!(off < 0.15, "{rows}×{len}: {} for {}", model.predict(rows, len), floor(rows, len));
         }
     }
+
+    #[test]
+    fn the_budget_is_the_smallest_that_is_hardly_slower_than_the_best() {
+        let ms = Duration::from_millis;
+        assert_eq!(budget(&[]), None);
+        assert_eq!(budget(&[(64, ms(3))]), Some(64));
+        // Cells per millisecond: 50, 96, 97, 100, 98.
+        let curve = [(100, ms(2)), (960, ms(10)), (1940, ms(20)), (4000, ms(40)), (7840, ms(80))];
+        assert_eq!(budget(&curve), Some(1940));
+        assert_eq!(budget(&curve[..2]), Some(960));
+        assert_eq!(budget(&[(10, Duration::ZERO), (1000, ms(1))]), Some(10), "too fast to be measured is fast");
+    }
+
+    #[test]
+    fn a_batch_without_cells_behind_another_teaches_nothing() {
+        let mut model = CostModel::default();
+        model.observe_on(0, Work { rows: 1, cells: 0, squares: 0 }, Duration::from_millis(1), false);
+        assert_eq!(model.coefficients(), Coefficients::PRIOR, "not that batches take no time");
+        model.observe_on(0, Work { rows: 0, cells: 8, squares: 64 }, Duration::from_millis(1), true);
+        assert_eq!(model.observations(), 1, "without rows it was no batch");
+    }
+
+    #[test]
+    fn an_executor_that_is_slower_is_so_in_every_part_and_stays_it_when_the_model_goes_on() {
+        let mut model = CostModel::new(TRUTH);
+        model.set_executors(2);
+        let mut rng = StdRng::seed_from_u64(8);
+        for at in 0..400u32 {
+            let (executor, work) = (at % 2, Work::padded(rng.random_range(1..32), rng.random_range(8..512)));
+            let took = TRUTH.work_time(work) * f64::from(1 + 2 * executor);
+            model.observe_on(executor as usize, work, Duration::from_nanos(took as u64), true);
+        }
+        let ratio = model.paces().factor(1) / model.paces().factor(0);
+        assert!((ratio - 3.0).abs() < 0.2, "{ratio}");
+        let again = CostModel::resume(&model.learned()).expect("it was learned");
+        assert_eq!(again.learned(), model.learned());
+        for (model, executor) in [(&model, 0), (&model, 1), (&again, 1)] {
+            let (here, mean) = (model.on(executor).coefficients(), model.coefficients());
+            for (here, mean) in [(here.batch, mean.batch), (here.cell, mean.cell), (here.square, mean.square)] {
+                assert!(
+                    mean > 0.0 && (here / mean / model.paces().factor(executor) - 1.0).abs() < 1e-9,
+                    "{here} of {mean}"
+                );
+            }
+            assert_eq!(model.on(executor).predict(3, 70), model.paces().factor(executor) * model.predict(3, 70));
+        }
+        assert_eq!(again.paces().factor(1), model.paces().factor(1));
+        assert!(model.on(1).best_share() < 0.4 && model.on(0).best_share() == 1.0);
+    }
+
+    #[test]
+    fn predictions_that_may_differ_have_another_version() {
+        let mut model = CostModel::default();
+        model.set_executors(2);
+        let mut seen = std::collections::BTreeSet::new();
+        for _ in 0..50 {
+            assert!(seen.insert(model.on(0).version()));
+            model.observe_on(0, Work::padded(4, 32), Duration::from_millis(1), true);
+            model.observe_on(1, Work::padded(4, 32), Duration::from_millis(3), true);
+        }
+        assert_ne!(model.on(0).version(), model.on(1).version());
+    }
 }

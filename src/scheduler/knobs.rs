@@ -369,4 +369,14 @@ mod tests {
         assert!(error.contains("row_max") && error.contains("rows_max"), "{error}");
         assert_eq!(policy().get("row_max"), None);
     }
+
+    #[test]
+    fn buckets_are_shown_by_the_shortest_name_that_says_them() {
+        let mut policy = policy();
+        assert_eq!(policy.get("buckets").as_deref(), Some("16,64,128"));
+        policy.set("buckets", "geometric").expect("in range");
+        assert_eq!(policy.get("buckets").as_deref(), Some("geometric"));
+        policy.set("buckets", "auto").expect("in range");
+        assert_eq!(policy.get("buckets").as_deref(), Some("auto"));
+    }
 }

@@ -810,4 +810,18 @@ mod tests {
         assert_eq!(observed.span, Duration::from_secs(10), "since the first");
         assert_eq!(Observed::of([].iter(), ModelHandle(1), 2, second(1.0)).mostly(), None);
     }
+
+    #[test]
+    fn lengths_that_hardly_ever_come_do_not_count_in_the_mean_of_the_others() {
+        let shape = |share: f64, room: u32| Shape { len: 10, share, room };
+        assert_eq!(mean_room(&[shape(0.5, 8)]), Some(8.0));
+        assert_eq!(mean_room(&[shape(0.2, 8), shape(0.6, 4)]), Some(5.0));
+        assert_eq!(mean_room(&[]), None);
+    }
+
+    #[test]
+    fn a_rate_is_believed_from_twenty_batches_on() {
+        assert_eq!(closed(&[(SealReason::Idle, BATCHES_MIN - 1)], 10.0).rate(), 0.0);
+        assert_eq!(closed(&[(SealReason::Idle, BATCHES_MIN)], 10.0).rate(), 10.0);
+    }
 }

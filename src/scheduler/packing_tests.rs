@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::scheduler::cost::{self, Coefficients, CostModel};
+use crate::scheduler::decision::{Decision, Verdict};
 use crate::scheduler::{
     Arrival, Buckets, Expired, Group, PadTo, QueueLimits, Scheduler, SealedBatch, SeatSpec, TenantId,
 };
@@ -590,4 +591,643 @@ proptest! {
         }
         prop_assert_eq!(waiting, 0);
     }
+}
+
+/// Of the decision log.
+fn last_decision(rig: &Rig) -> Decision {
+    *rig.scheduler.log().last(1).next().expect("something was decided")
+}
+
+fn about(nanos: u64, expected: Duration) -> bool {
+    (nanos as f64 / expected.as_nanos() as f64 - 1.0).abs() < 0.05
+}
+
+#[test]
+fn who_was_refused_or_given_up_is_written_down_with_the_time_it_would_have_taken() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    rig.arrive(16, MS * 1000);
+    let pressed = Arrival { deadline: Some(rig.now + MS * 2), ..request(256) };
+    rig.scheduler.handle_arrival(rig.now, pressed).expect_err("3.6 ms of work");
+    let refused = last_decision(&rig);
+    assert_eq!((refused.verdict, refused.batch, refused.rows, refused.waiting), (Verdict::Refused, 256, 1, 1));
+    assert!(about(refused.predicted, time(1, 256)), "{refused:?}");
+
+    let lost = rig.arrive(256, MS * 5);
+    rig.now = rig.now + MS * 2;
+    rig.poll().expect("the other one");
+    assert_eq!(rig.expired(), [Expired::Hopeless(lost)]);
+    let shed = last_decision(&rig);
+    assert_eq!((shed.verdict, shed.batch, shed.rows, shed.at), (Verdict::Shed, 256, 1, rig.now));
+    assert!(about(shed.predicted, time(1, 256)), "{shed:?}");
+    assert_eq!(rig.scheduler.verdicts(MODEL).shed, 1);
+}
+
+#[test]
+fn rows_that_are_held_are_written_down_once_with_how_long() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    for _ in 0..3 {
+        rig.arrive(16, MS * 1000);
+        rig.now = rig.now + Duration::from_micros(100);
+    }
+    assert_eq!(rig.poll(), None);
+    let until = rig.scheduler.poll_timeout(rig.now).expect("it is held for a while");
+    let held = last_decision(&rig);
+    assert_eq!((held.verdict, held.waiting, held.batch, held.rows), (Verdict::Held, 3, 0, 0));
+    assert_eq!(held.predicted, until.since(rig.now).as_nanos() as u64);
+    assert_eq!(rig.poll(), None);
+    assert_eq!(rig.scheduler.verdicts(MODEL).held, 1, "the same hold, looked at again");
+}
+
+#[test]
+fn a_sealed_batch_is_written_down_with_what_it_was_expected_to_be() {
+    let mut rig =
+        Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), pad_to: PadTo::Bucket, ..policy() }], 2);
+    for len in [61, 61, 63, 63] {
+        rig.arrive(len, MS * 1000);
+    }
+    let first = rig.poll().expect("rows wait");
+    rig.arrive(61, MS * 1000);
+    let second = rig.poll().expect("rows wait");
+    assert_eq!((first.executor, second.executor), (0, 1));
+    let [one, two]: [Decision; 2] =
+        rig.scheduler.log().last(2).copied().collect::<Vec<_>>().try_into().expect("two batches");
+    for (batch, decision) in [(first, one), (second, two)] {
+        assert_eq!(decision.verdict, Verdict::Sealed(batch.reason));
+        assert_eq!((decision.executor, decision.batch, decision.rows), (batch.executor, batch.id, batch.rows));
+        assert_eq!((decision.padded_len, decision.rows_possible), (64, 16));
+        assert_eq!((decision.shortest, decision.generation), (64, 1));
+        assert!(about(decision.predicted, time(batch.rows, 64)), "{decision:?}");
+        assert_eq!(decision.predicted, batch.predicted);
+        // Work on rows, and their half of the batch's fixed cost, over all that the batch takes.
+        let (run, fixed) = (f64::from(batch.rows) * TIMES.row(64), TIMES.batch);
+        let efficiency = f64::from(decision.efficiency);
+        assert!(efficiency > 0.95 * run / (fixed + run), "{decision:?}");
+        assert_eq!(decision.best_efficiency, decision.efficiency, "no deadline pressed");
+    }
+    assert!((f64::from(one.padding) - (1.0 - 248.0 / 256.0)).abs() < 1e-6, "{one:?}");
+    assert_eq!((one.waiting, two.waiting), (4, 1));
+}
+
+/// Goal: what a model did not use while it rested is not owed to it.
+/// Method: one model runs alone for long; then another asks for one long batch after the other.
+#[test]
+fn a_model_that_comes_back_from_rest_shares_the_executor_and_does_not_take_it() {
+    let at_once = || Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let mut rig = Rig::new(vec![at_once(), at_once()], 1);
+    for _ in 0..200 {
+        rig.arrive_as(Arrival { rows: 16, ..request(16) });
+        let batch = rig.poll().expect("a full batch waits");
+        rig.finish(&batch);
+    }
+    let mut times = [0.0; 2];
+    let long = Arrival { rows: 8, model: ModelHandle(1), ..request(256) };
+    rig.arrive_as(long);
+    while times[0] + times[1] < 500e6 {
+        rig.arrive_as(Arrival { rows: 16, ..request(16) });
+        let batch = rig.poll().expect("full batches wait");
+        times[batch.model.index()] += TIMES.work_time(batch.work());
+        rig.finish(&batch);
+        if batch.model == long.model {
+            rig.arrive_as(long);
+        }
+    }
+    let share = times[1] / (times[0] + times[1]);
+    assert!((0.45..0.55).contains(&share), "{share}");
+}
+
+#[test]
+fn the_heaviest_tenant_is_refused_from_its_share_of_the_slack_on_and_told_when_that_is_over() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    // 3.56 ms for 256 cells: 70 of 100 ms are 5,033 cells, or 314 rows of 16.
+    ran(&mut rig.scheduler, rig.now, MODEL, 16, time(16, 16));
+    let deadline = Some(rig.now + MS * 100);
+    rig.arrive_as(Arrival { tenant: TenantId(3), deadline, ..request(16) });
+    let heavy = |rows: u32, len: u32| Arrival { tenant: TenantId(7), deadline, rows, ..request(len) };
+    while rig.scheduler.handle_arrival(rig.now, heavy(1, 16)).is_ok() {}
+    assert_eq!(rig.scheduler.waiting(MODEL).0, 314);
+    // With 2,048 cells more it is 98.3 ms to the end.
+    let refusal = rig.scheduler.handle_arrival(rig.now, heavy(8, 256)).expect_err("the heaviest");
+    assert!((28..=29).contains(&refusal.retry_after_ms), "{refusal:?}");
+    assert!(refusal.message.contains("98.3 ms"), "{}", refusal.message);
+    assert!(about(last_decision(&rig).predicted, Duration::from_micros(98_345)));
+    rig.arrive_as(Arrival { tenant: TenantId(3), ..heavy(1, 16) });
+}
+
+#[test]
+fn rows_of_a_batch_are_those_of_the_bucket_that_a_length_is_padded_to() {
+    let rig = Rig::new(vec![policy()], 1);
+    let rows = |model: u16, len: u32| rig.scheduler.rows_of_batch(ModelHandle(model), len);
+    assert_eq!([rows(0, 16), rows(0, 129), rows(0, 250), rows(0, 256)], [Some(16), Some(14), Some(8), Some(8)]);
+    assert_eq!([rows(0, 257), rows(1, 16)], [None, None]);
+}
+
+/// Executors on one device, which have learned [`TIMES`].
+fn on_one_device(executors: usize) -> Rig {
+    let policy = Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let seats = vec![SeatSpec { group: Group::Executors, slots: 1, device: 0 }; executors];
+    let mut scheduler = Scheduler::new(QueueLimits::NONE, vec![policy], &seats);
+    for (rows, len) in [(1, 16), (1, 256), (16, 16), (8, 256), (4, 64)].into_iter().cycle().take(60) {
+        scheduler.prime(MODEL, rows, len, time(rows, len));
+    }
+    Rig { scheduler, now: Moment(1_000_000), members: Vec::new() }
+}
+
+/// Goal: the second of two batches teaches what it took from the device, not how long it stood behind the first.
+/// Method: two executors of one device; the second batch is bound before the first is done, which comes back late or not.
+#[test]
+fn on_a_shared_device_a_batch_is_charged_the_time_since_the_one_before_it() {
+    for late in [true, false] {
+        let mut rig = on_one_device(2);
+        rig.arrive_as(Arrival { rows: 16, ..request(64) });
+        let first = rig.poll().expect("both are idle");
+        rig.arrive_as(Arrival { rows: 16, ..request(64) });
+        assert_eq!(rig.poll(), None, "another row may join until the device is nearly free");
+        let bound_at = rig.now + time(16, 64) - MS;
+        rig.now = bound_at;
+        let second = rig.poll().expect("the device is nearly free");
+        assert_eq!((first.executor, second.executor), (0, 1));
+
+        rig.now = bound_at + if late { MS * 8 } else { MS / 2 };
+        let took = rig.now.since(Moment(1_000_000));
+        let mut expected = rig.scheduler.cost(MODEL).clone();
+        rig.scheduler.handle_finished(rig.now, &first, took);
+        expected.observe_on(0, first.work(), took, true);
+        assert_eq!(*rig.scheduler.cost(MODEL), expected, "nothing was before the first");
+
+        rig.now = rig.now + MS * 10;
+        let took = rig.now.since(bound_at);
+        rig.scheduler.handle_finished(rig.now, &second, took);
+        match late {
+            // The device was the first's until 8 ms after: its fixed part was hidden behind that.
+            true => expected.observe_on(1, second.work(), MS * 10, false),
+            false => expected.observe_on(1, second.work(), took, true),
+        }
+        assert_eq!(*rig.scheduler.cost(MODEL), expected, "{late}");
+    }
+}
+
+/// A row of this bucket waits among the cells.
+fn waiting_in(queue: &mut Queue<'_>, bucket: u16, rows: u32) -> TicketId {
+    queue.tickets.insert(&Arrival { rows, ..request(1) }, bucket, 0, 1e-9, Moment(1))
+}
+
+proptest! {
+    /// As the best range, but one that a certain ticket is in, and with room for it.
+    #[test]
+    fn the_best_range_around_a_ticket_is_the_best_of_those_that_hold_it(
+        cells in cells(),
+        at in any::<prop::sample::Index>(),
+        ticket_rows in 1..16u32,
+        shared in any::<bool>(),
+    ) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let with = at.index(cells.len());
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found = with_cells(cells.clone(), sharing, |queue, outlook| {
+            let id = waiting_in(queue, with as u16, ticket_rows);
+            queue.best_around(outlook, id)
+        });
+        let of = |first: usize, last: usize| {
+            let room = cells[last].room.max(f64::from(ticket_rows));
+            let rows: f64 = cells[first..=last].iter().map(|cell| cell.rows).sum();
+            let share = (room / rows).min(1.0);
+            let worth: f64 = cells[first..=last].iter().map(|cell| cell.worth * share).sum();
+            let work: f64 = cells[first..=last].iter().map(|cell| cell.rows * cell.credit * share).sum();
+            let run = rows * share * cells[last].row;
+            (worth, rows * share, work, run.max((fixed + run) / sharing))
+        };
+        // What is shorter joins until the batch is full.
+        let ranges = (with..cells.len()).flat_map(|last| {
+            let room = cells[last].room.max(f64::from(ticket_rows));
+            let cells = &cells;
+            let full = (0..=with).rev().find(|first| cells[*first..=last].iter().map(|cell| cell.rows).sum::<f64>() >= room);
+            (full.unwrap_or(0)..=with).map(move |first| (first, last))
+        });
+        let per_time = |(first, last): (usize, usize)| { let (worth, _, _, time) = of(first, last); worth / time };
+        let best = ranges.map(per_time).fold(0.0, f64::max);
+        let mine = per_time((found.first, found.last));
+        prop_assert!((mine / best - 1.0).abs() < 1e-9, "{mine} instead of {best}");
+        let (_, rows, work, occupancy) = of(found.first, found.last);
+        prop_assert!((found.rows - rows.max(f64::from(ticket_rows))).abs() < 1e-6, "{found:?}: {rows} rows");
+        prop_assert!((found.work / work - 1.0).abs() < 1e-9, "{found:?}: work {work}");
+        prop_assert!((found.occupancy / occupancy - 1.0).abs() < 1e-9, "{found:?}: takes {occupancy}");
+        prop_assert!(found.first <= with && with <= found.last);
+    }
+
+    /// What a range says of itself is what its rows are.
+    #[test]
+    fn the_best_range_says_what_it_takes(cells in cells(), shared in any::<bool>()) {
+        let sharing = if shared { 2.0 } else { 1.0 };
+        let fixed = with_cells(Vec::new(), sharing, |queue, _| queue.cost.coefficients().batch);
+        let found = with_cells(cells.clone(), sharing, |queue, outlook| queue.best(outlook));
+        let (mut rows, mut work) = (0.0, 0.0);
+        for cell in cells[found.first..=found.last].iter().rev() {
+            let take = cell.rows.min(cells[found.last].room - rows);
+            rows += take;
+            work += take * cell.credit;
+        }
+        let run = rows * cells[found.last].row;
+        prop_assert!((found.rows - rows).abs() < 1e-6 && (found.work / work - 1.0).abs() < 1e-9, "{found:?}");
+        prop_assert!((found.occupancy / run.max((fixed + run) / sharing) - 1.0).abs() < 1e-9, "{found:?}");
+        prop_assert!((found.efficiency() - found.work / found.occupancy).abs() < 1e-12);
+    }
+
+    /// The parts hold every cell once, and each what its cells are.
+    #[test]
+    fn the_parts_of_a_partition_say_what_their_rows_are(cells in cells(), dues in prop::collection::vec(1..1000u64, 9)) {
+        let mut cells = cells;
+        cells.iter_mut().zip(&dues).for_each(|(cell, due)| cell.due = Moment(*due));
+        let mut parts = with_cells(cells.clone(), 1.0, |queue, outlook| {
+            queue.partition(outlook);
+            queue.packer.parts.clone()
+        });
+        parts.reverse();
+        let mut next = 0;
+        for (due, part) in parts {
+            prop_assert_eq!(part.first, next);
+            next = part.last + 1;
+            let of = &cells[part.first..next];
+            let rows: f64 = of.iter().map(|cell| cell.rows).sum();
+            let work: f64 = of.iter().map(|cell| cell.rows * cell.credit).sum();
+            prop_assert!((part.rows - rows).abs() < 1e-6 && (part.work / work - 1.0).abs() < 1e-9, "{part:?}");
+            prop_assert_eq!(Some(due), of.iter().map(|cell| cell.due).min());
+        }
+        prop_assert_eq!(next, cells.len());
+    }
+}
+
+/// One bucket of rows that take 50 µs each.
+fn one_cell(rows: f64, room: f64) -> Vec<Cell> {
+    let row = 50_000.0;
+    vec![Cell { bucket: 3, rows, row, credit: row, worth: rows * row, densest: row, room, due: Moment::FAR }]
+}
+
+#[test]
+fn a_batch_is_made_shorter_by_as_many_rows_as_it_takes_and_by_no_more_than_all() {
+    for sharing in [1.0, 2.0] {
+        with_cells(one_cell(10.0, 16.0), sharing, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let best = queue.best(outlook);
+            let takes = |rows: f64| (rows * 50_000.0).max((fixed + rows * 50_000.0) / sharing);
+            for (by, rows) in [(0.0, 10.0), (120_000.0, 7.0), (400_000.0, 2.0), (425_000.0, 1.0)] {
+                let shorter = queue.shortened(outlook, &best, by).expect("a row is left");
+                assert_eq!((shorter.first, shorter.last, shorter.rows), (0, 0, rows), "{by}");
+                assert!((shorter.work / (rows * 50_000.0) - 1.0).abs() < 1e-9, "{shorter:?}");
+                assert!((shorter.occupancy / takes(rows) - 1.0).abs() < 1e-9, "{shorter:?}");
+            }
+            for by in [475_000.0, 1e9] {
+                assert!(queue.shortened(outlook, &best, by).is_none(), "{by}");
+            }
+        });
+    }
+}
+
+#[test]
+fn the_first_batch_of_a_part_is_what_its_longest_rows_leave_room_for() {
+    for (rows, room, taken) in [(30.0, 12.0, 12.0), (9.0, 12.0, 9.0)] {
+        with_cells(one_cell(rows, room), 1.0, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let part = Range { first: 0, last: 0, rows, work: rows * 50_000.0, occupancy: 7.0 };
+            let batch = queue.part_as_batch(outlook, part);
+            assert_eq!((batch.first, batch.last, batch.rows), (0, 0, taken));
+            assert!((batch.work / (taken * 50_000.0) - 1.0).abs() < 1e-9, "{batch:?}");
+            assert!((batch.occupancy / (fixed + taken * 50_000.0) - 1.0).abs() < 1e-9, "{batch:?}");
+        });
+    }
+}
+
+#[test]
+fn small_numbers_are_rounded_up_and_the_larger_of_two_is_found() {
+    assert_eq!([0.0, 0.25, 1.0, 1.5, 2.0, 7.000001].map(whole), [0.0, 1.0, 1.0, 2.0, 2.0, 8.0]);
+    assert_eq!((larger(2.0, -3.0), larger(-3.0, 2.0), larger(2.0, 2.0)), (2.0, 2.0, 2.0));
+}
+
+/// The queue of the rig's model, with an executor that is free now.
+fn ask<T>(rig: &mut Rig, asked: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T {
+    let outlook = Outlook {
+        now: rig.now,
+        start: rig.now,
+        device_free: Moment::ZERO,
+        executors: 1.0,
+        sharing: 1.0,
+        others_idle: false,
+        draining: false,
+    };
+    let Scheduler { tickets, shed, models, .. } = &mut rig.scheduler;
+    let crate::scheduler::ModelQueue { lanes, due, policy, packer, cost, .. } = &mut models[0];
+    asked(&mut Queue { packer, lanes, tickets, due, policy, cost: cost.on(0), shed }, &outlook)
+}
+
+fn near(value: f64, expected: f64) -> bool {
+    (value / expected - 1.0).abs() < 0.01
+}
+
+#[test]
+fn rows_are_worth_their_work_and_a_share_of_the_batch_by_class_and_age() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let first = Arrival { rows: 2, deadline: Some(rig.now + MS * 10), ..request(16) };
+    rig.arrive_as(first);
+    rig.now = rig.now + MS;
+    rig.arrive_as(Arrival { class: Class::from_priority(2), ..request(16) });
+    rig.arrive_as(Arrival { rows: 3, ..request(200) });
+    rig.now = rig.now + MS;
+    let cells = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.packer.cells.clone()
+    });
+    assert_eq!(cells.iter().map(|cell| cell.rows).collect::<Vec<_>>(), [3.0, 3.0]);
+    let [short, long] = [cells[0], cells[1]];
+    // Rows of 16 take 160 µs each, those of 208 2.08 ms; half of a batch's fixed 1 ms is worth of its rows, one so far.
+    for (cell, row) in [(short, 160_000.0), (long, 2_080_000.0)] {
+        assert!(near(cell.row, row) && near(cell.credit, row + 500_000.0), "{cell:?}");
+    }
+    // Two of the highest class have waited 2 of 10 ms, one of the lowest 1 of 50; three others 1 of 50.
+    let aged = 1.0 * (0.3 * 2.0 + 2.0 * 0.2) + 0.3 * (0.3 + 0.02);
+    assert!(near(short.worth, 660_000.0 * aged), "{short:?}");
+    assert!(near(long.worth, 2_580_000.0 * 3.0 * (0.3 + 0.02)), "{long:?}");
+    assert!(near(short.densest, short.worth / 3.0) && near(long.densest, long.worth / 3.0), "{short:?} {long:?}");
+    assert_eq!((short.due, long.due), (Moment(1_000_000) + MS * 10, Moment::FAR));
+    assert_eq!((short.room, long.room), (16.0, 9.0));
+
+    // Batches as long as 0.24 of the rows' mean slack, 13.6 ms: 14 rows and the fixed part.
+    rig.scheduler.models[0].policy.tuning.slack_share = 0.24;
+    let room = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.packer.cells[0].room
+    });
+    assert_eq!(room, 14.0);
+    // Of the highest class only.
+    let cells = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, 0);
+        queue.packer.cells.clone()
+    });
+    assert_eq!(cells.iter().map(|cell| cell.rows).collect::<Vec<_>>(), [2.0, 3.0]);
+    assert!(near(cells[0].worth, 660_000.0 * (0.3 * 2.0 + 2.0 * 0.2)), "{cells:?}");
+}
+
+#[test]
+fn while_a_deadline_of_the_highest_class_is_in_danger_others_wait_unless_they_are_alone() {
+    let lower = Arrival { class: Class::from_priority(2), ..request(16) };
+    let rig = || Rig::new(vec![Policy { queue_delay_max: Some(Duration::ZERO), ..policy() }], 1);
+    let mut strict = rig();
+    let low = strict.arrive_as(lower);
+    let high = strict.arrive_as(request(16));
+    strict.scheduler.models[0].packer.strict_until = strict.now + MS * 100;
+    let batch = strict.poll().expect("rows wait");
+    assert_eq!(strict.members, [high]);
+    strict.finish(&batch);
+    strict.poll().expect("a row waits");
+    assert_eq!(strict.members, [low], "nobody else is there");
+
+    let mut over = rig();
+    over.arrive_as(lower);
+    over.arrive_as(request(16));
+    over.scheduler.models[0].packer.strict_until = over.now;
+    assert_eq!(over.poll().expect("rows wait").rows, 2);
+}
+
+#[test]
+fn heads_are_given_up_while_they_are_due_before_a_moment_and_not_at_it() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let ids: Vec<TicketId> = [5u32, 7, 7, 9, 20].map(|slack| rig.arrive(16, MS * slack)).to_vec();
+    let bucket = rig.scheduler.tickets[ids[0]].bucket;
+    let at = rig.now + MS * 7;
+    let left = ask(&mut rig, |queue, _| queue.give_up_before(Class::default(), bucket, at));
+    assert_eq!((left, rig.scheduler.shed.as_slice()), (at, &ids[..1]));
+    // Not the last that has a deadline, whatever it is.
+    let left = ask(&mut rig, |queue, _| queue.give_up_before(Class::default(), bucket, Moment::FAR));
+    assert_eq!((left, rig.scheduler.shed.as_slice()), (Moment(1_000_000) + MS * 20, &ids[..4]));
+}
+
+#[test]
+fn a_full_batch_is_shrunk_to_the_rows_that_its_soonest_deadline_has_time_for() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    for _ in 0..20 {
+        rig.arrive(16, MS * 1000);
+    }
+    // Sixteen rows take 3.56 ms, 3.74 with the margin. In 3 ms: (3 ÷ 1.05 − 1) ÷ 0.16, rounded down.
+    let pressed = rig.arrive(16, MS * 3);
+    let batch = rig.poll().expect("rows wait");
+    assert_eq!((batch.rows, batch.reason), (11, SealReason::Urgent));
+    assert!(rig.members.contains(&pressed));
+    let decision = last_decision(&rig);
+    let ratio = f64::from(decision.efficiency) / f64::from(decision.best_efficiency);
+    assert!(near(ratio, 11.0 / 16.0 * 3.56 / 2.76), "{decision:?}");
+    assert_eq!(rig.expired(), []);
+}
+
+#[test]
+fn end_to_end_a_batch_is_cut_to_the_cells_that_its_soonest_deadline_has_time_for() {
+    let mut rig = Rig::new(vec![Policy { rows_max: 64, ..packed(1024) }], 1);
+    for _ in 0..40 {
+        rig.arrive(32, MS * 1000);
+    }
+    let pressed = rig.arrive(32, MS * 6);
+    let batch = rig.poll().expect("rows wait");
+    // 6 ms ÷ 1.05 − 1 are 471 cells: fourteen rows.
+    assert_eq!((batch.rows, batch.cells_real, batch.reason), (14, 448, SealReason::Urgent));
+    assert!(rig.members.contains(&pressed));
+    let decision = last_decision(&rig);
+    assert!(near(decision.efficiency.into(), 4.714 / 5.714), "{decision:?}");
+    // Of 1,024 cells, all that a batch holds: 10.24 ms, and the fixed one.
+    assert!(near(decision.best_efficiency.into(), 10.24 / 11.24), "{decision:?}");
+}
+
+#[test]
+fn end_to_end_what_waits_is_counted_in_rows_cells_and_time() {
+    let mut rig = Rig::new(vec![packed(1024)], 1);
+    for (len, rows) in [(16, 3), (200, 2), (64, 4)] {
+        rig.arrive_as(Arrival { rows, ..request(len) });
+    }
+    let (rows, cells, time) = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        queue.waiting()
+    });
+    assert_eq!((rows, cells), (9.0, f64::from(3 * 16 + 2 * 208 + 4 * 64)));
+    assert!(near(time, 10_000.0 * cells), "{time}");
+}
+
+/// Goal: the rest goes first exactly when it would miss behind the best batch what it can make alone.
+/// Method: twenty rows that are the best batch, others with one deadline, which is moved across both bounds.
+#[test]
+fn the_rest_is_urgent_between_what_it_takes_alone_and_what_it_takes_behind_the_best_batch() {
+    for executors in [1.0, 2.0] {
+        for rows in [10.0, 1.0] {
+            let ask = |left: f64| {
+                let of = |bucket: u16, rows: f64, row: f64, due: Moment| Cell {
+                    bucket,
+                    rows,
+                    row,
+                    credit: row,
+                    worth: rows * row,
+                    densest: row,
+                    room: 20.0,
+                    due,
+                };
+                let due = after(Moment(1), left);
+                let cells = vec![of(3, 20.0, 50_000.0, Moment::FAR), of(9, rows, 200_000.0, due)];
+                with_cells(cells, 1.0, |queue, outlook| {
+                    let outlook = Outlook { executors, ..*outlook };
+                    let fixed = queue.cost.coefficients().batch;
+                    let best = Range { first: 0, last: 0, rows: 20.0, work: 1e6, occupancy: fixed + 1e6 };
+                    (queue.urgent(&outlook, &best), fixed, 1.0 + queue.cost.margin())
+                })
+            };
+            let (none, fixed, margin) = ask(1e12);
+            assert_eq!(none.map(|range| range.rows), None);
+            let alone = (fixed + rows * 200_000.0) * margin;
+            let behind = ((fixed + 1e6) + (fixed + rows * 200_000.0)) / executors * margin;
+            let chosen = |left: f64| ask(left).0;
+            for left in [alone - 1000.0, behind + 1000.0] {
+                assert!(chosen(left).is_none(), "{rows} rows, {executors} executors: {left}");
+            }
+            for left in [alone + 1000.0, (alone + behind) / 2.0 + 7000.0, behind - 307_000.0, behind - 1000.0] {
+                if left < alone || left > behind {
+                    continue;
+                }
+                let range = chosen(left).map(|range| (range.first, range.last, range.rows));
+                // One row alone is far below the best batch's efficiency: that one is made shorter instead, but not by half.
+                let shorter = ((1e6 - (behind - left) / margin * executors) / 50_000.0).floor();
+                let expected = match rows == 10.0 {
+                    true => Some((1, 1, 10.0)),
+                    false => (shorter >= 10.0).then_some((0, 0, shorter)),
+                };
+                assert_eq!(range, expected, "{rows} rows, {executors} executors: {left}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_pace_of_arrivals_and_the_size_of_batches_are_means_of_the_recent_ones() {
+    let mut packer = Packer::new(4);
+    packer.arrived(Moment(1000));
+    assert_eq!(packer.gap, 0.0, "one arrival is no pace");
+    packer.arrived(Moment(3000));
+    assert_eq!(packer.gap, 2000.0);
+    packer.arrived(Moment(9000));
+    assert!(near(packer.gap, 2000.0 + 0.05 * 4000.0));
+    for (rows, mean) in [(11, 2.0), (2, 2.0), (1, 1.9)] {
+        packer.sealed(rows);
+        assert!(near(packer.batch_rows, mean), "{}", packer.batch_rows);
+    }
+}
+
+#[test]
+fn a_row_is_overdue_after_so_many_slacks_and_looked_for_every_quarter_of_the_objective() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    let arrived = rig.now;
+    let id = rig.arrive(16, MS * 10);
+    let mut overdue = |since: Duration| {
+        rig.now = arrived + since;
+        ask(&mut rig, |queue, outlook| {
+            queue.fill_cells(outlook, Class::COUNT - 1);
+            queue.overdue(outlook.now)
+        })
+    };
+    // Ten slacks are 100 ms; a quarter of the objective is 12.5.
+    assert_eq!(overdue(MS * 99), None);
+    assert_eq!(overdue(MS * 101), None, "looked at 2 ms ago");
+    assert_eq!(overdue(MS * 99 + Duration::from_micros(12_499)), None);
+    assert_eq!(overdue(MS * 99 + Duration::from_micros(12_500)), Some(id));
+    assert_eq!(overdue(MS * 112), Some(id), "it stays so");
+}
+
+#[test]
+fn on_a_shared_device_a_batch_is_computed_when_the_device_is_free_and_its_fixed_part_is_over() {
+    for (sharing, device_free, inflate) in
+        [(1.0, 9_000_000, 1.0), (2.0, 9_000_000, 1.0), (2.0, 9_000_000, 1.5), (2.0, 0, 1.5)]
+    {
+        with_cells(Vec::new(), sharing, |queue, outlook| {
+            let outlook = Outlook { start: Moment(1_000_000), device_free: Moment(device_free), sharing, ..*outlook };
+            let bucket = queue.policy.buckets.of(64).expect("it fits");
+            let (fixed, whole) = (queue.cost.coefficients().batch * inflate, queue.cost.predict(4, 64) * inflate);
+            let begin = if sharing > 1.0 { (1e6 + fixed).max(device_free as f64) } else { 1e6 + fixed };
+            let done = queue.done_at(&outlook, 4.0, bucket, inflate).nanos() as f64;
+            assert!((done - (begin + whole - fixed)).abs() < 3.0, "{sharing}, {device_free}, {inflate}: {done}");
+        });
+    }
+}
+
+#[test]
+fn a_batch_is_bound_to_a_busy_executor_shortly_before_it_is_expected_to_be_free_and_not_after() {
+    let at_once = Policy { queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let seats = SeatSpec::separate(Group::Executors, 1, 2);
+    let mut rig = Rig::new(vec![at_once.clone()], 1);
+    let learned = rig.scheduler.cost(MODEL).clone();
+    rig.scheduler = Scheduler::new(QueueLimits::NONE, vec![at_once], &seats);
+    rig.scheduler.resume_cost(MODEL, learned);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), Some(Moment::ZERO), "it is idle");
+    rig.arrive_as(Arrival { rows: 16, ..request(64) });
+    let running = rig.poll().expect("rows wait");
+    let until = rig.scheduler.seats.seats[0].free_at();
+    assert!(about(until.since(rig.now).as_nanos() as u64, time(16, 64)));
+    // The fixed part is longer than that.
+    let binds_at = until - Duration::from_micros(500);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), Some(binds_at));
+    assert_eq!(rig.scheduler.binds_at(until, 0, 0), Some(binds_at));
+    rig.arrive(16, MS * 1000);
+    rig.now = binds_at - Duration::from_nanos(1);
+    assert_eq!(rig.poll(), None);
+    assert_eq!(rig.scheduler.poll_timeout(rig.now), Some(binds_at));
+    rig.now = until + Duration::from_nanos(1);
+    assert_eq!(rig.scheduler.binds_at(rig.now, 0, 0), None, "nobody knows for how long");
+    assert_eq!(rig.poll(), None);
+    rig.scheduler.handle_finished(rig.now, &running, MS * 12);
+    assert_eq!(rig.poll().expect("it is idle").rows, 1);
+
+    let mut shared = on_one_device(2);
+    shared.arrive_as(Arrival { rows: 16, ..request(64) });
+    shared.poll().expect("rows wait");
+    let until = shared.scheduler.seats.devices[0].free_at;
+    let binds_at = shared.scheduler.binds_at(shared.now, 0, 1).expect("the device says when");
+    // Its own fixed part, and a little more.
+    assert!(about(until.since(binds_at).as_nanos() as u64, MS * 115 / 100), "{binds_at:?} for {until:?}");
+}
+
+#[test]
+fn models_share_the_executor_by_time_and_weight_while_more_of_each_arrives() {
+    for weight in [1.0, 3.0] {
+        let at_once = |weight: f64| Policy { queue_delay_max: Some(Duration::ZERO), weight, ..policy() };
+        let mut rig = Rig::new(vec![at_once(weight), at_once(1.0)], 1);
+        let long = Arrival { rows: 8, ..request(256) };
+        let short = Arrival { rows: 16, model: ModelHandle(1), ..request(16) };
+        let mut times = [0.0; 2];
+        for arrival in [long, short] {
+            rig.arrive_as(arrival);
+        }
+        for _ in 0..300 {
+            for arrival in [long, short] {
+                rig.arrive_as(arrival);
+            }
+            let batch = rig.poll().expect("both wait");
+            times[batch.model.index()] += TIMES.work_time(batch.work());
+            rig.finish(&batch);
+        }
+        let share = times[0] / (times[0] + times[1]);
+        assert!((share - weight / (weight + 1.0)).abs() < 0.03, "{share} with weight {weight}");
+    }
+}
+
+/// The same for a rest of many batches; and the highest class goes alone for half of the time that is left.
+#[test]
+fn a_long_rest_is_urgent_for_all_of_its_batches_and_the_highest_class_in_it_goes_first() {
+    let ask = |left: f64| {
+        let due = after(Moment(1), left);
+        let short = Cell { due: Moment::FAR, ..one_cell(20.0, 20.0)[0] };
+        let (row, rows) = (200_000.0, 100.0);
+        let long = Cell { bucket: 9, rows, row, credit: row, worth: rows * row, densest: row, room: 10.0, due };
+        with_cells(vec![short, long], 1.0, |queue, outlook| {
+            let fixed = queue.cost.coefficients().batch;
+            let best = Range { first: 0, last: 0, rows: 20.0, work: 1e6, occupancy: fixed + 1e6 };
+            let urgent = queue.urgent(outlook, &best).map(|range| (range.first, range.last, range.rows));
+            let behind = ((fixed + 1e6) + (10.0 * fixed + rows * row)) * (1.0 + queue.cost.margin());
+            (urgent, behind, queue.packer.strict_until, outlook.now + due.since(outlook.now) / 2)
+        })
+    };
+    let (none, behind, strict_until, _) = ask(1e12);
+    assert_eq!((none, strict_until), (None, Moment::ZERO));
+    assert_eq!(ask(behind + 1000.0).0, None);
+    let (urgent, _, strict_until, half_way) = ask(behind - 1000.0);
+    assert_eq!((urgent, strict_until), (Some((1, 1, 10.0)), half_way));
 }

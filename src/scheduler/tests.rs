@@ -1366,3 +1366,393 @@ mod against_a_plain_model {
         }
     }
 }
+
+#[test]
+fn what_waits_is_told_by_group() {
+    let inline = Policy { group: Group::Inline, ..policy() };
+    let mut rig = Rig::new(vec![policy(), policy(), inline]);
+    assert_eq!(rig.scheduler.waits(), [false, false]);
+    let executors = rig.arrive(Arrival { model: ModelHandle(1), ..request() });
+    let mut only = [false; 2];
+    only[Group::Executors as usize] = true;
+    assert_eq!(rig.scheduler.waits(), only);
+    rig.arrive(Arrival { model: ModelHandle(2), ..request() });
+    assert_eq!(rig.scheduler.waits(), [true, true]);
+    assert!(rig.scheduler.handle_cancel(executors));
+    only.reverse();
+    assert_eq!(rig.scheduler.waits(), only);
+}
+
+#[test]
+fn what_a_class_leaves_free_is_a_share_of_bounds_of_any_size() {
+    // 15 and 5 percent of it, rounded down.
+    for (bound, kept) in [(6, [0, 0]), (7, [1, 0]), (99, [14, 4]), (199, [29, 9]), (1999, [299, 99])] {
+        let mut rig = Rig::with_limits(QueueLimits { rows_max: bound, ..QueueLimits::NONE }, vec![policy()]);
+        for (class, kept) in [(2, kept[0]), (1, kept[1]), (0, 0)] {
+            let of_class = Arrival { class: Class::from_priority(class), ..request() };
+            while rig.try_arrive(of_class).is_ok() {}
+            assert_eq!(rig.scheduler.waiting(MODEL).0, bound - kept, "class {class} of {bound}");
+        }
+    }
+}
+
+fn decision() -> Decision {
+    Decision {
+        at: Moment(5),
+        verdict: Verdict::Held,
+        model: ModelHandle(1),
+        executor: 1,
+        batch: 3,
+        rows: 4,
+        padded_len: 8,
+        rows_possible: 8,
+        padding: 0.0,
+        shortest: 8,
+        waiting: 9,
+        predicted: 77,
+        efficiency: 0.0,
+        best_efficiency: 0.0,
+        generation: 1,
+    }
+}
+
+#[test]
+fn decisions_that_differ_have_another_hash_and_equal_ones_the_same() {
+    let hash = |decisions: &[Decision], members: &[(u32, u32)]| {
+        let mut log = DecisionLog::default();
+        decisions.iter().for_each(|decision| log.push(*decision));
+        members.iter().for_each(|(sequence, len)| log.mix_member(*sequence, *len));
+        (log.count(), log.hash())
+    };
+    let same = decision();
+    let others = [
+        Decision { at: Moment(6), ..same },
+        Decision { verdict: Verdict::Shed, ..same },
+        Decision { verdict: Verdict::Refused, ..same },
+        Decision { verdict: Verdict::Sealed(SealReason::Full), ..same },
+        Decision { verdict: Verdict::Sealed(SealReason::Idle), ..same },
+        Decision { model: ModelHandle(2), ..same },
+        Decision { executor: 2, ..same },
+        Decision { batch: 4, ..same },
+        Decision { rows: 5, ..same },
+        Decision { padded_len: 9, ..same },
+        Decision { predicted: 78, ..same },
+    ];
+    let mut seen = std::collections::BTreeSet::from([hash(&[same], &[])]);
+    for other in others {
+        assert!(seen.insert(hash(&[other], &[])), "{other:?}");
+    }
+    for members in [[(1, 2)], [(2, 1)], [(1, 3)], [(3, 2)]] {
+        assert!(seen.insert(hash(&[same], &members)), "{members:?}");
+    }
+    assert!(seen.insert(hash(&[same, others[0]], &[])) && seen.insert(hash(&[others[0], same], &[])), "order counts");
+    assert_eq!(hash(&[same, others[3]], &[(1, 2)]), hash(&[same, others[3]], &[(1, 2)]));
+}
+
+#[test]
+fn the_log_keeps_the_last_decisions_in_order() {
+    let mut log = DecisionLog::default();
+    let numbers = |log: &DecisionLog, count: usize| -> Vec<u64> { log.last(count).map(|one| one.batch).collect() };
+    assert_eq!(log.last(5).count(), 0);
+    // Twice around, and a few more.
+    let ring = 8192;
+    for batch in 0..2 * ring + 3 {
+        log.push(Decision { batch, ..decision() });
+        if [1, ring - 1, ring, ring + 1, 2 * ring + 2].contains(&batch) {
+            let first = (batch + 1).saturating_sub(4);
+            assert_eq!(numbers(&log, 4), (first..=batch).collect::<Vec<_>>());
+        }
+    }
+    assert_eq!(numbers(&log, usize::MAX), (ring + 3..2 * ring + 3).collect::<Vec<_>>());
+    assert_eq!(log.count(), 2 * ring + 3);
+}
+
+#[test]
+fn every_verdict_has_its_own_name() {
+    let others = [Verdict::Held, Verdict::Shed, Verdict::Refused];
+    assert_eq!(others.map(Verdict::name), ["held", "shed", "refused"]);
+    let all = SealReason::ALL.into_iter().map(Verdict::Sealed).chain(others).map(Verdict::name);
+    let names: std::collections::BTreeSet<_> = all.clone().collect();
+    assert_eq!(names.len(), all.count(), "{names:?}");
+}
+
+/// Whatever came and went, a bucket's sums are those of what is still there.
+#[test]
+fn the_age_of_a_bucket_is_that_of_the_rows_that_are_still_in_it() {
+    let mut rig = Rig::new(vec![Policy { kind: PolicyKind::Cost, rows_max: 8, ..policy() }]);
+    let slack = MS * 10;
+    let gone = rig.arrive(Arrival { rows: 5, deadline: Some(rig.now + slack), ..request() });
+    rig.wait(MS);
+    rig.arrive(Arrival { rows: 3, deadline: Some(rig.now + slack), ..request() });
+    rig.wait(MS);
+    let age = |rig: &Rig| rig.scheduler.models[0].lanes.sums(Class::default(), 0).age(rig.now.nanos() as f64);
+    // In slacks: five rows for 2 of 10 ms, three for 1 of 10.
+    assert!((age(&rig) - (5.0 * 0.2 + 3.0 * 0.1)).abs() < 1e-4, "{}", age(&rig));
+    assert!(rig.scheduler.handle_cancel(gone));
+    assert!((age(&rig) - 3.0 * 0.1).abs() < 1e-4, "{}", age(&rig));
+}
+
+#[test]
+fn the_mean_batch_time_moves_by_a_fifth_of_what_is_new() {
+    let mut service = lengths::ServiceTime::default();
+    assert_eq!(service.mean(), Duration::ZERO);
+    service.observe(MS * 10);
+    assert_eq!(service.mean(), MS * 10);
+    service.observe(MS * 20);
+    assert_eq!(service.mean(), MS * 12);
+}
+
+/// A part of a saved state, as somebody else may have written it: the same fields in the same order.
+fn decoded<T: bincode::Decode<()>>(fields: impl bincode::Encode) -> T {
+    let config = bincode::config::standard();
+    let bytes = bincode::encode_to_vec(fields, config).expect("plain data");
+    bincode::decode_from_slice(&bytes, config).expect("the same fields").0
+}
+
+#[test]
+fn lanes_that_are_fewer_or_more_than_they_say_are_not_whole() {
+    let lane = (ticket::NONE, ticket::NONE, 0u32, Moment::FAR);
+    let lanes = |lanes: Vec<(u32, u32, u32, Moment)>, sums: usize, tenants: u16| -> Lanes {
+        decoded((2u16, true, lanes, vec![(0u32, 0u32, 0f64, 0f64); sums], tenants))
+    };
+    let is_link = |link: u32| link == ticket::NONE || link < 3;
+    let block = 2 * Class::COUNT;
+    assert!(lanes(vec![lane; block], block, 1).is_whole(is_link));
+    assert!(lanes(vec![lane; 2 * block], block, 2).is_whole(is_link));
+    for (count, of_sums, tenants) in
+        [(block, block - 1, 1), (block - 1, block, 1), (block, block, 2), (block, block + 1, 1)]
+    {
+        assert!(!lanes(vec![lane; count], of_sums, tenants).is_whole(is_link), "{count} lanes, {of_sums} sums");
+    }
+    for broken in [(3, ticket::NONE, 0, Moment::FAR), (ticket::NONE, 3, 0, Moment::FAR)] {
+        let mut all = vec![lane; block];
+        all[block - 1] = broken;
+        assert!(!lanes(all, block, 1).is_whole(is_link), "{broken:?}");
+    }
+}
+
+#[test]
+fn paces_and_costs_of_another_number_of_executors_are_not_whole() {
+    let paces =
+        |paces: usize, factors: usize| -> pace::Paces { decoded((vec![(0f64, 0u32); paces], vec![1f64; factors])) };
+    assert!(paces(2, 2).is_whole(2));
+    assert!(!paces(2, 1).is_whole(2) && !paces(1, 2).is_whole(2) && !paces(1, 1).is_whole(2));
+    let mut cost = CostModel::default();
+    cost.set_executors(2);
+    assert!(cost.is_whole(2) && !cost.is_whole(1) && !cost.is_whole(3));
+}
+
+#[test]
+fn an_executor_of_a_device_that_is_not_there_is_not_whole() {
+    let seat = |group: Group, device: u16, model: u16| {
+        let running = Running { model: ModelHandle(model), ..running(1) };
+        Seat { group, slots: 1, device, running: vec![running] }
+    };
+    let whole =
+        |seat: Seat| Seats { seats: vec![seat], devices: vec![Default::default()] }.is_whole(|model| model.0 < 2);
+    assert!(whole(seat(Group::Executors, 0, 1)));
+    assert!(!whole(seat(Group::Executors, 1, 1)), "there is one device");
+    assert!(whole(seat(Group::Inline, 1, 1)), "it has none");
+    assert!(!whole(seat(Group::Executors, 0, 2)), "there are two models");
+}
+
+#[test]
+fn how_long_rows_were_is_whole_with_a_bin_for_each_length_only() {
+    let histogram = |longest: u32, width: u32, bins: usize| -> LengthHistogram {
+        decoded((longest, width, vec![(0f64, 0f64); bins], 0f64, Moment::ZERO))
+    };
+    assert!(histogram(16, 1, 16).is_whole() && histogram(1025, 3, 342).is_whole());
+    assert!(!histogram(16, 1, 15).is_whole() && !histogram(16, 1, 17).is_whole() && !histogram(0, 1, 0).is_whole());
+}
+
+#[test]
+fn in_order_of_arrival_rows_are_held_for_the_window_unless_no_other_fits() {
+    for kind in [PolicyKind::Window, PolicyKind::GreedyTokens] {
+        let mut rig = Rig::new(vec![Policy { kind, ..policy() }]);
+        let ids: Vec<TicketId> = [8, 16, 8].map(|len| rig.arrive(Arrival { len, ..request() })).to_vec();
+        assert_eq!(rig.poll_idle(), None, "{kind:?}: a fourth row would fit");
+        assert_eq!(rig.timeout_when_idle(), Some(rig.now() + MS));
+        rig.wait(MS - Duration::from_nanos(1));
+        assert_eq!(rig.poll_idle(), None);
+        rig.wait(Duration::from_nanos(1));
+        assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None, "a spare slot is for full batches");
+        let (batch, members) = rig.expect_batch();
+        assert_eq!((batch.reason, batch.padded_len, members), (SealReason::QueueDelay, 16, ids), "{kind:?}");
+
+        // Four rows of 16 are all that rows and cells allow.
+        for _ in 0..4 {
+            assert_eq!(rig.poll(Group::Executors, Vacancy::Spare), None);
+            rig.arrive(Arrival { len: 16, ..request() });
+        }
+        let (batch, _) = rig.poll(Group::Executors, Vacancy::Spare).expect("it is full");
+        assert_eq!((batch.reason, batch.rows), (SealReason::Full, 4), "{kind:?}");
+    }
+}
+
+#[test]
+fn in_order_of_arrival_the_first_row_that_does_not_fit_closes_the_batch() {
+    let mut rig = Rig::new(vec![Policy { kind: PolicyKind::Window, ..policy() }]);
+    let first = rig.arrive(Arrival { rows: 3, ..request() });
+    let wide = rig.arrive(Arrival { rows: 2, ..request() });
+    let narrow = rig.arrive(request());
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, members), (SealReason::Full, vec![first]), "nobody overtakes the second");
+    rig.scheduler.drain();
+    let (batch, members) = rig.expect_batch();
+    assert_eq!((batch.reason, members), (SealReason::Drain, vec![wide, narrow]));
+
+    let at_once = Policy { kind: PolicyKind::Window, queue_delay_max: Some(Duration::ZERO), ..policy() };
+    let mut rig = Rig::new(vec![at_once]);
+    rig.arrive(request());
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Idle);
+}
+
+#[test]
+fn in_order_of_arrival_rows_that_lie_end_to_end_are_full_at_their_own_cells_or_rows() {
+    let packed = || Policy {
+        kind: PolicyKind::GreedyTokens,
+        layout: Layout::Packed,
+        can_pack: true,
+        rows_max: 6,
+        cells_max: 40,
+        ..policy()
+    };
+    // 16 + 16 + 8 cells are all of them; one cell less is not.
+    for (last, full) in [(8, true), (7, false)] {
+        let mut rig = Rig::new(vec![packed()]);
+        for len in [16, 16, last] {
+            rig.arrive(Arrival { len, ..request() });
+        }
+        assert_eq!(rig.poll_idle().map(|(batch, _)| (batch.reason, batch.rows)), full.then_some((SealReason::Full, 3)));
+    }
+    let mut rig = Rig::new(vec![packed()]);
+    for _ in 0..6 {
+        assert_eq!(rig.poll_idle(), None);
+        rig.arrive(Arrival { len: 1, ..request() });
+    }
+    assert_eq!(rig.expect_batch().0.reason, SealReason::Full);
+}
+
+#[test]
+fn a_policy_comes_back_from_its_bytes_and_not_from_others() {
+    let policies = [policy(), automatic(), Policy { kind: PolicyKind::Cost, queue_delay_max: None, ..policy() }];
+    for policy in policies {
+        let saved = state::save_policy(&policy);
+        assert_eq!(state::restore_policy(state::LAYOUT, &saved), Ok(policy));
+        assert!(state::restore_policy(state::LAYOUT + 1, &saved).is_err());
+        for len in 0..saved.len() {
+            assert!(state::restore_policy(state::LAYOUT, &saved[..len]).is_err(), "{len} of {} bytes", saved.len());
+        }
+        assert!(state::restore_policy(state::LAYOUT, &[&saved[..], &[0]].concat()).is_err());
+    }
+}
+
+#[test]
+fn rows_end_to_end_could_be_as_many_as_the_cells_of_rows_like_them_allow() {
+    let padded = Policy { rows_max: 40, cells_max: 100, ..policy() };
+    let packed = Policy { layout: Layout::Packed, can_pack: true, ..padded.clone() };
+    let like = |policy: &Policy, rows: u32, cells: u64| policy.rows_like(Work { rows, cells, squares: 0 }, 16);
+    assert_eq!([like(&packed, 4, 40), like(&packed, 3, 50), like(&packed, 7, 99)], [10, 6, 7]);
+    assert_eq!([like(&packed, 9, 9), like(&packed, 1, 100), like(&packed, 1, 0)], [40, 1, 40]);
+    assert_eq!(like(&padded, 4, 40), 6, "rows padded to 16");
+}
+
+#[test]
+fn the_heaviest_tenant_is_who_offers_no_less_than_any_other_lately_and_is_not_alone() {
+    let (one, two) = (TenantId(1), TenantId(2));
+    let offered = |offers: &[(u64, TenantId, u64)], at: u64| {
+        let mut tenants = Tenants::new();
+        for (ms, tenant, cells) in offers {
+            tenants.offer(Moment::ZERO + MS * *ms as u32, *tenant, *cells);
+        }
+        [one, two].map(|tenant| tenants.is_heaviest(Moment::ZERO + MS * at as u32, tenant))
+    };
+    assert_eq!(offered(&[(0, one, 100)], 0), [false, false], "nobody else is here");
+    assert_eq!(offered(&[(0, one, 100), (0, two, 100)], 0), [true, true], "as much as the other");
+    assert_eq!(offered(&[(0, one, 100), (0, two, 99)], 0), [true, false]);
+    assert_eq!(offered(&[(0, one, 1000), (0, two, 10)], 0), [false, false], "next to nothing, and nothing waits");
+    assert_eq!(offered(&[(0, one, 1000), (0, two, 11)], 0), [true, false]);
+    // Halved each second: 100 are 25 after two.
+    assert_eq!(offered(&[(0, one, 100), (2000, two, 24)], 2000), [true, false]);
+    assert_eq!(offered(&[(0, one, 100), (2000, two, 26)], 2000), [false, true]);
+    assert_eq!(offered(&[(0, one, 100), (1000, one, 50), (1000, two, 99)], 1000), [true, false]);
+}
+
+#[test]
+fn the_pace_of_the_queue_is_a_mean_of_recent_batches_and_a_hint_is_neither_noise_nor_for_ever() {
+    let mut rate = admission::DrainRate::default();
+    assert_eq!(rate.nanos(1000, 1), 0.0, "nothing is known");
+    rate.observe(100, MS);
+    assert_eq!(rate.nanos(300, 1), 3e6);
+    rate.observe(100, MS * 2);
+    assert!((rate.nanos(100, 1) - 1.1e6).abs() < 1.0, "a tenth of what is new");
+    assert!((rate.nanos(100, 2) - 0.55e6).abs() < 1.0, "two executors");
+    assert!((rate.nanos(100, 0) - 1.1e6).abs() < 1.0);
+    let hint = |cells: u64| rate.time_to_drain(cells, 1);
+    assert_eq!([hint(1), hint(10_000), hint(1 << 40)], [MS, MS * 110, Duration::from_secs(10)]);
+}
+
+#[test]
+fn a_batch_behind_others_begins_when_its_executor_is_free_and_computes_when_its_device_is() {
+    let at = |ms: u64| Moment::ZERO + MS * ms as u32;
+    let on = |device: u16| SeatSpec { group: Group::Executors, slots: 2, device };
+    let mut seats = Seats::new(&[on(0), on(1), on(1), SeatSpec { group: Group::Inline, slots: 1, device: 0 }]);
+    let until = |ms: u64| Running { until: at(ms), ..running(1) };
+    assert_eq!([0, 1, 2, 3].map(|seat| seats.executors_of(seat)), [1, 2, 2, 1]);
+    assert_eq!([0, 1, 2, 3].map(|seat| seats.is_shared(seat)), [false, true, true, false]);
+    // Alone: fixed part and rows, one after the other.
+    assert_eq!(seats.forecast(0, at(10), 1e6, 2e6), (at(10), at(13)));
+    seats.seats[0].running.push(until(20));
+    assert_eq!(seats.forecast(0, at(10), 1e6, 2e6), (at(20), at(23)));
+    // Beside others on one device: the fixed part overlaps with what the device computes.
+    seats.devices[1].free_at = at(15);
+    assert_eq!(seats.forecast(1, at(10), 1e6, 2e6), (at(10), at(17)));
+    assert_eq!(seats.forecast(1, at(10), 7e6, 2e6), (at(10), at(19)), "the fixed part is longer");
+    // Each holds what it holds, and the device is free after the last.
+    seats.seats[1].running.push(until(30));
+    seats.seats[2].running.push(until(25));
+    seats.expect_free(2, at(12));
+    assert_eq!(seats.devices[1].free_at, at(30));
+    seats.seats[1].running.clear();
+    seats.expect_free(2, at(12));
+    assert_eq!((seats.devices[1].free_at, seats.devices[0].free_at), (at(25), Moment::ZERO));
+    assert_eq!((seats.idle(Group::Executors), seats.idle_seat(Group::Executors)), (1, Some(1)));
+    assert_eq!((seats.idle(Group::Inline), seats.idle_seat(Group::Inline)), (1, Some(3)));
+    assert_eq!((seats.running_of(MODEL), seats.running_of(ModelHandle(1))), (2, 0));
+}
+
+#[test]
+fn beyond_the_places_tenants_share_the_last_until_one_is_free() {
+    let mut tenants = Tenants::new();
+    let places = tenants::PLACES as u16;
+    for tenant in 0..places {
+        assert_eq!(tenants.arrive(TenantId(tenant), 10), tenant);
+    }
+    assert_eq!(tenants.arrive(TenantId(3), 1), 3, "who is here keeps its place");
+    assert_eq!(tenants.arrive(TenantId(1000), 5), places - 1, "all are taken");
+    assert_eq!(tenants.waiting_in_all(), u64::from(places) * 10 + 6);
+    tenants.leave(7, 10);
+    assert_eq!(tenants.arrive(TenantId(1001), 5), 7);
+    assert_eq!((tenants.waiting(TenantId(1001)), tenants.waiting(TenantId(7))), (5, 0));
+    tenants.resize(7, 5, 8);
+    assert_eq!(tenants.waiting(TenantId(1001)), 8);
+    assert!(tenants.is_place(places - 1) && !tenants.is_place(places));
+}
+
+#[test]
+fn who_comes_back_from_rest_begins_at_the_present() {
+    let mut tenants = Tenants::new();
+    let (busy, rested) = (tenants.arrive(TenantId(1), 100), tenants.arrive(TenantId(2), 10));
+    tenants.charge(busy, 60);
+    tenants.charge(busy, 30);
+    tenants.charge(rested, 10);
+    tenants.leave(rested, 10);
+    assert_eq!((tenants.time(busy), tenants.time(rested)), (90.0, 10.0));
+    tenants.charge(busy, 10);
+    assert_eq!(tenants.arrive(TenantId(2), 10), rested);
+    assert_eq!(tenants.time(rested), 90.0, "where the last row was taken");
+    assert_eq!(tenants.arrive(TenantId(1), 10), busy);
+    assert_eq!(tenants.time(busy), 100.0, "it was never away");
+    assert_eq!(tenants.arrive(TenantId(3), 10), 2);
+    assert_eq!(tenants.time(2), 90.0);
+}

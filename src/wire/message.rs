@@ -493,4 +493,46 @@ mod tests {
             check!(Hello, HelloAck, Describe, Description, Infer, InferResult, ErrorMessage, Credit, Goaway);
         }
     }
+
+    #[test]
+    fn the_total_of_a_request_is_the_sum_of_all_six_parts() {
+        let timings =
+            Timings { admit_ns: 1, queue_ns: 10, pack_ns: 100, wait_ns: 1000, run_ns: 10_000, scatter_ns: 100_000 };
+        assert_eq!(timings.total_ns(), 111_111);
+    }
+
+    #[test]
+    fn a_full_list_gives_the_next_value_back() {
+        let mut list: List<u32, 3> = List::new();
+        for value in [7, 8, 9] {
+            assert_eq!(list.push(value), Ok(()));
+        }
+        assert_eq!(list.push(10), Err(10));
+        assert_eq!(&*list, [7, 8, 9]);
+        assert_eq!(format!("{list:?}"), "[7, 8, 9]");
+        assert_eq!(List::from_slice(&[7, 8, 9]), Some(list));
+        assert_eq!(List::<u32, 3>::from_slice(&[7, 8, 9, 10]), None);
+    }
+
+    #[test]
+    fn a_refusal_comes_back_from_its_message_and_unknown_numbers_are_named() {
+        let mut refusal = Refusal::overloaded("the queue is full", std::time::Duration::from_millis(7));
+        for executed in [Executed::Never, Executed::Maybe, Executed::Yes] {
+            for retry in [Retry::No, Retry::Same, Retry::Elsewhere, Retry::After, Retry::ClientDecides] {
+                (refusal.executed, refusal.retry) = (executed, retry);
+                assert_eq!(ErrorMessage::from_refusal(&refusal).to_refusal().as_ref(), Ok(&refusal));
+            }
+        }
+        let sent = ErrorMessage::from_refusal(&refusal);
+        for (what, message) in [
+            ("unknown code 65535 in an error", ErrorMessage { code: u16::MAX, ..sent.clone() }),
+            ("unknown stage 255 in an error", ErrorMessage { stage: u8::MAX, ..sent.clone() }),
+            ("unknown executed 3 in an error", ErrorMessage { executed: 3, ..sent.clone() }),
+            ("unknown retry 5 in an error", ErrorMessage { retry: 5, ..sent.clone() }),
+        ] {
+            assert_eq!(message.to_refusal().expect_err("unknown").to_string(), what);
+        }
+        refusal.message = "é".repeat(600);
+        assert_eq!(ErrorMessage::from_refusal(&refusal).message, "é".repeat(512), "1,024 bytes");
+    }
 }
