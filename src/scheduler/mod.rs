@@ -272,9 +272,9 @@ fn urgency_of(slack: f64) -> f32 {
     (1.0 / slack.max(1.0)) as f32
 }
 
-/// Refuses for now what would wait for `wait` where `bound` is the most, in ns: to come back when that much is gone.
-fn overloaded_for(message: String, wait: f64, bound: f64) -> (Refusal, u64) {
-    let retry_after = Duration::from_nanos((wait - bound) as u64).max(Duration::from_millis(1));
+/// Refuses for now what would wait for `wait`: to come back after `rest`. In ns.
+fn overloaded_for(message: String, wait: f64, rest: f64) -> (Refusal, u64) {
+    let retry_after = Duration::from_nanos(rest as u64).max(Duration::from_millis(1));
     (Refusal::overloaded(message, retry_after), wait as u64)
 }
 
@@ -419,7 +419,7 @@ impl Scheduler {
                 "the queue takes {:.1} ms to drain, and this tenant offers the most of it; others come first",
                 wait / 1e6
             );
-            return Err(overloaded_for(message, wait, fair * slack));
+            return Err(overloaded_for(message, wait, wait - fair * slack));
         }
         self.admit_by_backlog(now, arrival, slack)
     }
@@ -449,7 +449,8 @@ impl Scheduler {
             slack / 1e6,
             bound / 1e6
         );
-        Err(overloaded_for(message, wait, bound))
+        // Room comes with each batch, and not for all who are refused: whoever comes back at once is refused again.
+        Err(overloaded_for(message, wait, (wait - bound).max(bound / 2.0)))
     }
 
     /// Most rows of this length in one batch of a model; `None` when no batch takes such a row.

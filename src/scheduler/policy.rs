@@ -183,12 +183,12 @@ impl Policy {
         }
     }
 
-    /// [`Tuning::overload_admission`] as it holds. Left to the policy it is a quarter where rows lie end to end: there a short
+    /// [`Tuning::overload_admission`] as it holds. Left to the policy it is 0.15 where rows lie end to end: there a short
     /// queue fills batches as well as a long one. Where they are padded, choosing from many is what makes batches dense; to
     /// refuse early costs up to a fifth of the goodput then, and deadlines alone keep it (benches/record).
     pub fn overload_admission(&self) -> f64 {
         self.tuning.overload_admission.unwrap_or(match self.layout {
-            Layout::Packed => 0.25,
+            Layout::Packed => 0.15,
             Layout::Padded => 0.0,
         })
     }

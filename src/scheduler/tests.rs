@@ -789,7 +789,8 @@ fn overloaded(rig: &mut Rig, rounds: u32) -> (u32, u64) {
 }
 
 fn end_to_end() -> Policy {
-    Policy { kind: PolicyKind::Cost, can_pack: true, layout: Layout::Packed, rows_max: 10, ..policy() }
+    let policy = Policy { kind: PolicyKind::Cost, can_pack: true, layout: Layout::Packed, rows_max: 10, ..policy() };
+    policy.with([("overload_admission", "0.25")]).expect("a knob")
 }
 
 #[test]
@@ -808,7 +809,7 @@ fn a_queue_that_stands_is_kept_short_and_only_for_those_whom_it_makes_late() {
         rig.arrive(asked(&rig, MS * 100, Class::default()));
     }
     let refusal = rig.refused(asked(&rig, MS * 100, LOWEST));
-    // Eight rows went into each batch of 10 ms: 30 take 37.5, of which it may wait 25.
+    // Eight rows went into each batch of 10 ms: 30 take 37.5, of which it may wait 25. It comes back when half of that has gone.
     assert!((11..=13).contains(&refusal.retry_after_ms), "{refusal:?}");
     rig.arrive(asked(&rig, MS * 10_000, LOWEST));
     rig.arrive(asked(&rig, MS * 30, Class::default()));
