@@ -84,7 +84,7 @@ fn answer(c: &mut Criterion) {
         for (what, timings, receipt) in
             [("plain", false, false), ("with_timings", true, false), ("with_receipt", true, true)]
         {
-            let details = Details { timings, receipt };
+            let details = Details { timings, receipt, late_us: 0 };
             let id = BenchmarkId::new(name, what);
             let mut out = Vec::new();
             let mut members = finished.members.iter().cycle();
