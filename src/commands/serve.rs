@@ -98,7 +98,7 @@ pub fn run(args: Args) -> ExitCode {
     // Whoever started us may have closed the pipe; that is no reason to stop serving.
     let _ = out.write_all(ready.as_bytes()).and_then(|()| out.flush());
     drop(out);
-    log::say(how_to_try(&server));
+    log::say(how_to_try(&server, &config));
     match server.wait() {
         Ending::Drained => ExitCode::SUCCESS,
         Ending::Aborted => ExitCode::from(EXIT_FAILED),
@@ -135,8 +135,12 @@ fn gpus() -> Result<Vec<String>, String> {
 }
 
 /// A first request for what is served.
-fn how_to_try(server: &server::ServerHandle) -> String {
-    let data = server.data_addr;
+fn how_to_try(server: &server::ServerHandle, config: &Config) -> String {
+    let encrypted = config.tls.certificate.is_some();
+    // With what this server asks of them.
+    let proof = [(encrypted, " --tls-ca CA.pem"), (config.tenants.is_some(), " --token-file FILE")];
+    let proof: String = proof.iter().filter(|(asked, _)| *asked).map(|(_, flag)| *flag).collect();
+    let data = format!("{}{proof}", server.data_addr);
     let mut text = String::from("try it, in another terminal:\n");
     let mut line = |command: String| text.push_str(&format!("  {command}\n"));
     if server.models.iter().any(|name| name == "minilm") {
@@ -147,7 +151,11 @@ fn how_to_try(server: &server::ServerHandle) -> String {
     if let Some(name) = server.models.iter().find(|name| *name == "echo").or(server.models.first()) {
         line(format!("ferry load --addr {data} --model {name} --rate 1000"));
     }
-    line(format!("curl http://{}/metrics", server.control_addr));
+    line(match (config.control_auth, encrypted) {
+        (false, _) => format!("curl http://{}/metrics", server.control_addr),
+        (true, false) => format!("curl -u :TOKEN http://{}/metrics", server.control_addr),
+        (true, true) => format!("curl --cacert CA.pem -u :TOKEN https://{}/metrics", server.control_addr),
+    });
     text
 }
 
