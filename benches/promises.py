@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a storm of malformed
+"""Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a panic and a storm of malformed
 frames costs, whether a million answers are each their caller's, how a wrong start ends.
 
-    cargo build --release && python3 benches/promises.py [deadlines] [cancels] [storm] [slow] [answers] [starts] [--json]
+    cargo build --release && python3 benches/promises.py [deadlines] [cancels] [panics] [storm] [slow] [answers] [starts] [--json]
 
     deadlines   every executor sleeps for ten seconds; requests whose deadlines end in 20 to 500 ms wait behind: answer - deadline
     cancels     the same, given up while they wait and while they run: cancel to answer
+    panics      a thousand, one behind the other: from the error that a request gets to the answer of the next
     storm       four attackers connect, send a malformed frame, are sent away, again and again; beside them an open loop of echoes.
                 Against the same open loop without them, in turns. Twice: with bans as they are (the attackers have an address of
                 their own), and without any
@@ -174,6 +175,27 @@ def cancels():
     return {"while_it_waits": spread(took), "while_it_runs": spread(ran)}
 
 
+def panics(count=1000):
+    faulty = {"sleep": {"": {"architecture": '"faulty"'}, "input": {"range": "[0, 60000]"}, "output": {"dtype": '"f32"'}}}
+    with Server(["sleep"], ["executor.quarantine_max=0", "abuse.points=0", "log.level=off", "recorder.batches=0"], faulty) as server:
+        caller, next_took, mates = Caller(server.data, "sleep"), [], 0
+        memory = []
+        for at in range(count):
+            if at in (count // 4, count - 1):
+                memory.append(server.resident_kib())
+            bad, _ = caller.sleep(1)
+            caller.wait([bad], 5)
+            failed_at, code, _ = caller.ended.pop(bad)
+            assert code != 0, "it panicked"
+            good, _ = caller.sleep(7)
+            caller.wait([good], 5)
+            done_at, code, _ = caller.ended.pop(good)
+            mates += code == 0
+            next_took.append(done_at - failed_at)
+    return {"failed_to_next_answer": spread(next_took), "next_answered": mates,
+            "kib_from_a_quarter_to_the_end": memory[1] - memory[0]}
+
+
 def attack(addr, source, until, counts, at):
     host, port = addr.rsplit(":", 1)
     garbage = b"FRY\x09" + bytes(28)
@@ -303,7 +325,7 @@ def starts():
         return found
 
 
-PARTS = {"deadlines": deadlines, "cancels": cancels, "storm": storm, "slow": slow, "answers": answers, "starts": starts}
+PARTS = {"deadlines": deadlines, "cancels": cancels, "panics": panics, "storm": storm, "slow": slow, "answers": answers, "starts": starts}
 
 
 def main():
