@@ -145,7 +145,7 @@ fn cancelled_requests_keep_less_than_a_byte_each() {
     let child = Child::start_in(models(), &["abuse.points=0"]);
     let mut raw = child.connect();
     let echo = raw.handle("echo");
-    let cancels = rounds(1_000_000, 10_000_000);
+    let cancels = rounds(2_000_000, 10_000_000);
     let mut points = Vec::new();
     for burst in 0..cancels / BURST {
         let mut bytes = Vec::new();
@@ -160,12 +160,13 @@ fn cancelled_requests_keep_less_than_a_byte_each() {
             points.push(((burst * BURST) as f64, child.resident_bytes() as f64));
         }
     }
-    let found = slope(&steady(&points, cancels as f64 * 0.7, 30)).expect("enough points");
+    let found = slope(&steady(&points, cancels as f64 / 2.0, 30)).expect("enough points");
     let cancelled = child.metric("ferry_requests_finished_total", &["code=\"cancelled\""]);
     let few: Vec<_> = steady(&points, 0.0, 10).iter().map(|(x, y)| (*x as u64, (*y / 1024.0) as u64)).collect();
     println!("{cancelled} of {cancels} cancelled in time; {found:?} bytes each; KiB over time: {few:?}");
     assert!(cancelled > cancels as f64 / 4.0);
-    // Near the end: tables, rings and histograms are as large by then as they get.
+    // Behind the first million: tables, rings and histograms are as large by then as they get. What is left is the allocator's: a
+    // step of 200 KiB now and then.
     assert!(found.high < 1.0, "{found:?}");
 }
 
