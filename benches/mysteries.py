@@ -4,7 +4,7 @@ linter and, where a knob is to blame, `tune` over a captured trace.
 
     python3 tools/fetch_minilm.py && cargo build --release && python3 benches/mysteries.py [SECONDS] [FACTOR]
 
-FACTOR multiplies the rates, for a machine that is faster than two cores at 2.5 GHz: a budget is too small where work waits.
+FACTOR multiplies the rates, for a machine on which nothing waits at these: a budget is too small where work waits.
 
 Nothing is judged here: the sentences and figures are to be read. The load generator shares the machine.
 """

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a panic and a storm of malformed
-frames costs, whether a million answers are each their caller's, how a wrong start ends.
+"""Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a panic costs the next
+request and a storm of malformed frames all of them, whether millions of answers are each their caller's, how a wrong start ends.
 
     cargo build --release && python3 benches/promises.py [deadlines] [cancels] [panics] [storm] [slow] [answers] [starts] [--json]
 
@@ -321,7 +321,7 @@ def starts():
             done = subprocess.run(command, capture_output=True, text=True, preexec_fn=before, timeout=20)
             said = (done.stderr + done.stdout).strip().splitlines()
             found[name] = {"status": done.returncode, "lines": len(said), "seconds": round(time.monotonic() - began, 3),
-                           "said": (said or [""])[-1][:200]}
+                           "said": (said or [""])[-1].replace(folder, "FOLDER")[:200]}
         return found
 
 

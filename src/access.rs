@@ -12,15 +12,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::ServerConfig;
-
 use crate::clock;
 use crate::config::Config;
 use crate::frontend::access::{Access, SharedAccess};
 use crate::quota::Quotas;
 use crate::telemetry::Telemetry;
 use crate::tenants::{Day, Tenants};
-use crate::tls::{self, ServerFiles, TlsError};
+use crate::tls::{self, ServerFiles};
 use crate::vocab::Moment;
 
 /// Between two looks at the files.
@@ -37,15 +35,12 @@ const TENANTS: usize = 1;
 pub struct AccessFiles {
     tls: Option<ServerFiles>,
     tenants: Option<PathBuf>,
-    /// The control port wants tokens, and is encrypted where the data port is.
-    control: bool,
 }
 
 impl AccessFiles {
     /// None where everybody may connect and nothing is encrypted.
     pub fn of(config: &Config) -> Option<AccessFiles> {
-        let (tls, tenants) = (config.tls_files(), config.tenants.clone());
-        let files = AccessFiles { tls, tenants, control: config.control_auth };
+        let files = AccessFiles { tls: config.tls_files(), tenants: config.tenants.clone() };
         (files.tls.is_some() || files.tenants.is_some()).then_some(files)
     }
 
@@ -54,7 +49,6 @@ impl AccessFiles {
         let seen = self.stamps();
         let access = Access {
             tls: self.tls.as_ref().map(tls::server_config).transpose().map_err(|error| error.to_string())?,
-            control_tls: self.control_tls().map_err(|error| error.to_string())?,
             tenants: self.tenants.as_deref().map(read_tenants).transpose()?.map(Arc::new),
         };
         if let (Some(files), Some(tenants)) = (&self.tls, &access.tenants) {
@@ -71,10 +65,6 @@ impl AccessFiles {
             taken: seen,
             look_at: Moment::ZERO,
         })
-    }
-
-    fn control_tls(&self) -> Result<Option<Arc<ServerConfig>>, TlsError> {
-        self.tls.as_ref().filter(|_| self.control).map(tls::control_config).transpose()
     }
 
     fn stamps(&self) -> [Vec<Stamp>; 2] {
@@ -176,9 +166,7 @@ impl OpenAccess {
         let mut access = Access::clone(&self.shared.current());
         let outcome = match (what, &self.files) {
             (TLS, AccessFiles { tls: Some(files), .. }) => {
-                let read = tls::server_config(files).and_then(|config| Ok((config, self.files.control_tls()?)));
-                read.map(|(data, control)| (access.tls, access.control_tls) = (Some(data), control))
-                    .map_err(|error| error.to_string())
+                tls::server_config(files).map(|config| access.tls = Some(config)).map_err(|error| error.to_string())
             }
             (TENANTS, AccessFiles { tenants: Some(file), .. }) => {
                 read_tenants(file).map(|tenants| access.tenants = Some(Arc::new(tenants)))

@@ -53,6 +53,7 @@ use crate::telemetry::spans::RequestRecord;
 use crate::telemetry::{Installation, ModelLabels, Telemetry};
 use crate::timeline::breach::BreachWatch;
 use crate::timeline::files::{Dump, DumpFiles};
+use crate::tls;
 use crate::tokenizers::Tokenizing;
 use crate::vocab::{Layout, ModelHandle, Moment, Refusal};
 
@@ -322,10 +323,8 @@ fn build(
     let (words_sender, words) = flume::bounded(4);
     let board = Arc::new(Board::new(plan.contracts.len(), words_sender));
     let (tracing, records) = tracing_of(config);
-    let control = {
-        let shared = access.as_ref().map(|access| &access.shared);
-        start_control(&plan, &lifecycle, &catalog, &stopper, &board, records, shared)?
-    };
+    let shared = access.as_ref().map(|access| Arc::clone(&access.shared));
+    let control = start_control(&plan, &lifecycle, &catalog, &stopper, &board, records, shared.as_ref())?;
 
     let mut others = Vec::new();
     let executors = ExecutorThreads::default();
@@ -334,7 +333,6 @@ fn build(
     let texts = start_tokenizers(&plan, &mut others)?;
     let dumps = start_dumps(&plan, &mut others)?;
     let batcher = start_batcher(&plan, started, dumps, batcher_mailbox)?;
-    let shared = access.as_ref().map(|access| Arc::clone(&access.shared));
     let options = frontend::Options { tracing, access: shared, ..shard_options(config, hooks, in_flight_max) };
     if let Some(access) = &mut access {
         access.govern(Arc::clone(&options.quotas));
@@ -384,7 +382,7 @@ fn gate(access: &Arc<SharedAccess>) -> Arc<Gate> {
             Proof::Nothing => Err(Stranger::Unknown),
             Proof::Banned => Err(Stranger::Banned),
         }),
-        tls: Box::new(move || how.current().control_tls.clone()),
+        tls: Box::new(move || how.current().tls.as_deref().map(tls::control_config)),
     })
 }
 

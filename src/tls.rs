@@ -101,9 +101,7 @@ fn roots(file: &Path) -> Result<Arc<RootCertStore>, TlsError> {
 
 /// What a server's sessions begin with.
 pub fn server_config(files: &ServerFiles) -> Result<Arc<ServerConfig>, TlsError> {
-    let builder = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])
-        .expect("the provider knows TLS 1.3");
+    let builder = server_builder();
     let builder = match (&files.client_ca, files.client_auth) {
         (Some(ca), ClientAuth::Optional | ClientAuth::Required) => {
             let verifier = WebPkiClientVerifier::builder_with_provider(roots(ca)?, provider());
@@ -120,18 +118,26 @@ pub fn server_config(files: &ServerFiles) -> Result<Arc<ServerConfig>, TlsError>
         .with_single_cert(chain, key(&files.key)?)
         .map_err(|error| failed(&files.certificate, format!("with the key {}: {error}", files.key.display())))?;
     config.alpn_protocols = vec![ALPN.to_vec()];
-    // A session costs its handshake, each time: nothing of one is kept that somebody could use again.
-    config.send_tls13_tickets = 0;
-    config.session_storage = Arc::new(NoServerSessionStorage {});
-    Ok(Arc::new(config))
+    Ok(Arc::new(without_sessions(config)))
 }
 
-/// The same for HTTP on the control port: no certificate is asked for, tokens say who it is there; no protocol has to be named.
-pub fn control_config(files: &ServerFiles) -> Result<Arc<ServerConfig>, TlsError> {
-    let files = ServerFiles { client_ca: None, client_auth: ClientAuth::None, ..files.clone() };
-    let mut config = ServerConfig::clone(&*server_config(&files)?);
-    config.alpn_protocols.clear();
-    Ok(Arc::new(config))
+/// The same certificate for HTTP on the control port: none is asked for, tokens say who it is there; no protocol has to be named.
+pub fn control_config(data: &ServerConfig) -> Arc<ServerConfig> {
+    let builder = server_builder().with_no_client_auth();
+    Arc::new(without_sessions(builder.with_cert_resolver(Arc::clone(&data.cert_resolver))))
+}
+
+fn server_builder() -> rustls::ConfigBuilder<ServerConfig, rustls::WantsVerifier> {
+    ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])
+        .expect("the provider knows TLS 1.3")
+}
+
+/// A session costs its handshake, each time: nothing of one is kept that somebody could use again.
+fn without_sessions(mut config: ServerConfig) -> ServerConfig {
+    config.send_tls13_tickets = 0;
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config
 }
 
 /// What a client's sessions begin with: the authorities that it trusts, and its own certificate where it has one.

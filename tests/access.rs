@@ -8,6 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use common::process::{Child, run_under};
 use common::{Server, models_directory, wait_until};
 use ferry::client::{Client, ClientError, ClientOptions, ClientTls, Request};
@@ -359,7 +361,7 @@ fn f54_where_the_control_port_wants_tokens_one_role_looks_and_another_changes() 
         assert_eq!(as_whom("GET /nothing"), [403, 404, 404]);
         assert_eq!(as_whom("DELETE /v1/models/nothing/trial"), [403, 403, 404]);
         // As a browser shows it, and from a page of elsewhere that a browser shows it for.
-        let basic = base64_of(&format!("me:{}", looks.1));
+        let basic = STANDARD.encode(format!("me:{}", looks.1));
         let from = |headers: &str| ask("GET /stats", &format!("Authorization: Basic {basic}\r\n{headers}")).0;
         assert_eq!((from(""), from("Origin: https://evil.example\r\n")), (200, 403));
         // Guesses are counted, and cost nobody the data port.
@@ -370,17 +372,6 @@ fn f54_where_the_control_port_wants_tokens_one_role_looks_and_another_changes() 
         echo(&Client::connect(server.data, options(tls, &asks.1)).expect("served"), 1, 1).expect("served");
         assert!(!server.has_ended());
     }
-}
-
-fn base64_of(text: &str) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::new();
-    for part in text.as_bytes().chunks(3) {
-        let bits = part.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - part.len()));
-        let digit = |at: usize| char::from(DIGITS[(bits >> (18 - 6 * at)) as usize & 63]);
-        (0..4).for_each(|at| out.push(if at <= part.len() { digit(at) } else { '=' }));
-    }
-    out
 }
 
 #[test]

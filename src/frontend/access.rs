@@ -49,8 +49,6 @@ pub(super) fn handshakes() -> Bucket {
 pub struct Access {
     /// None: connections are not encrypted.
     pub tls: Option<Arc<ServerConfig>>,
-    /// Of the control port. None: it is not encrypted.
-    pub control_tls: Option<Arc<ServerConfig>>,
     /// None: nobody has to prove anything.
     pub tenants: Option<Arc<Tenants>>,
 }

@@ -7,12 +7,14 @@
 //! is what would go before it: rows of its class or a higher one, whose slack is not longer than its own. So a flood of low
 //! requests, or of patient ones, is refused before it hurts others.
 //!
-//! How fast the queue empties is measured where it empties: cells per time between batches that left more behind than they
+//! How fast the queue empties is measured where it empties: cells per time between batches that left as much behind as they
 //! took. That holds whatever the number of executors is, and whatever else they run.
 //!
 //! Always true
 //! - The cells are those that wait: the scheduler's audit recomputes them.
 //! - What would wait for nothing is never refused, and neither is anything before the queue has been seen to empty.
+//!
+//! Elsewhere: how long the whole server's queue takes, roughly and from its first batch on, for hints and between tenants (admission.rs).
 
 use std::time::Duration;
 

@@ -432,15 +432,17 @@ impl Scheduler {
             return Ok(());
         }
         let rank = Rank::of(arrival.class, urgency_of(slack));
-        let mut wait = queue.backlog.nanos(queue.backlog.ahead(rank));
+        let ahead = queue.backlog.nanos(queue.backlog.ahead(rank));
         // Less than two batches would leave executors idle between them.
         let bound = (share * slack).max(2.0 * queue.typical_batch());
-        if wait > bound {
-            // Among tenants, each waits for its own behind as many others.
-            let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
-            wait = wait.min(queue.backlog.nanos(own) * tenants as f64);
+        if !queue.backlog.stands(now, rank, ahead, bound, slack) {
+            return Ok(());
         }
-        if !queue.backlog.stands(now, rank, wait, bound, slack) {
+        // Among tenants, each waits for its own behind as many others. Whether the queue stands is asked of all of it: who has little in
+        // it says nothing of that.
+        let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
+        let wait = ahead.min(queue.backlog.nanos(own) * tenants as f64);
+        if wait <= bound {
             return Ok(());
         }
         let message = format!(

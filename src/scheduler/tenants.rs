@@ -116,11 +116,11 @@ impl Tenants {
         self.entries.iter().map(|entry| entry.waiting).sum()
     }
 
-    /// Padded cells of a tenant that wait, and how many tenants have some waiting or are it.
-    pub fn waiting_of(&self, tenant: TenantId) -> (u64, usize) {
-        let own = self.entries.iter().find(|entry| entry.tenant == tenant).map_or(0, |entry| entry.waiting);
-        let others = self.entries.iter().filter(|entry| entry.tenant != tenant && entry.waiting > 0).count();
-        (own, others + 1)
+    /// Padded cells that wait in a tenant's place, and how many places have some waiting or are it.
+    pub fn waiting_of(&mut self, tenant: TenantId) -> (u64, usize) {
+        let place = usize::from(self.place(tenant));
+        let others = self.entries.iter().enumerate().filter(|(at, entry)| *at != place && entry.waiting > 0).count();
+        (self.entries[place].waiting, others + 1)
     }
 
     /// Padded cells of a tenant that wait.

@@ -818,6 +818,32 @@ fn a_queue_that_stands_is_kept_short_and_only_for_those_whom_it_makes_late() {
 }
 
 #[test]
+fn a_tenant_with_little_in_a_standing_queue_does_not_open_it_for_the_one_that_fills_it() {
+    // Fair admission is off: it refuses the heaviest in its own way.
+    let mut rig = Rig::new(vec![end_to_end().with([("fair_admission", "0")]).expect("a knob")]);
+    let mut waited = Vec::new();
+    for _ in 0..100 {
+        let light = Arrival { tenant: TenantId(9), deadline: Some(rig.now() + MS * 100), class: LOWEST, ..request() };
+        rig.arrive(light);
+        waited.push(overloaded(&mut rig, 1).1);
+    }
+    // The beginning may be a burst, and what came with it may expire.
+    assert!(waited[40..].iter().all(|most| *most <= 22), "{waited:?}");
+}
+
+#[test]
+fn tenants_that_share_a_place_are_refused_by_what_waits_in_it() {
+    let mut tenants = tenants::Tenants::new();
+    for tenant in 0..tenants::PLACES as u16 {
+        tenants.arrive(TenantId(tenant), 10);
+    }
+    // No place is free: it counts as the last.
+    tenants.arrive(TenantId(900), 5);
+    assert_eq!(tenants.waiting_of(TenantId(900)), (15, tenants::PLACES));
+    assert_eq!(tenants.waiting_of(TenantId(3)), (10, tenants::PLACES));
+}
+
+#[test]
 fn a_tenant_with_little_in_a_standing_queue_is_let_in() {
     let mut rig = Rig::new(vec![end_to_end()]);
     overloaded(&mut rig, 60);

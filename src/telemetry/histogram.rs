@@ -109,7 +109,7 @@ impl Histogram {
         self.observe(nanos(time));
     }
 
-    /// From the one thread that observes this histogram: loads and stores, a third of the time. Two threads would lose counts.
+    /// From the one thread that observes this histogram: loads and stores without a lock. Two threads would lose counts.
     ///
     /// Hot: twice per request (queue delay, latency).
     pub fn observe_alone(&self, value: u64) {
