@@ -184,8 +184,8 @@ impl Policy {
     }
 
     /// [`Tuning::overload_admission`] as it holds. Left to the policy it is 0.15 where rows lie end to end: there a short
-    /// queue fills batches as well as a long one. Where they are padded, choosing from many is what makes batches dense; to
-    /// refuse early costs up to a fifth of the goodput then, and deadlines alone keep it (benches/record).
+    /// queue fills batches nearly as well as a long one. Where they are padded, choosing from many is what makes batches dense; to
+    /// refuse early costs up to a quarter of the goodput then, and deadlines alone keep it (benches/admission.rs).
     pub fn overload_admission(&self) -> f64 {
         self.tuning.overload_admission.unwrap_or(match self.layout {
             Layout::Packed => 0.15,
