@@ -22,7 +22,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use rustls::ServerConfig;
 
-use super::admin::{Bounded, Unanswered};
+use super::admin::Unanswered;
+use super::listener::Bounded;
 use crate::clock;
 use crate::tenants::{Role, Roles};
 use crate::vocab::Moment;

@@ -11,6 +11,7 @@ mod capture;
 pub mod dashboard;
 mod insight;
 pub mod lifecycle;
+mod listener;
 mod origin;
 mod policy;
 mod recorder;

@@ -272,12 +272,6 @@ fn urgency_of(slack: f64) -> f32 {
     (1.0 / slack.max(1.0)) as f32
 }
 
-/// Refuses for now what would wait for `wait`: to come back after `rest`. In ns.
-fn overloaded_for(message: String, wait: f64, rest: f64) -> (Refusal, u64) {
-    let retry_after = Duration::from_nanos(rest as u64).max(Duration::from_millis(1));
-    (Refusal::overloaded(message, retry_after), wait as u64)
-}
-
 impl Scheduler {
     pub fn new(limits: QueueLimits, policies: Vec<Policy>, seats: &[SeatSpec]) -> Scheduler {
         let bound = limits.rows_max.min(ticket::RESERVE_MAX) as usize;
@@ -391,68 +385,6 @@ impl Scheduler {
             None => queue.lanes.push_back(&mut self.tickets, &queue.due, id),
         }
         Ok(id)
-    }
-
-    /// Refuses what cannot be done in time, the heaviest of several tenants while the queue is long, and what a standing queue
-    /// would make wait for long. With the forecast behind it, in ns.
-    fn admit_by_forecast(&mut self, now: Moment, arrival: &Arrival, asked: &Totals) -> Result<(), (Refusal, u64)> {
-        let queue = &self.models[arrival.model.index()];
-        let Some(deadline) = arrival.deadline else { return Ok(()) };
-        let slack = nanos_of(deadline.since(now));
-        let alone = queue.cost.alone_at_best(arrival.rows, arrival.len);
-        // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
-        if alone > slack && queue.totals.rows > 0 && queue.cost.is_trusted() {
-            let message = format!(
-                "the deadline cannot be met: {:.1} ms are left, and {} rows of length {} take {:.1} ms alone",
-                slack / 1e6,
-                arrival.rows,
-                arrival.len,
-                alone / 1e6
-            );
-            return Err((Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, message), alone as u64));
-        }
-        let fair = queue.policy.tuning.fair_admission;
-        let executors = self.seats.count(queue.policy.group);
-        let wait = self.drain_rate.nanos(queue.totals.cells + asked.cells, executors);
-        if fair > 0.0 && wait > fair * slack && queue.tenants.is_heaviest(now, arrival.tenant) {
-            let message = format!(
-                "the queue takes {:.1} ms to drain, and this tenant offers the most of it; others come first",
-                wait / 1e6
-            );
-            return Err(overloaded_for(message, wait, wait - fair * slack));
-        }
-        self.admit_by_backlog(now, arrival, slack)
-    }
-
-    /// Refuses what would wait for more than its share of its slack behind a queue that has stood so long for a while.
-    fn admit_by_backlog(&mut self, now: Moment, arrival: &Arrival, slack: f64) -> Result<(), (Refusal, u64)> {
-        let queue = &mut self.models[arrival.model.index()];
-        let share = queue.policy.overload_admission();
-        if share == 0.0 {
-            return Ok(());
-        }
-        let rank = Rank::of(arrival.class, urgency_of(slack));
-        let ahead = queue.backlog.nanos(queue.backlog.ahead(rank));
-        // Less than two batches would leave executors idle between them.
-        let bound = (share * slack).max(2.0 * queue.typical_batch());
-        if !queue.backlog.stands(now, rank, ahead, bound, slack) {
-            return Ok(());
-        }
-        // Among tenants, each waits for its own behind as many others. Whether the queue stands is asked of all of it: who has little in
-        // it says nothing of that.
-        let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
-        let wait = ahead.min(queue.backlog.nanos(own) * tenants as f64);
-        if wait <= bound {
-            return Ok(());
-        }
-        let message = format!(
-            "the queue ahead takes {:.1} ms and does not get shorter; of its {:.1} ms a request may wait {:.1} then",
-            wait / 1e6,
-            slack / 1e6,
-            bound / 1e6
-        );
-        // Room comes with each batch, and not for all who are refused: whoever comes back at once is refused again.
-        Err(overloaded_for(message, wait, (wait - bound).max(bound / 2.0)))
     }
 
     /// Most rows of this length in one batch of a model; `None` when no batch takes such a row.
