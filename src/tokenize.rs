@@ -11,6 +11,7 @@
 //! Elsewhere: that the bytes are UTF-8 (contract.rs), on which threads this runs (server).
 
 use std::fmt;
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 
 use tokenizers::Tokenizer;
@@ -96,6 +97,8 @@ pub struct Tokens {
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     limits: TextLimits,
+    /// The largest id that the model knows.
+    id_last: u32,
 }
 
 /// Larger than any vocabulary in use (multilingual ones are near 20 MB), small enough to hold.
@@ -138,7 +141,7 @@ impl TextTokenizer {
         {
             return Err(format!("the model knows ids up to {id_last}, the tokenizer has {word:?} as {id}"));
         }
-        Ok(TextTokenizer { tokenizer, limits })
+        Ok(TextTokenizer { tokenizer, limits, id_last })
     }
 
     pub fn limits(&self) -> TextLimits {
@@ -151,10 +154,17 @@ impl TextTokenizer {
         if text.len() > bytes_max as usize {
             return Err(TextError::TooManyBytes { expected: bytes_max, received: text.len() });
         }
-        // `fast`: without the offsets into the text, which nobody asks for.
-        let encoding =
-            self.tokenizer.encode_fast(text, true).map_err(|error| TextError::Tokenizer(error.to_string()))?;
+        // `fast`: without the offsets into the text, which nobody asks for. Files that load have been seen to panic at a text
+        // (tokenizers issue 1452); that ends this text, not the thread that all others wait for.
+        let encoded = std::panic::catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, true)))
+            .map_err(|_| TextError::Tokenizer("the tokenizer panicked".into()))?;
+        let encoding = encoded.map_err(|error| TextError::Tokenizer(error.to_string()))?;
         let ids = encoding.get_ids();
+        // What a template puts around a text need not be in the vocabulary.
+        if let Some(id) = ids.iter().find(|id| **id > self.id_last) {
+            let id_last = self.id_last;
+            return Err(TextError::Tokenizer(format!("the model knows ids up to {id_last}, the tokenizer made {id}")));
+        }
         if ids.len() < len_min as usize {
             return Err(TextError::TooFewIds { expected: len_min, received: ids.len() });
         }
@@ -245,5 +255,83 @@ mod tests {
             let error = TextTokenizer::from_bytes(hostile.as_bytes(), limits, 5).expect_err("is none");
             assert!(error.starts_with("is not a tokenizer.json"), "{error}");
         }
+    }
+
+    /// Goal: F64. Method: the file above with one part of it made hostile. It is refused when it is loaded, or it serves, or
+    /// each text is refused; nothing panics.
+    #[test]
+    fn f64_hostile_files_are_refused_or_refuse_and_end_nothing() {
+        let deep = format!("{}0{}", "[".repeat(100_000), "]".repeat(100_000));
+        let normalizer = |with: &str| TINY.replace(r#""normalizer":null"#, &format!(r#""normalizer":{with}"#));
+        let splits = |regex: &str| {
+            let split =
+                format!(r#"{{"type":"Split","pattern":{{"Regex":"{regex}"}},"behavior":"Isolated","invert":false}}"#);
+            TINY.replace(r#"{"type":"BertPreTokenizer"}"#, &split)
+        };
+        let model = |with: &str| format!("{}{with}}}", &TINY[..TINY.find(r#""model""#).expect("it has one")]);
+        let files = [
+            ("a deep document", deep),
+            ("no charsmap", normalizer(r#"{"type":"Precompiled","precompiled_charsmap":null}"#)),
+            ("a cut charsmap", normalizer(r#"{"type":"Precompiled","precompiled_charsmap":"////fwAA"}"#)),
+            ("an empty pattern", normalizer(r#"{"type":"Replace","pattern":{"String":""},"content":"b"}"#)),
+            ("a regex that is none", splits("(")),
+            ("a regex that backtracks", splits("(a|a)*c")),
+            ("a regex that looks behind", splits("(?<=a)(?!b)")),
+            ("an id beyond the model's", TINY.replace(r#""ids":[2]"#, r#""ids":[4294967295]"#)),
+            ("more ids than names", TINY.replace(r#""ids":[2]"#, r#""ids":[2,2,2]"#)),
+            (
+                "a special token that is missing",
+                TINY.replace(r#""special_tokens":{"[CLS]""#, r#""special_tokens":{"[XXX]""#),
+            ),
+            ("an unknown word without an id", TINY.replace(r#""unk_token":"[UNK]""#, r#""unk_token":"[none]""#)),
+            (
+                "an endless prefix",
+                TINY.replace(r#""max_input_chars_per_word":100"#, r#""max_input_chars_per_word":18446744073709551615"#),
+            ),
+            ("an id that is no number", TINY.replace(r#""a":4"#, r#""a":-4"#)),
+            ("a merge of nothing", model(r#""model":{"type":"BPE","vocab":{"a":4},"merges":["a b"]}"#)),
+            (
+                "no unknown word",
+                model(r#""model":{"type":"Unigram","unk_id":7,"vocab":[["a",-1.0]],"byte_fallback":false}"#),
+            ),
+            (
+                "a probability that is none",
+                model(r#""model":{"type":"Unigram","unk_id":null,"vocab":[["a",1e999]],"byte_fallback":true}"#),
+            ),
+            ("a model without words", model(r#""model":{"type":"WordLevel","vocab":{},"unk_token":"x"}"#)),
+        ];
+        let limits = TextLimits { bytes_max: 40, len_min: 1, len_max: 6, truncate: true };
+        let texts = [
+            "",
+            "a",
+            "a b c",
+            "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaab",
+            "\u{e000}\u{301}\u{1f469}\u{200d}",
+            "[CLS] a",
+            "\0",
+        ];
+        let (mut refused, mut panicked) = (Vec::new(), 0);
+        for (what, file) in &files {
+            assert_ne!(file, TINY, "{what}");
+            match TextTokenizer::from_bytes(file.as_bytes(), limits, 6) {
+                Err(message) => refused.push((*what, message)),
+                Ok(tokenizer) => {
+                    for text in texts {
+                        let encoded = tokenizer.encode(text);
+                        panicked += u32::from(encoded == Err(TextError::Tokenizer("the tokenizer panicked".into())));
+                        let ids = encoded.map(|tokens| tokens.ids).unwrap_or_default();
+                        assert!(ids.iter().all(|id| *id <= 6), "{what}: {text:?} became {ids:?}");
+                    }
+                }
+            }
+        }
+        assert!(refused.len() >= 5, "the parser refuses what it can see: {refused:#?}");
+        assert!(panicked > 0, "one of them is known to load and to panic");
+        let beyond = TextTokenizer::from_bytes(files[7].1.as_bytes(), limits, 6).expect("its vocabulary is small");
+        let error = beyond.encode("a").expect_err("the template has a large id");
+        assert_eq!(
+            error.to_string(),
+            "the text could not be tokenized: the model knows ids up to 6, the tokenizer made 4294967295"
+        );
     }
 }

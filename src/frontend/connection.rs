@@ -16,6 +16,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use super::abuse::{Points, Rules};
 use super::inflight::Owned;
+use super::throttle::Throttle;
 use super::tls::Tls;
 use crate::quota::Seat;
 use crate::scheduler::TenantId;
@@ -89,6 +90,8 @@ pub struct Connection {
     pub window_bytes: u64,
     pub last_id: u64,
     pub points: Points,
+    /// What of it was refused for now, from its first refusal on.
+    pub throttle: Option<Box<Throttle>>,
     /// Where it comes from, if that is known.
     pub addr: Option<IpAddr>,
     pub since: Moment,
@@ -127,6 +130,7 @@ impl Connection {
             window_bytes: 0,
             last_id: 0,
             points: Points::full(&Rules::NONE, now),
+            throttle: None,
             addr: None,
             since: now,
             read_at: now,

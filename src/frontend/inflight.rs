@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use crate::scatter::Details;
+use crate::scheduler::Class;
 use crate::vocab::{ModelHandle, TicketKey};
 
 const NONE: u32 = u32::MAX;
@@ -18,6 +19,7 @@ pub struct Waiting {
     pub connection: u32,
     pub request_id: u64,
     pub model: ModelHandle,
+    pub class: Class,
     pub payload_bytes: u32,
     /// What the reply carries beside the answer.
     pub details: Details,
@@ -167,6 +169,7 @@ mod tests {
             connection: 0,
             request_id,
             model: ModelHandle(0),
+            class: Class::default(),
             payload_bytes: 0,
             details: Details::default(),
             items: false,

@@ -88,6 +88,7 @@ mod tests {
     use crate::frontend::{Catalog, Options};
     use crate::mailbox::mailbox;
     use crate::scatter::Details;
+    use crate::scheduler::Class;
     use crate::telemetry::{ModelLabels, Telemetry};
     use crate::vocab::{Code, DType};
 
@@ -123,6 +124,7 @@ mod tests {
                     connection: at,
                     request_id,
                     model: MODEL,
+                    class: Class::default(),
                     payload_bytes: 8,
                     details: Details::default(),
                     items: false,

@@ -302,6 +302,14 @@ fn accept(
     if deadline.is_some_and(|deadline| deadline <= now) {
         return Err(Refusal::at_stage(Code::DeadlineExceeded, Stage::Arrival, "the deadline was over on arrival"));
     }
+    let class = Class::from_priority(infer.priority);
+    if let Some(throttle) = &mut connection.throttle
+        && let Some(rest) = throttle.ask(now, header.model, class)
+    {
+        state.metrics().throttled();
+        let message = "nearly everything that this connection asked for lately was refused, and it keeps asking";
+        return Err(Refusal::overloaded(message, rest));
+    }
     let mut in_quota = false;
     if let Some(seat) = &connection.seat {
         // Also what the scheduler refuses later has been used: asking is what is bounded here.
@@ -319,6 +327,7 @@ fn accept(
         connection: at,
         request_id: header.request_id,
         model: header.model,
+        class,
         payload_bytes: header.payload_len,
         details: Details {
             timings: infer.flags & INFER_TIMINGS != 0,
@@ -353,7 +362,7 @@ fn accept(
         received_at: now,
         deadline,
         compose: (infer.compose_tag != 0).then_some(Compose { tag: infer.compose_tag, rows: infer.compose_rows }),
-        class: Class::from_priority(infer.priority),
+        class,
         tenant: connection.tenant,
         truncated: checked.text && infer.flags & INFER_TRUNCATE != 0,
     };

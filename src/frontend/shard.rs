@@ -305,6 +305,12 @@ async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
             Turn::Closed => return,
             Turn::Burst => full_reads = 0,
             Turn::Filled => full_reads += 1,
+            Turn::Hasty(rest) => {
+                // It does not wait by itself, so it is waited for: answers to it go out meanwhile, of other tasks' turns.
+                full_reads = 0;
+                shard.drain_mailbox();
+                sleep(rest).await;
+            }
         }
         shard.drain_mailbox();
         if full_reads >= BURSTS_MAX {
@@ -329,6 +335,8 @@ impl Drop for RemoveOnDrop {
 enum Turn {
     Burst,
     Filled,
+    /// It asks again and again: not to be read for so long.
+    Hasty(Duration),
     Closed,
 }
 
@@ -360,10 +368,12 @@ fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) ->
         None => state.read(at, cx, clock::now, read),
         Some(_) => state.read_records(at, cx, clock::now, read),
     };
-    end.map(|end| match end {
-        ReadEnd::Burst => Turn::Burst,
-        ReadEnd::Filled => Turn::Filled,
-        ReadEnd::Gone => Turn::Closed,
+    let hasty = state.connections[at as usize].throttle.as_mut().and_then(|throttle| throttle.take_pause());
+    end.map(|end| match (end, hasty) {
+        (ReadEnd::Gone, _) => Turn::Closed,
+        (_, Some(rest)) => Turn::Hasty(rest),
+        (ReadEnd::Burst, None) => Turn::Burst,
+        (ReadEnd::Filled, None) => Turn::Filled,
     })
 }
 

@@ -20,6 +20,7 @@ use super::bucket::Bucket;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
 use super::pressure::Pressure;
+use super::room::try_reserve;
 use super::session::{Fatal, append_goaway, handle_frame};
 use super::traces::Traces;
 use super::{Catalog, Options, access};
@@ -242,9 +243,13 @@ impl State {
     ) -> Poll<ReadEnd> {
         let (have, needed) = (partial.len(), self.connections[at as usize].needed);
         let room = (needed - have).min(most);
-        if self.receiving + (have + room) as u64 > self.options.receiving_bytes_max {
-            let message = "too many bytes of unfinished frames are held for all connections";
-            self.fail(at, &Fatal { code: Code::Overloaded, message: message.into() }, now());
+        let is_over = self.receiving + (have + room) as u64 > self.options.receiving_bytes_max;
+        if is_over || try_reserve(&mut partial, room).is_err() {
+            let message = match is_over {
+                true => "too many bytes of unfinished frames are held for all connections".to_owned(),
+                false => format!("the system gives no memory for the rest of a frame of {needed} bytes"),
+            };
+            self.fail(at, &Fatal { code: Code::Overloaded, message }, now());
             // Deaf from here on: what comes is thrown away through the shared buffer.
             self.connections[at as usize].needed = 0;
             return Poll::Ready(ReadEnd::Burst);
@@ -329,8 +334,8 @@ impl State {
             let mut partial = std::mem::take(&mut connection.partial);
             partial.clear();
             if needed > OWN_BUFFER_MIN {
-                // What the next read makes room for: it finds it here and need not move what has come.
-                partial.reserve(needed.min(data.len() + READ_MAX));
+                // What the next read makes room for: it finds it here and need not move what has come. If there is none, it is told then.
+                let _ = try_reserve(&mut partial, needed.min(data.len() + READ_MAX));
             }
             partial.extend_from_slice(&data);
             self.keep_partial(at, partial);
@@ -501,9 +506,20 @@ impl State {
         let Some(waiting) = self.release(key) else {
             return self.metrics().late_answer();
         };
+        if refusal.code == Code::Overloaded {
+            self.count_refusal(&waiting, refusal);
+        }
         self.metrics().finished(waiting.model, refusal.code, 1);
         self.record(&waiting, (refusal.code, &refusal.message), batch, clock::now);
         append_error(&mut self.output(waiting.connection).out, waiting.model, waiting.request_id, refusal);
+    }
+
+    /// A request was refused for now: it counts against those of its connection that come back too soon.
+    #[cold]
+    fn count_refusal(&mut self, waiting: &Waiting, refusal: &Refusal) {
+        let throttle = self.connections[waiting.connection as usize].throttle.get_or_insert_default();
+        let rest = Duration::from_millis(refusal.retry_after_ms.into());
+        throttle.refused(clock::now(), waiting.model, waiting.class, rest);
     }
 
     /// Frees a request's slot and gives its credit back.

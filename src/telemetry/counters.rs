@@ -119,6 +119,7 @@ pub struct ShardMetrics {
     pub(super) goaways: ByCode,
     pub(super) late_answers: Count,
     pub(super) slow_readers: Count,
+    pub(super) throttled: Count,
     pub(super) wasted: Count,
     pub(super) banned: Count,
     pub(super) windows_changed: Count,
@@ -151,6 +152,7 @@ impl ShardMetrics {
             goaways: ByCode::default(),
             late_answers: Count::default(),
             slow_readers: Count::default(),
+            throttled: Count::default(),
             wasted: Count::default(),
             banned: Count::default(),
             windows_changed: Count::default(),
@@ -239,6 +241,11 @@ impl ShardMetrics {
     /// A connection was closed because its answers were not read.
     pub fn slow_reader(&self) {
         self.slow_readers.add(1);
+    }
+
+    /// A request was refused before it was looked at further, for nearly all of its connection's lately were.
+    pub fn throttled(&self) {
+        self.throttled.add(1);
     }
 
     /// A peer did something wasteful that costs so many points.

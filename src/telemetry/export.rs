@@ -144,6 +144,8 @@ impl Telemetry {
         });
         let help = "Connections closed because answers were not read";
         list.by_shard(self, "ferry_slow_readers", help, |s| &s.slow_readers);
+        let help = "Requests of connections that ask again and again, whatever they are told";
+        list.by_shard(self, "ferry_throttled_requests", help, |s| &s.throttled);
         let help = "Points for acts that made work of no use: pings, cancels, wrong requests";
         list.by_shard(self, "ferry_wasted_points", help, |s| &s.wasted);
         let help = "Connections that were not taken, of addresses that were sent away";

@@ -16,6 +16,7 @@
 //! | `ferry_authentications_total` | counter | outcome | hellos whose credentials were looked at: `ok`, or `failed` |
 //! | `ferry_reloads_total` | counter | what, outcome | times that certificates (`tls`) or `tenants` were read again: `ok`, or `failed`, and the old ones stay |
 //! | `ferry_slow_readers_total` | counter | shard | connections closed because their answers were not read |
+//! | `ferry_throttled_requests_total` | counter | shard | requests refused because their connection asks again and again, whatever it is told |
 //! | `ferry_wasted_points_total` | counter | shard | points for acts of peers that made work of no use: pings, cancels, wrong requests |
 //! | `ferry_banned_connections_total` | counter | shard | connections that were not taken, of addresses that were sent away |
 //! | `ferry_window_changes_total` | counter | shard | credit frames: windows lowered near the budget of payloads, and raised again |

@@ -266,8 +266,17 @@ impl Child {
 
     /// Lowers the limit of open files while it runs.
     pub fn limit_files(&self, files: u64) {
+        self.limit("nofile", files);
+    }
+
+    /// Lowers the limit of its addresses to what it has mapped and `more` bytes.
+    pub fn limit_addresses(&self, more: u64) {
+        self.limit("as", self.status_line("VmSize:") * 1024 + more);
+    }
+
+    fn limit(&self, what: &str, most: u64) {
         let status = Command::new("prlimit")
-            .args(["--pid", &self.pid().to_string(), &format!("--nofile={files}:{files}")])
+            .args(["--pid", &self.pid().to_string(), &format!("--{what}={most}:{most}")])
             .status()
             .expect("prlimit is part of util-linux");
         assert!(status.success());

@@ -375,3 +375,47 @@ fn a_swarm_on_the_control_port_costs_requests_nothing() {
         std::io::Read::read_exact(&mut stream, &mut head).is_ok() && head == *b"HTTP/1.1 200"
     });
 }
+
+/// Goal: F42. Method: a queue that is full, one connection that asks again at once for each refusal, and one that does not.
+#[test]
+fn f42_who_comes_back_at_once_is_refused_at_the_door_and_read_less_and_the_patient_are_not() {
+    let server = Server::start(&["threads.executors=1", "executor.slots=1", "queue.rows_max=1"]);
+    let throttled = || server.metric("ferry_throttled_requests_total", &[]);
+    let (mut holder, mut patient, mut hasty) = (server.connect(), server.connect(), server.connect());
+    let faulty = hasty.handle("faulty");
+    // One runs, one waits: there is no room.
+    let runs = holder.ask(&Ask::word(faulty, 3_000).compose(1, 1));
+    wait_until("it runs", || server.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+    let waits = holder.ask(&Ask::word(faulty, 4).compose(2, 1));
+    // Behind its answer whatever comes is behind the request, too.
+    holder.ping();
+    let ask = Ask::word(faulty, 0);
+    let mut refused = 0;
+    while throttled() < 1000.0 {
+        // A swarm of 100 callers on one connection.
+        for _ in 0..100 {
+            hasty.ask(&ask);
+        }
+        for _ in 0..100 {
+            let refusal = hasty.recv().expect_error(Code::Overloaded);
+            assert!(refusal.retry_after_ms > 0);
+            refused += 1;
+        }
+        assert!(refused < 100_000, "nobody is throttled");
+    }
+    let before = throttled();
+    let refusal = patient.round(&ask).expect_error(Code::Overloaded);
+    assert!(refusal.message.contains("queue"), "it is asked, and there is no room: {}", refusal.message);
+    assert_eq!(throttled(), before);
+    for id in [runs, waits] {
+        assert_eq!(holder.recv().ends(), Some(id));
+    }
+    patient.round(&ask).expect_result();
+    // Nor is the other locked out.
+    let mut tries = 0;
+    while matches!(hasty.round(&ask), Event::Error { .. }) {
+        tries += 1;
+        assert!(tries < 1000, "it is never heard again");
+    }
+    server.wait_until_at_rest();
+}

@@ -79,7 +79,7 @@ fn a_request_that_made_its_model_fail_twice_is_not_run_again_for_a_while() {
     assert_eq!(refusal.executed, Executed::Never);
     raw.round(&Ask::words(faulty, &[2, 2])).expect_error(Code::ExecutorFailed);
     server.wait_until_at_rest();
-    assert_eq!(server.metric("ferry_quarantined_total", &["model=\"faulty\""]), 3.0);
+    wait_until("all three are", || server.metric("ferry_quarantined_total", &["model=\"faulty\""]) == 3.0);
     assert_eq!(quarantined(), 3.0);
 }
 

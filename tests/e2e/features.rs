@@ -99,7 +99,7 @@ fn requests_beyond_the_credit_are_refused_and_credit_comes_back_with_the_answers
         assert_eq!(ended, ids);
     }
     // Bytes: two payloads of 4 KiB + two more fill 16 KiB exactly while a batch runs.
-    let slow = raw.ask(&Ask::word(faulty, 200));
+    let slow = raw.ask(&Ask::word(faulty, 1500));
     let values = vec![1.0f32; 1024];
     let two = Ask::new(queued, DType::F32, &[2, 1024], bytemuck::cast_slice(&[&values[..], &values[..]].concat()));
     let first = raw.ask(&two);

@@ -263,6 +263,33 @@ fn without_descriptors_accepting_pauses_and_goes_on_when_some_are_free() {
     assert!(spent < 70, "{spent} of about 100 clock ticks were spent waiting");
 }
 
+/// Goal: F58. Method: the real process under a limit of its addresses, and a frame of which only the beginning fits.
+#[test]
+fn a_frame_for_which_there_is_no_memory_ends_its_connection_and_nothing_else() {
+    let child = Child::start(&["frontend.payload_bytes_max=67108864"]);
+    let mut bystander = child.connect();
+    let echo = bystander.handle("echo");
+    bystander.round(&Ask::floats(echo, &[1.0])).expect_result();
+    child.limit_addresses(8 << 20);
+    for _ in 0..3 {
+        let mut raw = child.connect();
+        let id = raw.take_id();
+        raw.send(&Ask::floats(echo, &vec![0.0; 12 << 20]).frame(id));
+        let goaway = raw.recv().expect_goaway(Code::Overloaded);
+        assert!(
+            goaway.message.contains("the system gives no memory for the rest of a frame of 503"),
+            "{}",
+            goaway.message
+        );
+        bystander.round(&Ask::floats(echo, &[2.0])).expect_result();
+    }
+    // What fits is still taken whole, in a buffer of its own.
+    let many = vec![3.0; 100_000];
+    let mut raw = child.connect();
+    let refusal = raw.round(&Ask::floats(echo, &many)).expect_error(Code::TooLarge);
+    assert!(refusal.message.contains("100000"), "{}", refusal.message);
+}
+
 #[test]
 fn cancelled_requests_and_closed_connections_leave_no_memory_and_no_descriptor() {
     const CANCELS: u64 = 200_000;

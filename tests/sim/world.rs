@@ -525,6 +525,7 @@ impl World {
             connection: connection as u32,
             request_id: id,
             model,
+            class: Class::default(),
             payload_bytes: payload.len() as u32,
             details: Details { timings: self.rng.random_bool(0.5), receipt: self.rng.random_bool(0.25), late_us: 0 },
             items: false,
