@@ -904,6 +904,10 @@ fn small_numbers_are_rounded_up_and_the_larger_of_two_is_found() {
 
 /// The queue of the rig's model, with an executor that is free now.
 fn ask<T>(rig: &mut Rig, asked: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T {
+    ask_on(rig, 0, asked)
+}
+
+fn ask_on<T>(rig: &mut Rig, executor: usize, asked: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T {
     let outlook = Outlook {
         now: rig.now,
         start: rig.now,
@@ -915,7 +919,7 @@ fn ask<T>(rig: &mut Rig, asked: impl FnOnce(&mut Queue<'_>, &Outlook) -> T) -> T
     };
     let Scheduler { tickets, shed, models, .. } = &mut rig.scheduler;
     let crate::scheduler::ModelQueue { lanes, due, policy, packer, cost, .. } = &mut models[0];
-    asked(&mut Queue { packer, lanes, tickets, due, policy, cost: cost.on(0), shed }, &outlook)
+    asked(&mut Queue { packer, lanes, tickets, due, policy, cost: cost.on(executor), shed }, &outlook)
 }
 
 fn near(value: f64, expected: f64) -> bool {
@@ -1230,4 +1234,38 @@ fn a_long_rest_is_urgent_for_all_of_its_batches_and_the_highest_class_in_it_goes
     assert_eq!(ask(behind + 1000.0).0, None);
     let (urgent, _, strict_until, half_way) = ask(behind - 1000.0);
     assert_eq!((urgent, strict_until), (Some((1, 1, 10.0)), half_way));
+}
+
+#[test]
+fn the_class_at_risk_is_the_highest_with_rows_in_the_range() {
+    let mut rig = Rig::new(vec![policy()], 1);
+    for (class, len) in [(1, 16), (2, 16), (2, 200)] {
+        rig.arrive_as(Arrival { class: Class::from_priority(class), ..request(len) });
+    }
+    let classes = ask(&mut rig, |queue, outlook| {
+        queue.fill_cells(outlook, Class::COUNT - 1);
+        [(0, 0), (1, 1), (0, 1)].map(|(first, last)| queue.class_at_risk(&Range { first, last, ..Range::default() }))
+    });
+    assert_eq!(classes, [1, 2, 1]);
+}
+
+/// Nothing is given up on a slow executor that the fastest could do in time.
+#[test]
+fn done_at_best_is_as_much_sooner_as_the_fastest_executor_is_faster() {
+    let mut rig = Rig::new(vec![policy()], 2);
+    let cost = &mut rig.scheduler.models[0].cost;
+    cost.set_executors(2);
+    for _ in 0..400 {
+        let work = Work::padded(8, 64);
+        cost.observe_on(0, work, MS * 10, true);
+        cost.observe_on(1, work, MS * 30, true);
+    }
+    let mut at = |executor: usize| {
+        ask_on(&mut rig, executor, |queue, outlook| {
+            queue.at_best(outlook, outlook.start + MS * 90).since(outlook.start)
+        })
+    };
+    assert_eq!(at(0), MS * 90);
+    let slow = at(1).as_secs_f64() * 1e3;
+    assert!((slow - 30.0).abs() < 1.5, "{slow} ms: a third");
 }

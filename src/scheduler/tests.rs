@@ -671,6 +671,16 @@ fn a_policy_that_would_strand_a_waiting_request_is_refused_and_changes_nothing()
 }
 
 #[test]
+fn what_waits_is_counted_in_the_cells_of_the_new_buckets() {
+    let mut rig = Rig::new(vec![Policy { queue_delay_max: Some(MS * 1000), ..policy() }]);
+    rig.arrive(Arrival { rows: 3, ..request() });
+    assert_eq!(rig.scheduler.waiting(MODEL).1, 24);
+    let coarse = Policy { buckets: Buckets::new(&[16]).expect("ascending"), ..rig.scheduler.policy(MODEL).clone() };
+    assert_eq!(rig.scheduler.set_policy(MODEL, coarse), Ok(2));
+    assert_eq!((rig.scheduler.waiting(MODEL).1, rig.scheduler.audit()), (48, Ok(())));
+}
+
+#[test]
 fn coarser_buckets_alone_can_strand_a_request_too() {
     let fine = Policy { rows_max: 8, ..policy() };
     let mut rig = Rig::new(vec![fine.clone()]);
