@@ -306,7 +306,7 @@ async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
             Turn::Burst => full_reads = 0,
             Turn::Filled => full_reads += 1,
             Turn::Hasty(rest) => {
-                // It does not wait by itself, so it is waited for: answers to it go out meanwhile, of other tasks' turns.
+                // It does not wait by itself, so it is waited for: answers to it go out meanwhile, in the turns of others.
                 full_reads = 0;
                 shard.drain_mailbox();
                 sleep(rest).await;
