@@ -155,7 +155,7 @@ impl TextTokenizer {
             return Err(TextError::TooManyBytes { expected: bytes_max, received: text.len() });
         }
         // `fast`: without the offsets into the text, which nobody asks for. Files that load have been seen to panic at a text
-        // (tokenizers issue 1452); that ends this text, not the thread that all others wait for.
+        // (tokenizers issue 1452); that ends this text, not the thread, whose end drains the server.
         let encoded = std::panic::catch_unwind(AssertUnwindSafe(|| self.tokenizer.encode_fast(text, true)))
             .map_err(|_| TextError::Tokenizer("the tokenizer panicked".into()))?;
         let encoding = encoded.map_err(|error| TextError::Tokenizer(error.to_string()))?;

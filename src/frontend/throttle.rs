@@ -4,11 +4,11 @@
 //! patience left a patient load beside them 1 request of 60. So a connection of which nearly everything is refused is
 //! refused here, all but little more than what is accepted of it: coming back sooner gains nothing then, and costs the batcher
 //! nothing. And it is not read for as long as it was told to wait, so that refusing it costs this machine little either:
-//! half a million refusals a second left the executors a fifth of two cores.
+//! half a million refusals a second left a fifth of the goodput.
 //!
 //! The rule is what clients are asked to keep by themselves (adaptive throttling: Beyer and others, "Site Reliability
-//! Engineering", 2016, chapter 21), kept by the server, for those alone that are far beyond it: an open load of three times what
-//! can be done never is.
+//! Engineering", 2016, chapter 21), kept by the server, for those alone that are far beyond it. Who is refused nine of ten is not; a
+//! fast open load is, behind a door that stays shut for hundreds of its requests.
 //!
 //! Pure: the time is an argument.
 //!
@@ -26,7 +26,7 @@ use crate::vocab::{ModelHandle, Moment};
 const MEMORY: Duration = Duration::from_millis(250);
 /// Throttled is who asks for this many times what is accepted, and [`SURPLUS`] more...
 const ASKED: f64 = 16.0;
-/// ... which a burst may be refused of: as many as a connection may have in flight.
+/// ... which a burst may be refused of: as many as a connection may have in flight by default.
 const SURPLUS: f64 = 256.0;
 /// ... until it asks for no more than this many times that, and so many more.
 const CALM: [f64; 2] = [4.0, 16.0];
