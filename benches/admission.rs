@@ -18,10 +18,15 @@ const LEN_MAX: u32 = 512;
 fn main() {
     // As cargo says when it measures.
     let tiny = !std::env::args().any(|argument| argument == "--bench");
-    println!("{:48} {}", "", SHARES.map(|share| format!("{share:<21}")).join(""));
+    println!("{:47} {}", "", SHARES.map(|share| format!("{share:<21}")).join(""));
+    let only: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
     for layout in [Layout::Padded, Layout::Packed] {
-        for hardware in [Hardware::cpu(), Hardware::gpu()] {
+        for hardware in [Hardware::cpu(), Hardware::gpu(), Hardware::crowded()] {
             for lengths in ["lognormal:40,0.9,512", "fixed:64", "bimodal:16,256,0.15"] {
+                let name = format!("{} {} {lengths}", layout.name(), hardware.name);
+                if !only.iter().all(|word| name.contains(word.as_str())) {
+                    continue;
+                }
                 for times in [1.0, 1.5, 3.0] {
                     row(layout, &hardware, lengths, times, tiny);
                 }
@@ -35,7 +40,7 @@ fn row(layout: Layout, hardware: &Hardware, lengths: &str, times: f64, tiny: boo
     let limit = bound::bound(hardware, &parsed);
     let count = if hardware.name == "gpu" { 60_000 } else { 8_000 } / if tiny { 20 } else { 1 };
     let load = calls(hardware, &parsed, Pattern::Poisson, times * limit, count, 5);
-    let mut line = format!("{:6} {} {lengths:22} {times:3} times", layout.name(), hardware.name);
+    let mut line = format!("{:6} {:7} {lengths:22} {times:3} times", layout.name(), hardware.name);
     for share in SHARES {
         let mut policy = Policy { can_pack: true, layout, ..hardware.policy(PolicyKind::Cost, LEN_MAX) };
         policy.tuning.overload_admission = Some(share);

@@ -41,6 +41,11 @@ impl Hardware {
         }
     }
 
+    /// The same core, which other work shares: a batch takes what it takes, and nobody foresees it.
+    pub fn crowded() -> Hardware {
+        Hardware { name: "crowded", noise: 0.6, ..Hardware::cpu() }
+    }
+
     /// A GPU with two streams.
     pub fn gpu() -> Hardware {
         Hardware {

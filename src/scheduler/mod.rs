@@ -27,6 +27,7 @@ pub mod knobs;
 mod lane;
 mod lengths;
 pub mod lint;
+mod overrun;
 pub mod pace;
 mod packing;
 mod policy;
@@ -52,6 +53,7 @@ use decision::{Decision, DecisionLog, Verdict, VerdictCounts};
 use due::Due;
 use edges::LengthHistogram;
 use lane::Lanes;
+use overrun::Overrun;
 use packing::{Outcome, Outlook, Packer, Plan};
 use seats::Seats;
 use tenants::Tenants;
@@ -177,6 +179,7 @@ struct ModelQueue {
     tenants: Tenants,
     packer: Packer,
     cost: CostModel,
+    overrun: Overrun,
     service: lengths::ServiceTime,
     /// Executor time used, by weight: the model of a group that is furthest behind goes first.
     used: f64,
@@ -291,6 +294,7 @@ impl Scheduler {
                     cost.set_executors(seats.len());
                     cost
                 },
+                overrun: Overrun::default(),
                 service: Default::default(),
                 used: 0.0,
                 last_arrival: None,
@@ -603,7 +607,9 @@ impl Scheduler {
         };
         let others_idle = sharing <= 1.0 && self.seats.idle(group) > usize::from(self.seats.seats[seat].is_idle());
         let start = now.max(self.seats.seats[seat].free_at());
-        let outlook = Outlook { now, start, device_free, executors, sharing, others_idle, draining: self.draining };
+        let overrun = queue.overrun.factor();
+        let draining = self.draining;
+        let outlook = Outlook { now, start, device_free, executors, sharing, others_idle, overrun, draining };
         let ModelQueue { lanes, due, policy, packer, cost, .. } = queue;
         let cost = cost.on(seat);
         let (tickets, shed) = (&mut self.tickets, &mut self.shed);
@@ -704,6 +710,7 @@ impl Scheduler {
             return;
         }
         queue.service.observe(service);
+        queue.overrun.observe(running.promised.since(running.sealed_at), now.since(running.sealed_at));
         self.drain_rate.observe(batch.cells_padded(), service);
         if !shared {
             queue.cost.observe_on(executor, batch.work(), service, true);
@@ -1087,7 +1094,15 @@ impl Scheduler {
         let (started, until) = self.seats.forecast(seat, now, fixed, predicted - fixed);
         let shared = self.seats.is_shared(seat);
         let at = &mut self.seats.seats[seat];
-        at.running.push(Running { batch: batch.id, model: batch.model, started, predicted, until });
+        at.running.push(Running {
+            batch: batch.id,
+            model: batch.model,
+            sealed_at: now,
+            started,
+            predicted,
+            until,
+            promised: until,
+        });
         if shared {
             self.seats.devices[usize::from(at.device)].free_at = until;
         }

@@ -48,6 +48,8 @@ pub struct Outlook {
     pub sharing: f64,
     /// Holding rows back leaves another executor idle, too.
     pub others_idle: bool,
+    /// How much longer than expected it takes until a batch is done: [`super::overrun`].
+    pub overrun: f64,
     pub draining: bool,
 }
 
@@ -141,6 +143,8 @@ pub struct Packer {
     cheapest: Vec<(f64, usize)>,
     /// The cheapest partition: ranges with their soonest deadline.
     parts: Vec<(Moment, Range)>,
+    /// Mean slack of what waits, in ns.
+    slack: f64,
     /// Mean rows of a batch.
     batch_rows: f64,
     /// Mean time between arrivals, in ns.
@@ -210,6 +214,9 @@ impl Queue<'_> {
         for _ in 0..2 {
             let look = if packed { self.look_packed(outlook) } else { self.look(outlook) };
             let Some(plan) = look else { return Outcome::Nothing };
+            if self.doubts(outlook) && self.give_up_doubtful(outlook, &plan) {
+                continue;
+            }
             let fitted =
                 if packed { self.fit_deadlines_packed(outlook, plan) } else { self.fit_deadlines(outlook, plan) };
             if let Some(plan) = fitted {
@@ -242,8 +249,19 @@ impl Queue<'_> {
         let (rows, cells, time) = self.waiting();
         let cells_max = self.policy.cells_max as f64;
         let full = rows >= f64::from(self.policy.rows_max) || cells >= cells_max;
-        let share = (cells_max / cells).min(f64::from(self.policy.rows_max) / rows).min(1.0);
         let fixed = self.cost.coefficients().batch;
+        let mut share = (cells_max / cells).min(f64::from(self.policy.rows_max) / rows).min(1.0);
+        let mut most = self.policy.cells_max;
+        let mut correction = 1.0;
+        if self.doubts(outlook) {
+            correction = self.correction(share * rows, (cells / rows) as u32);
+            let slack = self.packer.slack * self.slack_share(outlook) / correction;
+            let by_slack = larger(slack - fixed, 0.0) / larger(time, 1e-9);
+            if by_slack < share {
+                share = larger(by_slack, 1.0 / rows);
+                most = larger(share * cells, 1.0) as u64;
+            }
+        }
         let efficiency = share * time / larger(fixed + share * time, 1e-9);
         let all = &self.packer.cells;
         let (shortest, longest) = (all[0].bucket, all[all.len() - 1].bucket);
@@ -253,11 +271,11 @@ impl Queue<'_> {
             shortest,
             longest,
             rows: self.policy.rows_max,
-            cells: self.policy.cells_max,
+            cells: most,
             full,
             anchor,
             lowest_class,
-            predicted: fixed + share * time,
+            predicted: correction * (fixed + share * time),
             efficiency,
             best_efficiency: efficiency,
         })
@@ -283,7 +301,7 @@ impl Queue<'_> {
         let fixed = self.cost.coefficients().batch;
         let begin = after(outlook.start, fixed).max(outlook.device_free).since(outlook.start).as_nanos() as f64;
         let run = plan.predicted - fixed;
-        let inflate = 1.0 + self.cost.margin();
+        let inflate = self.inflate(outlook);
         if due == Moment::FAR || after(outlook.start, (begin + run) * inflate) <= due {
             return Some(plan);
         }
@@ -382,6 +400,8 @@ impl Queue<'_> {
         let tuning = self.policy.tuning;
         let fixed = self.cost.coefficients().batch;
         let extra = tuning.overhead_worth * fixed / self.packer.batch_rows;
+        let (doubts, slack_share) = (self.doubts(outlook), self.slack_share(outlook));
+        let (mut all_rows, mut all_urgency) = (0.0, 0.0);
         let now = outlook.now.nanos() as f64;
         let mut densest = 0.0;
         for bucket in 0..self.lanes.buckets() {
@@ -407,8 +427,15 @@ impl Queue<'_> {
                 due = due.min(soonest);
             }
             if rows > 0.0 {
+                all_rows += rows;
+                all_urgency += urgency;
                 // A batch that takes no longer than its rows' mean slack; where not even one row fits that, no batch does.
-                let by_slack = (rows * tuning.slack_share / larger(urgency, 1e-18) - fixed) / larger(row, 1e-9);
+                let slack = rows * slack_share / larger(urgency, 1e-18);
+                let mut by_slack = (slack - fixed) / larger(row, 1e-9);
+                if doubts {
+                    let correction = self.correction(by_slack.clamp(1.0, budget), self.policy.buckets.len_at(bucket));
+                    by_slack = ((slack / correction - fixed) / larger(row, 1e-9)).max(1.0);
+                }
                 let room = if (1.0..budget).contains(&by_slack) { by_slack as u32 as f64 } else { budget };
                 let credit = row + extra;
                 let worth = worth * credit;
@@ -416,6 +443,7 @@ impl Queue<'_> {
                 self.packer.cells.push(Cell { bucket, rows, row, credit, worth, densest, room, due });
             }
         }
+        self.packer.slack = all_rows / larger(all_urgency, 1e-18);
         // The heads are the soonest of their lanes where all have the same slack; this one is the soonest in any case.
         if let Some((due, id)) = self.due.first()
             && self.tickets[id].place == Place::Lane
@@ -444,6 +472,62 @@ impl Queue<'_> {
             }
         }
         self.lanes.head_due(class, bucket)
+    }
+
+    /// Whether experience says that batches end later than the cost model and its margin allow for.
+    fn doubts(&self, outlook: &Outlook) -> bool {
+        self.cost.is_known() && (!self.cost.is_trusted() || outlook.overrun > 1.0 + 2.0 * self.cost.margin())
+    }
+
+    /// What a prediction is multiplied by before a deadline is staked on it.
+    fn inflate(&self, outlook: &Outlook) -> f64 {
+        let margin = 1.0 + self.cost.margin();
+        if self.doubts(outlook) { larger(margin, outlook.overrun) } else { margin }
+    }
+
+    /// What such a batch takes beside what the fit says alone: where times scatter, a fit to relative errors is too low.
+    fn correction(&self, rows: f64, len: u32) -> f64 {
+        let fit = self.cost.coefficients();
+        larger(self.cost.predict(rows as u32, len) / larger(fit.batch + rows * fit.row(len), 1.0), 1.0)
+    }
+
+    /// Longest batch, as a share of its rows' slack. Where nobody knows how long it takes, half of the slack is for waiting: who
+    /// is given up before a batch is one that could not have been in the last one.
+    fn slack_share(&self, outlook: &Outlook) -> f64 {
+        let share = self.policy.tuning.slack_share;
+        if self.doubts(outlook) { 0.5 * share / outlook.overrun } else { share }
+    }
+
+    /// Gives up who would most likely be late in this batch, as long as others fill one for each executor: then it costs nothing,
+    /// and to compute what is late helps nobody. The lowest class first. Whether any was.
+    fn give_up_doubtful(&mut self, outlook: &Outlook, plan: &Plan) -> bool {
+        let (rows, cells) = self.packer.cells.iter().fold((0.0, 0.0), |(rows, cells), cell| {
+            (rows + cell.rows, cells + cell.rows * f64::from(self.policy.buckets.len_at(cell.bucket)))
+        });
+        let batch = match self.policy.layout {
+            Layout::Padded => f64::from(plan.rows),
+            // As many rows as long as these in the mean.
+            Layout::Packed => (plan.cells as f64 * rows / cells).min(f64::from(plan.rows)),
+        };
+        let mut spare = rows - batch * larger(outlook.executors, 1.0);
+        let wait = outlook.start.since(outlook.now).as_nanos() as f64;
+        let done = after(outlook.now, (wait + plan.predicted) * outlook.overrun);
+        let before = self.shed.len();
+        for class in Class::ALL[..=plan.lowest_class].iter().rev() {
+            for bucket in plan.shortest..=plan.longest {
+                for tenant in 0..self.lanes.tenants {
+                    while self.lanes.lane(tenant, *class, bucket).head_due < done {
+                        let id = self.lanes.lane(tenant, *class, bucket).oldest().expect("it has a deadline");
+                        spare -= f64::from(self.tickets[id].rows);
+                        if spare < 0.0 {
+                            return self.shed.len() > before;
+                        }
+                        self.give_up(id);
+                    }
+                }
+            }
+        }
+        self.shed.len() > before
     }
 
     fn give_up(&mut self, id: TicketId) {
@@ -702,7 +786,7 @@ impl Queue<'_> {
         let inside = |cell: &&Cell| cell.bucket >= plan.shortest && cell.bucket <= plan.longest;
         let due = cells.iter().filter(inside).map(|cell| cell.due).min().unwrap_or(Moment::FAR);
         let rows = f64::from(plan.rows);
-        let inflate = 1.0 + self.cost.margin();
+        let inflate = self.inflate(outlook);
         if due == Moment::FAR || self.done_at(outlook, rows, plan.longest, inflate) <= due {
             return Some(plan);
         }

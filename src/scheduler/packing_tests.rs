@@ -99,7 +99,8 @@ fn ran(scheduler: &mut Scheduler, now: Moment, model: ModelHandle, rows: u32, se
         predicted: 0,
         objective: Duration::ZERO,
     };
-    let running = Running { batch: batch.id, model, started: now, predicted: 0.0, until: now };
+    let running =
+        Running { batch: batch.id, model, sealed_at: now, started: now, predicted: 0.0, until: now, promised: now };
     scheduler.seats.seats[0].running.push(running);
     scheduler.handle_finished(now, &batch, service);
 }
@@ -429,6 +430,7 @@ fn with_cells<T>(cells: Vec<Cell>, sharing: f64, ask: impl FnOnce(&mut Queue<'_>
         executors: 1.0,
         sharing,
         others_idle: false,
+        overrun: 1.0,
         draining: false,
     };
     let mut queue = Queue {
@@ -915,6 +917,7 @@ fn ask_on<T>(rig: &mut Rig, executor: usize, asked: impl FnOnce(&mut Queue<'_>, 
         executors: 1.0,
         sharing: 1.0,
         others_idle: false,
+        overrun: 1.0,
         draining: false,
     };
     let Scheduler { tickets, shed, models, .. } = &mut rig.scheduler;

@@ -27,10 +27,13 @@ impl SeatSpec {
 pub struct Running {
     pub batch: u64,
     pub model: ModelHandle,
+    pub sealed_at: Moment,
     pub started: Moment,
     pub predicted: f64,
     /// When it should be done.
     pub until: Moment,
+    /// The same, as it was expected when the batch was sealed.
+    pub promised: Moment,
 }
 
 #[derive(Clone, Debug, bincode::Decode, bincode::Encode)]

@@ -64,7 +64,8 @@ fn timeout(scheduler: &mut Scheduler, now: Moment, idle: &[Group]) -> Option<Mom
 }
 
 fn running(batch: u64) -> Running {
-    Running { batch, model: MODEL, started: Moment::ZERO, predicted: 0.0, until: Moment::ZERO }
+    let zero = Moment::ZERO;
+    Running { batch, model: MODEL, sealed_at: zero, started: zero, predicted: 0.0, until: zero, promised: zero }
 }
 
 /// A batch of a model comes back.
