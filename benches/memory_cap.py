@@ -4,8 +4,8 @@
     cargo build --release && sudo python3 benches/memory_cap.py [--cap-mib 1024] [--seconds 10] [--payload-kib 4096] [--connections 512]
                                                                [--set KEY=VALUE]
 
-Needs root and the memory controller, of either version. queue.bytes_max is a quarter of the cap: beside what is queued there are frames
-on their way, batches and answers (docs/operations.md). Ends with 1 if the server was killed, did not answer afterwards, left something
+Needs root and the memory controller, of either version. queue.bytes_max is what the server makes of the cap by itself, a quarter: beside what
+is queued there are frames on their way, batches and answers (docs/operations.md). Ends with 1 if the server was killed, did not answer afterwards, left something
 that it had accepted without an answer (its own exit status), or had to refuse nothing, for then nothing was shown.
 
 With `--set queue.bytes_max=8589934592` it has to fail: the server is killed.
@@ -79,7 +79,7 @@ def main():
         "": {"placement": '"executor"'}, "dims.values": {"max": kib * 256},
         "batching": {"rows_max": 4, "padded_cells_max": kib * 1024, "buckets": f"[{kib * 256}]"}, "warmup": {"rows": "[1]", "lengths": f"[{kib * 256}]"},
     }}
-    sets = [f"queue.bytes_max={cap // 4}", "queue.cells_max=1073741824", *args.set]
+    sets = ["queue.cells_max=1073741824", *args.set]
     # As many as hold four times the cap, all of them in flight at once.
     callers = 4 * args.cap_mib * 1024 // kib
     with tempfile.TemporaryDirectory() as folder, Cap(cap) as cgroup:

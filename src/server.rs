@@ -20,7 +20,8 @@ use socket2::{Domain, Socket, Type};
 use crate::access::{AccessFiles, OpenAccess};
 use crate::batcher::{self, Batcher, ExecutorLink, OnHang, ThreadOutlet};
 use crate::clock;
-use crate::config::{Config, OtelProtocol, Place};
+use crate::config::limits::{self, memory_total};
+use crate::config::{Config, Machine, OtelProtocol, Place};
 use crate::contract::Contract;
 use crate::control::admin::{self, Beside, ControlHandle, ControlOptions};
 use crate::control::auth::{Gate, Stranger};
@@ -255,6 +256,16 @@ pub fn start_with(config: &Config, hooks: TestHooks) -> Result<ServerHandle, Sta
     };
     if repository.models.is_empty() {
         return Err(StartError::NoModels(config.models.display().to_string()));
+    }
+    let (held, memory) = (memory_total(&limits::memory(config, 0, 0)), Machine::here().memory);
+    if held > memory {
+        // The system would end the process without a word, and with all that it has accepted.
+        tracing::warn!(
+            "the limits let {} MiB be held beside models and batches, and this machine, or its container, has {} MiB: \
+             lower queue.bytes_max or frontend.output_bytes_total_max",
+            held >> 20,
+            memory >> 20
+        );
     }
     install_nudge_handler()?;
     build(config, &hooks, repository, access)

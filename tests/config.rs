@@ -9,7 +9,7 @@ use ferry::config::limits::{Access, SETTINGS, connections_allowed, memory, memor
 use ferry::config::{Config, LogFormat, Machine, OtelProtocol, Place};
 use proptest::prelude::*;
 
-const MACHINE: Machine = Machine { cores: 8, nofile: 20_000 };
+const MACHINE: Machine = Machine { cores: 8, nofile: 20_000, memory: 64 << 30 };
 
 /// The configuration of a file with this text.
 fn of_file(text: &str) -> Result<Config, Vec<String>> {
@@ -59,11 +59,27 @@ fn without_a_file_every_default_is_the_documented_one() {
 
 #[test]
 fn a_small_machine_still_gets_one_thread_of_each_kind_and_fewer_connections() {
-    let config = Config::default_on(Machine { cores: 1, nofile: 1024 });
+    let config = Config::default_on(Machine { cores: 1, nofile: 1024, memory: 1 << 30 });
     assert_eq!((config.threads.shards, config.threads.executors), (1, 1));
     assert_eq!(config.frontend.connections_max, connections_allowed(1024));
     assert_eq!(connections_allowed(1024), 816, "80 % of what is allowed, in whole steps of five files");
-    assert_eq!(Config::default_on(Machine { cores: 1, nofile: u64::MAX }).frontend.connections_max, 10_000);
+    let many = Config::default_on(Machine { nofile: u64::MAX, ..MACHINE });
+    assert_eq!(many.frontend.connections_max, 10_000);
+}
+
+#[test]
+fn on_little_memory_what_may_be_held_is_less_and_still_takes_a_payload() {
+    let held = |mib: u64| {
+        let config = Config::default_on(Machine { memory: mib << 20, ..MACHINE });
+        (config.queue.bytes_max >> 20, config.frontend.output_bytes_total_max >> 20)
+    };
+    assert_eq!([held(1024), held(2048), held(4096), held(1 << 20)], [(256, 256), (512, 512), (1024, 1024), (1024, 1024)]);
+    assert_eq!(held(8), (16, 32), "the largest payload, and 16 MiB of answers a shard");
+    let parts = memory(&Config::default_on(Machine { memory: 1 << 30, ..MACHINE }), 0, 0);
+    assert!(memory_total(&parts) < 800 << 20, "three quarters and the recorder: {parts:?}");
+    for mib in [1, 8, 64, 500] {
+        assert!(Config::load_on(Machine { memory: mib << 20, ..MACHINE }, None, &[]).is_ok(), "{mib} MiB");
+    }
 }
 
 #[test]

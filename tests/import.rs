@@ -58,7 +58,7 @@ fn config_of(imported: &Imported) -> Config {
     let text = imported.server.to_toml();
     let file = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(file.path(), &text).expect("writable");
-    let machine = Machine { cores: 4, nofile: 4096 };
+    let machine = Machine { cores: 4, nofile: 4096, memory: u64::MAX };
     Config::load_on(machine, Some(file.path()), &[]).unwrap_or_else(|errors| panic!("{errors}\n{text}"))
 }
 

@@ -656,6 +656,7 @@ impl<O: Outlet> Batcher<O> {
             metrics.verdicts(counts.held, counts.shed, counts.refused);
             metrics.policy_generation(self.scheduler.generation(model));
             metrics.cost_error(self.scheduler.cost(model).error());
+            metrics.overrun(self.scheduler.overrun(model));
         }
     }
 

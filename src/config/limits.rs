@@ -166,7 +166,8 @@ pub const SETTINGS: &[Setting] = &[
         key: "frontend.output_bytes_total_max",
         about: "Unsent answers of all connections, an equal share for each shard. Above its share a shard closes the
                 connection with the most unsent bytes. Lower it to bound what readers that stall can hold together,
-                raise it where many callers take large answers over slow links.",
+                raise it where many callers take large answers over slow links.
+                Default: 1 GiB, but at most a quarter of what the machine or its container has.",
         access: Access::U64 { min: 4096, max: 1 << 44, at: |c| &mut c.frontend.output_bytes_total_max },
     },
     Setting {
@@ -262,7 +263,8 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "queue.bytes_max",
-        about: "Payload bytes of all accepted requests. The largest part of the server's memory under load.",
+        about: "Payload bytes of all accepted requests. The largest part of the server's memory under load.
+                Default: 1 GiB, but at most a quarter of what the machine or its container has.",
         access: Access::U64 { min: 4096, max: 1 << 44, at: |c| &mut c.queue.bytes_max },
     },
     Setting {

@@ -8,10 +8,11 @@
 //! - Nothing here starts, binds or allocates by what it read: that the machine can carry it is asked in
 //!   frontend/preflight.rs.
 //!
-//! Elsewhere: keys as written, with their lines (file.rs); per-model settings (models/, in each manifest).
+//! Elsewhere: what defaults follow from (machine.rs), keys as written, with their lines (file.rs); per-model settings (models/, in each manifest).
 
 pub mod file;
 pub mod limits;
+mod machine;
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -20,6 +21,7 @@ use std::time::Duration;
 
 use file::Origin;
 use limits::SETTINGS;
+pub use machine::Machine;
 
 use crate::timeline::breach::BreachRule;
 use crate::tls::{ClientAuth, ServerFiles};
@@ -264,26 +266,6 @@ impl LogFormat {
     }
 }
 
-/// What defaults are derived from. Read once, so that a test can say which machine it means.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Machine {
-    /// Physical ones that this process may use.
-    pub cores: usize,
-    /// Soft limit of open files.
-    pub nofile: u64,
-}
-
-impl Machine {
-    pub fn here() -> Machine {
-        // What this process may use, and no more than there are cores: a second thread of a core computes nothing faster.
-        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-        let cores = allowed.min(num_cpus::get_physical()).max(1);
-        let nofile = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE)
-            .map_or(1024, |(soft, _hard)| soft);
-        Machine { cores, nofile }
-    }
-}
-
 impl Default for Config {
     fn default() -> Config {
         Config::default_on(Machine::here())
@@ -294,6 +276,9 @@ impl Config {
     /// The defaults on a given machine.
     pub fn default_on(machine: Machine) -> Config {
         let shards = (machine.cores / 4).max(1);
+        let payload = crate::wire::Limits::DEFAULT.payload_bytes;
+        // What waits, what is on its way in and what is on its way out may each come to this; the rest is for models and batches.
+        let share = (machine.memory / 4).min(1 << 30);
         Config {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 7600)),
             control: SocketAddr::from((Ipv4Addr::LOCALHOST, 7601)),
@@ -306,9 +291,9 @@ impl Config {
                 connections_max: limits::connections_default(machine.nofile),
                 credit_requests: 256,
                 credit_bytes: 64 << 20,
-                payload_bytes_max: crate::wire::Limits::DEFAULT.payload_bytes,
+                payload_bytes_max: payload,
                 output_bytes_max: 4 << 20,
-                output_bytes_total_max: (1 << 30).max((shards as u64) << 24),
+                output_bytes_total_max: share.max((shards as u64) << 24),
                 hello_timeout: Duration::from_secs(3),
                 frame_timeout: Duration::from_secs(5),
                 stall_timeout: Duration::from_secs(10),
@@ -317,7 +302,7 @@ impl Config {
             },
             abuse: Abuse { points: 1000, points_per_second: 100, ban: Duration::from_secs(10), ban_loopback: false },
             quota: Quota::default(),
-            queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: 1 << 30 },
+            queue: Queue { rows_max: 65_536, cells_max: 1 << 24, bytes_max: share.max(payload.into()) },
             executor: Executor {
                 device: Place::Cpu,
                 graph_bytes_max: 256 << 20,

@@ -30,12 +30,13 @@ use super::abuse::Points;
 use super::connection::{Connection, Phase};
 use super::session::append_goaway;
 use super::state::{Mode, ReadEnd, State};
-use super::task::spawn;
+use super::task::{Turns, spawn};
 use super::{Catalog, Options};
 use crate::clock;
 use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender};
 use crate::telemetry::Telemetry;
+use crate::telemetry::Turn as Whose;
 use crate::vocab::Code;
 
 /// Reads that filled their buffer, in a row, before a connection lets others run.
@@ -120,6 +121,7 @@ struct Shard {
     state: RefCell<State>,
     mailbox: Receiver<ToShard>,
     turns: Arc<AtomicU64>,
+    times: Turns,
     /// Wakes the accept task when it has to end.
     accept_waker: Cell<Option<Waker>>,
     done: Cell<bool>,
@@ -173,17 +175,19 @@ async fn run(setup: Setup) {
             return;
         }
     };
+    let times = Turns { telemetry: Arc::clone(&setup.telemetry), shard: setup.index.into() };
     let state = State::new(setup.index, setup.options, setup.catalog, setup.telemetry, setup.batcher, setup.tokenizer);
     let shard = Rc::new(Shard {
         state: RefCell::new(state),
         mailbox: setup.mailbox,
         turns: setup.turns,
+        times,
         accept_waker: Cell::new(None),
         done: Cell::new(false),
     });
     edit_end(|end| end.shard = Rc::downgrade(&shard));
-    spawn("accept", accept(Rc::clone(&shard), listener));
-    spawn("housekeeping", housekeep(Rc::clone(&shard)));
+    spawn(Whose::Accept, &shard.times, accept(Rc::clone(&shard), listener));
+    spawn(Whose::Housekeeping, &shard.times, housekeep(Rc::clone(&shard)));
     let _ = setup.ready.send(Ok(pthread_self()));
     drop(setup.ready);
     loop {
@@ -197,7 +201,7 @@ async fn run(setup: Setup) {
             shard.mailbox.poll_ready(cx)
         })
         .await;
-        shard.drain_mailbox();
+        shard.times.time(Whose::Mailbox, || shard.drain_mailbox());
         if shard.state.borrow().is_done() {
             shard.done.set(true);
             shard.state.borrow_mut().close();
@@ -292,7 +296,7 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
         state.meet(at);
     }
     drop(state);
-    spawn("connection", serve(Rc::clone(shard), at, stream));
+    spawn(Whose::Connection, &shard.times, serve(Rc::clone(shard), at, stream));
 }
 
 /// A connection's task: reads bursts and writes what had to wait, until it is closed.

@@ -162,6 +162,7 @@ impl Scheduler {
 
     /// Refuses what would wait for more than its share of its slack behind a queue that has stood so long for a while.
     fn admit_by_backlog(&mut self, now: Moment, arrival: &Arrival, slack: f64) -> Result<(), (Refusal, u64)> {
+        let executors = self.seats.count(self.models[arrival.model.index()].policy.group);
         let queue = &mut self.models[arrival.model.index()];
         let share = queue.policy.overload_admission();
         if share == 0.0 {
@@ -169,9 +170,10 @@ impl Scheduler {
         }
         let rank = Rank::of(arrival.class, urgency_of(slack));
         let ahead = queue.backlog.nanos(queue.backlog.ahead(rank));
+        let between = queue.typical_batch() / executors.max(1) as f64;
         // Less than two batches would leave executors idle between them.
-        let bound = (share * slack).max(2.0 * queue.typical_batch());
-        if !queue.backlog.stands(now, rank, ahead, bound, slack) {
+        let bound = (share * slack).max(2.0 * between);
+        if !queue.backlog.stands(now, rank, ahead, bound, slack, between) {
             return Ok(());
         }
         // Among tenants, each waits for its own behind as many others. Whether the queue stands is asked of all of it: who has little in

@@ -27,6 +27,8 @@ const FIRST_OCTAVE: i32 = 20;
 
 /// Share of its slack for which the queue has to have been too long.
 const STANDS: f64 = 0.5;
+/// Short is this share of too long.
+const SHORT: f64 = 0.25;
 /// What a batch between others counts, beside all before it.
 const FADES: f64 = 0.95;
 
@@ -36,6 +38,8 @@ pub struct Backlog {
     cells: [[u64; OCTAVES]; Class::COUNT],
     /// Since when it has been too long.
     stands_since: [[Option<Moment>; OCTAVES]; Class::COUNT],
+    /// Since when it has been short after that.
+    short_since: [[Option<Moment>; OCTAVES]; Class::COUNT],
     /// Time between batches while more waited, in ns, and cells that they took; both fade.
     nanos: f64,
     taken: f64,
@@ -98,18 +102,21 @@ impl Backlog {
     }
 
     /// Whether a newcomer that would wait for `wait` is to be refused: the wait has been longer than `bound` for long enough,
-    /// by its `slack`. All in ns.
-    pub fn stands(&mut self, now: Moment, rank: Rank, wait: f64, bound: f64, slack: f64) -> bool {
-        let since = &mut self.stands_since[rank.class][rank.octave];
+    /// by its `slack`, and since then not been short for longer than it takes from one batch to the next. All in ns.
+    pub fn stands(&mut self, now: Moment, rank: Rank, wait: f64, bound: f64, slack: f64, between: f64) -> bool {
+        let after = |moment: Moment, nanos: f64| moment + Duration::from_nanos(nanos as u64);
+        let stands_since = &mut self.stands_since[rank.class][rank.octave];
+        let short_since = &mut self.short_since[rank.class][rank.octave];
+        if wait > SHORT * bound {
+            *short_since = None;
+        } else if stands_since.is_some() && now > after(*short_since.get_or_insert(now), between) {
+            // Not at once: what refusing leaves is a queue of two batches, and executors may take all of it in one go.
+            (*stands_since, *short_since) = (None, None);
+        }
         if wait <= bound {
-            // Far below the bound: refusing keeps the queue there, less what one batch takes, which may be half of it.
-            if wait <= bound / 4.0 {
-                *since = None;
-            }
             return false;
         }
-        let since = *since.get_or_insert(now);
-        now >= since + Duration::from_nanos((STANDS * slack) as u64)
+        now >= after(*stands_since.get_or_insert(now), STANDS * slack)
     }
 }
 
@@ -181,13 +188,16 @@ mod tests {
     fn a_burst_is_taken_and_a_queue_that_stands_is_not() {
         let mut backlog = Backlog::default();
         let rank = rank(1, 100.0);
-        let mut refuses = |ms: u64, wait: f64| backlog.stands(at(ms), rank, wait * MS, 25.0 * MS, 100.0 * MS);
+        let mut refuses = |ms: u64, wait: f64| backlog.stands(at(ms), rank, wait * MS, 25.0 * MS, 100.0 * MS, 12.0 * MS);
         // A burst that goes within half its slack.
         assert!([(0, 80.0), (20, 60.0), (49, 26.0), (50, 25.0)].into_iter().all(|(ms, wait)| !refuses(ms, wait)));
-        // Somewhat below the bound it is not gone yet; far below it is.
+        // Somewhat below the bound it is not gone, and neither is it where it is far below for a moment.
         assert!(refuses(60, 26.0));
         assert!(!refuses(70, 7.0) && refuses(71, 30.0));
-        assert!(!refuses(80, 6.0) && !refuses(81, 90.0) && !refuses(130, 90.0));
-        assert!(refuses(131, 26.0));
+        assert!(!refuses(80, 6.0) && refuses(81, 90.0));
+        assert!(!refuses(90, 6.25) && !refuses(100, 7.0) && !refuses(103, 6.0) && !refuses(115, 6.0) && refuses(116, 30.0));
+        // Far below for longer than from one batch to the next: what comes then may be a burst again.
+        assert!(!refuses(120, 6.0) && !refuses(125, 0.0) && !refuses(133, 6.0));
+        assert!(!refuses(134, 90.0) && !refuses(183, 90.0) && refuses(184, 26.0));
     }
 }

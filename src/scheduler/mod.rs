@@ -936,6 +936,11 @@ impl Scheduler {
         &self.models[model.index()].cost
     }
 
+    /// How much longer than promised nine of ten batches of a model take until they are done: from 1 to 8.
+    pub fn overrun(&self, model: ModelHandle) -> f64 {
+        self.models[model.index()].overrun.factor()
+    }
+
     pub fn log(&self) -> &DecisionLog {
         &self.log
     }

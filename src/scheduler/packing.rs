@@ -4,7 +4,8 @@
 //! and its soonest deadline. For a fixed set of rows some cheapest partition into batches is contiguous in length (give the
 //! batch with the longest row the longest others: no batch grows), so candidates are ranges of buckets.
 //!
-//! 1. Give up rows that cannot be done by their deadline even alone and at once.
+//! 1. Give up rows that cannot be done by their deadline even alone and at once. Where batches end later than promised (overrun.rs), those
+//!    who would most likely be late in the batch chosen, too, while others fill one for each executor.
 //! 2. Of all ranges, take the one with the most worth per time of the executor. A row's worth is its work plus a share of a
 //!    batch's fixed cost, times its age in units of its slack (the largest-weighted-delay-first rule of Stolyar and Ramanan,
 //!    2001, times the rate).
@@ -474,9 +475,11 @@ impl Queue<'_> {
         self.lanes.head_due(class, bucket)
     }
 
-    /// Whether experience says that batches end later than the cost model and its margin allow for.
+    /// Whether experience says that batches end later than the cost model and its margin allow for, and anybody has a deadline.
     fn doubts(&self, outlook: &Outlook) -> bool {
-        self.cost.is_known() && (!self.cost.is_trusted() || outlook.overrun > 1.0 + 2.0 * self.cost.margin())
+        self.due.len() > 0
+            && self.cost.is_known()
+            && (!self.cost.is_trusted() || outlook.overrun > 1.0 + 2.0 * self.cost.margin())
     }
 
     /// What a prediction is multiplied by before a deadline is staked on it.

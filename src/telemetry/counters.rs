@@ -107,6 +107,32 @@ impl Operation {
     }
 }
 
+/// Who had a shard to itself for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// A connection: what it read was taken and answered, and what was to be sent was written.
+    Connection,
+    /// New connections.
+    Accept,
+    /// Deadlines, timeouts, budgets.
+    Housekeeping,
+    /// Answers of batches, shutdown.
+    Mailbox,
+}
+
+impl Turn {
+    pub const ALL: [Turn; 4] = [Turn::Connection, Turn::Accept, Turn::Housekeeping, Turn::Mailbox];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Turn::Connection => "connection",
+            Turn::Accept => "accept",
+            Turn::Housekeeping => "housekeeping",
+            Turn::Mailbox => "mailbox",
+        }
+    }
+}
+
 /// What one shard counts. Aligned so that no two threads write the same cache line (128: lines are fetched in pairs).
 #[derive(Debug)]
 #[repr(align(128))]
@@ -139,6 +165,8 @@ pub struct ShardMetrics {
     /// Answered, of those that mean no model. By [`Operation`].
     pub(super) operations: [Count; Operation::ALL.len()],
     pub(super) operation_times: [Histogram; Operation::ALL.len()],
+    /// By [`Turn`].
+    pub(super) turn_times: [Histogram; Turn::ALL.len()],
 }
 
 impl ShardMetrics {
@@ -168,6 +196,7 @@ impl ShardMetrics {
             unsent_bytes: Count::default(),
             operations: Default::default(),
             operation_times: Operation::ALL.map(|_| Histogram::times()),
+            turn_times: Turn::ALL.map(|_| Histogram::times()),
         }
     }
 
@@ -266,6 +295,13 @@ impl ShardMetrics {
     /// A connection of a banned address was not taken.
     pub fn banned(&self) {
         self.banned.add(1);
+    }
+
+    /// A task of the shard ran for so long before it let others run. From the shard's thread alone.
+    ///
+    /// Hot: once per turn. Guarded by benches/echo_path.rs.
+    pub fn turn(&self, whose: Turn, took: Duration) {
+        self.turn_times[whose as usize].observe_time_alone(took);
     }
 
     /// The shard had work and did not turn until it was nudged.
@@ -403,6 +439,7 @@ pub struct ModelMetrics {
     pub(super) policy_generation: Count,
     /// Bits of an f64.
     pub(super) cost_error: Count,
+    pub(super) overrun: Count,
     /// By [`SHADOW_FIGURES`]: bits of an f64; 0: nothing was predicted yet.
     pub(super) shadow_errors: [Count; SHADOW_FIGURES.len()],
 }
@@ -435,6 +472,7 @@ impl ModelMetrics {
             looks_apart: Count::default(),
             policy_generation: Count::default(),
             cost_error: Count::default(),
+            overrun: Count::default(),
             shadow_errors: Default::default(),
         }
     }
@@ -527,6 +565,11 @@ impl ModelMetrics {
     /// Mean relative error of predicted batch times.
     pub fn cost_error(&self, ratio: f64) {
         self.cost_error.set(ratio.to_bits());
+    }
+
+    /// What a promised time is multiplied by to be kept by nine of ten batches.
+    pub fn overrun(&self, ratio: f64) {
+        self.overrun.set(ratio.to_bits());
     }
 
     /// How far the last prediction of a figure was off.

@@ -16,7 +16,7 @@ use super::family::{Families, Family, Kind, Value, sum_of};
 use super::waterfall::{self, PARTS};
 use super::{
     Alarm, BISECTED, Books, CAPTURE_ENDS, DEVICE_WAITS, OTHER, Operation, PADDINGS, RELOADED, SHADOW_FIGURES,
-    SHADOW_OUTCOMES, ShardMetrics, Telemetry, TurnedAway, log,
+    SHADOW_OUTCOMES, ShardMetrics, Telemetry, Turn, TurnedAway, log,
 };
 use crate::vocab::{Code, SealReason};
 use crate::{clock, live};
@@ -218,6 +218,14 @@ impl Telemetry {
                 }
             }
         });
+        list.open("ferry_shard_turn_seconds", "Time that a task had its shard to itself", Kind::Histogram, |family| {
+            for turn in Turn::ALL {
+                let times = self.shards.iter().map(|shard| &shard.turn_times[turn as usize]);
+                if let Some(sum) = sum_of(times).filter(|sum| sum.count > 0) {
+                    family.add([("task", turn.name())], Value::Histogram(sum));
+                }
+            }
+        });
     }
 
     /// What could leak: a soak shows these flat.
@@ -325,6 +333,12 @@ impl Telemetry {
             // Models without a label of their own have no error in common.
             for (place, model) in self.models.iter().enumerate().take(self.labels.len()) {
                 family.add([("model", self.model_name(place))], f64::from_bits(model.cost_error.get()));
+            }
+        });
+        let help = "Time from sealing to the end that nine of ten batches keep, beside what was promised";
+        list.open("ferry_batch_overrun_ratio", help, Kind::Gauge, |family| {
+            for (place, model) in self.models.iter().enumerate().take(self.labels.len()) {
+                family.add([("model", self.model_name(place))], f64::from_bits(model.overrun.get()));
             }
         });
         let (name, help) = ("ferry_policy_generation", "Raised with each change of the policy");

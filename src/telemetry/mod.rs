@@ -22,6 +22,7 @@
 //! | `ferry_window_changes_total` | counter | shard | credit frames: windows lowered near the budget of payloads, and raised again |
 //! | `ferry_accept_pauses_total` | counter | shard | moments in which no connection was taken, near the budget of payloads |
 //! | `ferry_shard_stalls_total` | counter | shard | a shard with work did not turn until it was nudged |
+//! | `ferry_shard_turn_seconds` | histogram | task | how long a task had its shard to itself before it let others run: `connection`, `mailbox` (answers of batches), `accept`, `housekeeping`; what the system ran in between is in it |
 //! | `ferry_late_answers_total` | counter | shard | results dropped because the request had already ended |
 //! | `ferry_goaways_total` | counter | code | goodbyes sent, by reason |
 //! | `ferry_requests_accepted_total` | counter | model | requests that are owed an outcome |
@@ -52,6 +53,7 @@
 //! | `ferry_canary_rows_total` | counter | model, outcome | answered rows that were run once more, alone: `equal`, or `apart`, which is an alarm |
 //! | `ferry_decisions_total` | counter | model, verdict | times rows were held, requests given up (shed) or refused by the scheduler |
 //! | `ferry_cost_model_error_ratio` | gauge | model | mean relative error of predicted batch times |
+//! | `ferry_batch_overrun_ratio` | gauge | model | time from sealing to the end that nine of ten batches keep ÷ what was promised; from 1 to 8 |
 //! | `ferry_policy_generation` | gauge | model | raised with each change of the policy |
 //! | `ferry_alarms_total` | counter | what | things that cannot be: wrong_output, a model gave outputs of another count or shape than its contract's, and its batch was answered internal; foreign_result, a batch came back twice or to nobody, and was dropped |
 //! | `ferry_captures_total` | counter | end | captures of the scheduler's inputs that ended, by how |
@@ -113,7 +115,7 @@ pub mod waterfall;
 
 pub use counters::{
     BISECTED, DEVICE_WAITS, ExecutorMetrics, ModelMetrics, Operation, OtelMetrics, PADDINGS, SHADOW_FIGURES,
-    SHADOW_OUTCOMES, ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX, TurnedAway,
+    SHADOW_OUTCOMES, ShadowMetrics, ShadowOutcome, ShardMetrics, Signal, TENANTS_LABELLED_MAX, Turn, TurnedAway,
 };
 pub use live::bounds_json;
 pub use times::TimeCell;

@@ -79,8 +79,8 @@ pub struct Given<'a> {
     pub cores: usize,
     /// The most that the limits allow.
     pub memory_bytes: u64,
-    /// Of the machine; None where it does not say.
-    pub physical_bytes: Option<u64>,
+    /// What the machine or its container gives; `u64::MAX` where it does not say.
+    pub machine_bytes: u64,
 }
 
 /// Shares of the executors below which a model hardly runs beside busy others.
@@ -172,15 +172,15 @@ fn machine(given: &Given<'_>, found: &mut Found) {
             ),
         );
     }
-    if let Some(physical) = given.physical_bytes.filter(|physical| given.memory_bytes > *physical) {
+    if given.memory_bytes > given.machine_bytes {
         found.warn(
             "limits_above_memory",
             "queue.bytes_max",
             format!(
-                "the limits add up to {} and the machine has {}: lower queue.bytes_max or \
+                "the limits add up to {} and this machine, or its container, has {}: lower queue.bytes_max or \
                  frontend.output_bytes_total_max",
                 size_text(given.memory_bytes),
-                size_text(physical)
+                size_text(given.machine_bytes)
             ),
         );
     }
@@ -573,14 +573,14 @@ mod tests {
 
     fn config(sets: &[&str]) -> Config {
         let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
-        let machine = Machine { cores: 8, nofile: 4096 };
+        let machine = Machine { cores: 8, nofile: 4096, memory: u64::MAX };
         // One core stays free for the shards.
         let sets = [vec!["threads.executors=4".to_owned()], sets].concat();
         Config::load_on(machine, None, &sets).unwrap_or_else(|errors| panic!("{errors}"))
     }
 
     fn found(config: &Config, manifests: &[Manifest]) -> Vec<Finding> {
-        findings(&Given { config, manifests, cores: 8, memory_bytes: 1, physical_bytes: Some(2) })
+        findings(&Given { config, manifests, cores: 8, memory_bytes: 1, machine_bytes: 2 })
     }
 
     fn codes(findings: &[Finding]) -> Vec<(&str, &str)> {
@@ -714,9 +714,9 @@ mod tests {
     #[test]
     fn limits_above_the_machine_are_found() {
         let config = config(&[]);
-        let given = Given { config: &config, manifests: &[], cores: 8, memory_bytes: 3, physical_bytes: Some(2) };
+        let given = Given { config: &config, manifests: &[], cores: 8, memory_bytes: 3, machine_bytes: 2 };
         assert_eq!(codes(&findings(&given)), [("limits_above_memory", "queue.bytes_max")]);
-        let given = Given { physical_bytes: None, ..given };
+        let given = Given { machine_bytes: u64::MAX, ..given };
         assert_eq!(findings(&given), [], "a machine that does not say");
     }
 

@@ -82,12 +82,13 @@ fn check(args: &ConfigArgs) -> Report {
     let staging = staging_bytes(&config, &report.manifests);
     report.memory = memory(&config, staging, weight_bytes(&config.models, &report.manifests));
     report.errors.extend(report.manifests.iter().filter_map(|manifest| findings::unservable(&config, manifest)));
+    let machine = Machine::here();
     let given = Given {
         config: &config,
         manifests: &report.manifests,
-        cores: Machine::here().cores,
+        cores: machine.cores,
         memory_bytes: memory_total(&report.memory),
-        physical_bytes: physical_memory_bytes(),
+        machine_bytes: machine.memory,
     };
     report.findings.extend(findings(&given));
     report.config = Some(config);
@@ -119,12 +120,6 @@ fn weight_bytes(directory: &Path, manifests: &[Manifest]) -> u64 {
 fn weight_file(directory: &Path, manifest: &Manifest) -> PathBuf {
     let contract = &manifest.contract;
     directory.join(&contract.name).join(&contract.version).join("weights.safetensors")
-}
-
-fn physical_memory_bytes() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
 fn size_text(bytes: u64) -> String {
