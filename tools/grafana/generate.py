@@ -236,6 +236,9 @@ def dashboard():
     board.row("Policy")
     board.graph("Error of predicted batch times", "Mean, relative. Above 0.2 the scheduler decides by numbers that are not so.", "percentunit",
                 ("{{model}}", now("ferry_cost_model_error_ratio", "model")))
+    board.graph("Batches beyond their promise", "Time from sealing to the end that nine of ten batches keep, beside what was promised. Well above 1: other work "
+                "shares the cores or the device, or the time depends on what is in a row.", "short",
+                ("{{model}}", now("ferry_batch_overrun_ratio", "model")))
     board.graph("Generation of the policy", "Rises with each change.", "short", ("{{model}}", now("ferry_policy_generation", "model")))
     if "ferry_shadow_error_ratio" in METRICS:
         board.graph("Error of shadows", "How far the last prediction of a policy that was then put in force was off.", "percentunit",
@@ -267,6 +270,8 @@ def dashboard():
                 ("stalls", rise("ferry_shard_stalls_total")), ("drift", rise("ferry_audits_total", outcome="drift")),
                 ("{{what}}", rise("ferry_alarms_total", "what")), ("late results", rise("ferry_executor_late_results_total")),
                 ("accept errors", rise("ferry_accept_errors_total")))
+    board.graph("Turns of shards", "How long a task has its shard to itself: 999 of 1000 turns.", "s",
+                ("{{task}}", quantile(0.999, "ferry_shard_turn_seconds", "task")))
     board.graph("OpenTelemetry", "Messages to the receiver, and what was lost on the way.", "short",
                 ("{{signal}} {{outcome}}", rise("ferry_otel_exports_total", "signal", "outcome")),
                 ("lost {{what}}", rise("ferry_otel_dropped_total", "what")))
@@ -326,6 +331,8 @@ def alerts():
          "Callers send later than they mean to: what they measure is not this server alone."),
         ("FerryPredictionsWrong", "warning", "15m", now("ferry_cost_model_error_ratio", "instance", "model") + " > 0.5",
          "Batches do not take what the scheduler expects."),
+        ("FerryBatchesOverrun", "warning", "15m", now("ferry_batch_overrun_ratio", "instance", "model") + " > 3",
+         "Batches take far longer than promised: does something else use the cores or the device?"),
         ("FerryTelemetryLost", "warning", "5m", rise("ferry_otel_dropped_total", "instance") + " > 0", "Traces are lost on the way to their receiver."),
     ]
     out = ["# Written by tools/grafana/generate.py from the table in src/telemetry/mod.rs: change it there.", "groups:", "  - name: ferry", "    rules:"]
