@@ -845,7 +845,7 @@ impl Queue<'_> {
             Layout::Padded => self.cost.predict(plan.rows + 1, len),
             Layout::Packed => plan.predicted + self.cost.coefficients().row(len),
         };
-        let grown = grown * (1.0 + self.cost.margin());
+        let grown = grown * self.inflate(outlook);
         let latest = if due == Moment::FAR { due } else { due - Duration::from_nanos(grown as u64) - WAKE_MARGIN };
         match self.policy.queue_delay_max {
             Some(Duration::ZERO) => seal(SealReason::Idle),

@@ -187,6 +187,48 @@ fn without_a_window_rows_are_held_only_while_more_are_expected_soon() {
     assert_eq!(rig.poll().expect("nobody came").reason, SealReason::Economic);
 }
 
+/// Until a batch with one more row would be too late by what may be wrong with the prediction, and by what a wake-up takes.
+#[test]
+fn a_window_ends_when_one_more_row_would_make_the_soonest_late() {
+    for layout in [Layout::Padded, Layout::Packed] {
+        let policy = Policy { queue_delay_max: Some(MS * 100), layout, can_pack: true, ..policy() };
+        let mut rig = Rig::new(vec![policy], 1);
+        rig.arrive(16, MS * 20);
+        rig.arrive(16, MS * 30);
+        assert_eq!(rig.poll(), None);
+        let until = rig.scheduler.poll_timeout(rig.now).expect("a deadline");
+        let grown = rig.scheduler.cost(MODEL).predict(3, 16) * (1.0 + rig.scheduler.cost(MODEL).margin());
+        let expected = rig.now + MS * 20 - Duration::from_nanos(grown as u64) - WAKE_MARGIN;
+        let apart = until.since(expected).max(expected.since(until));
+        // A bucket's longest row stands for all of it where they lie end to end.
+        assert!(apart < Duration::from_micros(20), "{layout:?}: {until:?}, expected {expected:?}");
+    }
+}
+
+/// With the fixed millisecond shared by those who wait: so long may the next row be on its way.
+#[test]
+fn holding_ends_when_the_next_row_is_worth_less_than_the_wait() {
+    let held = |hold: &str| {
+        let mut rig = Rig::new(vec![policy().with([("hold", hold)]).expect("a knob")], 1);
+        for _ in 0..3 {
+            rig.arrive(16, MS * 1000);
+            rig.now = rig.now + Duration::from_micros(100);
+        }
+        let last = rig.now - Duration::from_micros(100);
+        match rig.poll() {
+            None => Some(rig.scheduler.poll_timeout(rig.now).expect("it is held for a while").since(last)),
+            Some(_) => None,
+        }
+    };
+    let fixed = Rig::new(vec![policy()], 1).scheduler.cost(MODEL).coefficients().batch;
+    for (hold, share) in [("1", 1.0), ("2", 2.0)] {
+        let wait = held(hold).expect("more are expected within it").as_nanos() as f64;
+        assert!(near(wait, share * fixed / 4.0), "hold {hold}: {wait} ns");
+    }
+    assert_eq!(held("0.3"), None, "four rows a hundred microseconds apart cost more than three tenths of a millisecond");
+    assert_eq!(held("0"), None);
+}
+
 #[test]
 fn what_cannot_be_done_in_time_is_said_at_the_door_and_later_given_up() {
     let mut rig = Rig::new(vec![policy()], 1);
