@@ -73,7 +73,10 @@ fn on_little_memory_what_may_be_held_is_less_and_still_takes_a_payload() {
         let config = Config::default_on(Machine { memory: mib << 20, ..MACHINE });
         (config.queue.bytes_max >> 20, config.frontend.output_bytes_total_max >> 20)
     };
-    assert_eq!([held(1024), held(2048), held(4096), held(1 << 20)], [(256, 256), (512, 512), (1024, 1024), (1024, 1024)]);
+    assert_eq!(
+        [held(1024), held(2048), held(4096), held(1 << 20)],
+        [(256, 256), (512, 512), (1024, 1024), (1024, 1024)]
+    );
     assert_eq!(held(8), (16, 32), "the largest payload, and 16 MiB of answers a shard");
     let parts = memory(&Config::default_on(Machine { memory: 1 << 30, ..MACHINE }), 0, 0);
     assert!(memory_total(&parts) < 800 << 20, "three quarters and the recorder: {parts:?}");

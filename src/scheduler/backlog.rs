@@ -188,14 +188,17 @@ mod tests {
     fn a_burst_is_taken_and_a_queue_that_stands_is_not() {
         let mut backlog = Backlog::default();
         let rank = rank(1, 100.0);
-        let mut refuses = |ms: u64, wait: f64| backlog.stands(at(ms), rank, wait * MS, 25.0 * MS, 100.0 * MS, 12.0 * MS);
+        let mut refuses =
+            |ms: u64, wait: f64| backlog.stands(at(ms), rank, wait * MS, 25.0 * MS, 100.0 * MS, 12.0 * MS);
         // A burst that goes within half its slack.
         assert!([(0, 80.0), (20, 60.0), (49, 26.0), (50, 25.0)].into_iter().all(|(ms, wait)| !refuses(ms, wait)));
         // Somewhat below the bound it is not gone, and neither is it where it is far below for a moment.
         assert!(refuses(60, 26.0));
         assert!(!refuses(70, 7.0) && refuses(71, 30.0));
         assert!(!refuses(80, 6.0) && refuses(81, 90.0));
-        assert!(!refuses(90, 6.25) && !refuses(100, 7.0) && !refuses(103, 6.0) && !refuses(115, 6.0) && refuses(116, 30.0));
+        assert!(
+            !refuses(90, 6.25) && !refuses(100, 7.0) && !refuses(103, 6.0) && !refuses(115, 6.0) && refuses(116, 30.0)
+        );
         // Far below for longer than from one batch to the next: what comes then may be a burst again.
         assert!(!refuses(120, 6.0) && !refuses(125, 0.0) && !refuses(133, 6.0));
         assert!(!refuses(134, 90.0) && !refuses(183, 90.0) && refuses(184, 26.0));

@@ -225,7 +225,11 @@ fn holding_ends_when_the_next_row_is_worth_less_than_the_wait() {
         let wait = held(hold).expect("more are expected within it").as_nanos() as f64;
         assert!(near(wait, share * fixed / 4.0), "hold {hold}: {wait} ns");
     }
-    assert_eq!(held("0.3"), None, "four rows a hundred microseconds apart cost more than three tenths of a millisecond");
+    assert_eq!(
+        held("0.3"),
+        None,
+        "four rows a hundred microseconds apart cost more than three tenths of a millisecond"
+    );
     assert_eq!(held("0"), None);
 }
 
@@ -1147,8 +1151,7 @@ fn of_those_in_doubt_the_lowest_class_is_given_up_first() {
     let soon = Some(rig.now + MS * 6);
     let high: Vec<_> = (0..3).map(|_| rig.arrive_as(Arrival { deadline: soon, ..request(16) })).collect();
     let lowest = Class::from_priority(2);
-    let low: Vec<_> =
-        (0..3).map(|_| rig.arrive_as(Arrival { deadline: soon, class: lowest, ..request(16) })).collect();
+    let low: Vec<_> = (0..3).map(|_| rig.arrive_as(Arrival { deadline: soon, class: lowest, ..request(16) })).collect();
     (0..14).for_each(|_| _ = rig.arrive(16, MS * 1000));
     ask_in_doubt(&mut rig, twice(), |queue, outlook| {
         let plan = queue.look(outlook).expect("rows wait");
