@@ -418,6 +418,25 @@ fn a_slow_model_leaves_an_executor_to_a_fast_one() {
 }
 
 #[test]
+fn a_slow_model_holds_as_many_executors_as_its_weight_says_beside_a_fast_one() {
+    for (executors, weight, share) in [(4, 1.0, 2), (6, 2.0, 4), (6, 0.5, 2), (3, 9.0, 2)] {
+        let policy = |weight| Policy { queue_delay_max: Some(Duration::ZERO), weight, ..policy() };
+        let mut rig = Rig::new(vec![policy(weight), policy(1.0)], executors);
+        let (slow, fast) = (ModelHandle(0), ModelHandle(1));
+        ran(&mut rig.scheduler, rig.now, slow, 1, MS * 800);
+        ran(&mut rig.scheduler, rig.now, fast, 1, MS);
+        rig.arrive_as(Arrival { model: fast, ..request(16) });
+        let batch = rig.poll().expect("all are idle");
+        rig.finish(&batch);
+        for _ in 0..2 * executors {
+            rig.arrive_as(Arrival { model: slow, rows: 16, ..request(16) });
+        }
+        let given = std::iter::from_fn(|| rig.poll()).count();
+        assert_eq!(given, share, "of {executors} executors, {weight} to 1");
+    }
+}
+
+#[test]
 fn policies_change_while_rows_wait_and_none_is_lost() {
     let mut rig = Rig::new(vec![policy()], 1);
     let mut waiting: Vec<TicketId> = (0..120).map(|n| rig.arrive(1 + n * 2, MS * 10_000)).collect();
