@@ -281,7 +281,7 @@ mod tests {
             ("more ids than names", TINY.replace(r#""ids":[2]"#, r#""ids":[2,2,2]"#)),
             (
                 "a special token that is missing",
-                TINY.replace(r#""special_tokens":{"[CLS]""#, r#""special_tokens":{"[XXX]""#),
+                TINY.replace(r#""special_tokens":{"[CLS]""#, r#""special_tokens":{"[OTHER]""#),
             ),
             ("an unknown word without an id", TINY.replace(r#""unk_token":"[UNK]""#, r#""unk_token":"[none]""#)),
             (

@@ -299,7 +299,7 @@ impl ShardMetrics {
 
     /// A task of the shard ran for so long before it let others run. From the shard's thread alone.
     ///
-    /// Hot: once per turn. Guarded by benches/echo_path.rs.
+    /// Hot: once per turn. benches/overhead.py shows what it costs an echo.
     pub fn turn(&self, whose: Turn, took: Duration) {
         self.turn_times[whose as usize].observe_time_alone(took);
     }
