@@ -16,6 +16,7 @@ use nix::sys::socket::{MsgFlags, send};
 
 use super::abuse::{Points, Rules};
 use super::inflight::Owned;
+use super::output::Output;
 use super::throttle::Throttle;
 use super::tls::Tls;
 use crate::quota::Seat;
@@ -59,8 +60,7 @@ pub struct Connection {
     pub needed: usize,
     /// When the first byte of the partial frame came.
     pub frame_since: Moment,
-    pub out: Vec<u8>,
-    sent: usize,
+    pub out: Output,
     /// The socket took not all of `out`: the task waits until it takes more.
     pub blocked: bool,
     /// Unsent bytes that the shard's sum has of this connection.
@@ -110,8 +110,7 @@ impl Connection {
             partial: BytesMut::new(),
             needed: 0,
             frame_since: now,
-            out: Vec::new(),
-            sent: 0,
+            out: Output::default(),
             blocked: false,
             counted: 0,
             waker: None,
@@ -140,39 +139,25 @@ impl Connection {
 
     /// Bytes waiting to be written.
     pub fn unsent(&self) -> usize {
-        self.out.len() - self.sent + self.tls.as_ref().map_or(0, |tls| tls.unsent())
+        self.out.len() + self.tls.as_ref().map_or(0, |tls| tls.unsent())
     }
 
     /// The next bytes for the socket: of the output, or records that are made of it now. Empty also where a handshake has to end first.
     pub fn next_bytes(&mut self) -> &[u8] {
-        let Some(tls) = &mut self.tls else { return &self.out[self.sent..] };
-        let taken = tls.encrypt(&self.out[self.sent..]);
-        self.sent += taken;
-        if self.sent == self.out.len() {
-            self.out.clear();
-            self.sent = 0;
-        }
+        let Some(tls) = &mut self.tls else { return self.out.front() };
+        let taken = tls.encrypt(self.out.front());
+        self.out.advance(taken);
         self.tls.as_ref().expect("just used").unsent_bytes()
     }
 
     /// `count` more bytes went out.
     pub fn advance(&mut self, count: usize, now: Moment) {
         self.wrote_at = now;
-        if let Some(tls) = &mut self.tls {
-            tls.advance(count);
-            self.blocked &= self.unsent() > 0;
-        } else {
-            self.sent += count;
+        match &mut self.tls {
+            Some(tls) => tls.advance(count),
+            None => self.out.advance(count),
         }
-        if self.tls.is_none() && self.sent == self.out.len() {
-            self.out.clear();
-            self.sent = 0;
-            self.blocked = false;
-        } else if self.sent >= 1 << 20 {
-            // A long answer to a slow reader: give back what has gone, a MiB at a time.
-            self.out.drain(..self.sent);
-            self.sent = 0;
-        }
+        self.blocked &= self.unsent() > 0;
     }
 
     /// Writes what the socket takes.
@@ -202,8 +187,7 @@ impl Connection {
     /// Ends here: what waits is thrown away, and nothing more is written.
     pub fn close(&mut self) {
         self.phase = Phase::Closed;
-        self.out = Vec::new();
-        self.sent = 0;
+        self.out.clear();
         self.tls = None;
         self.wake();
     }
@@ -220,9 +204,7 @@ impl Connection {
         if let Some(tls) = &mut self.tls {
             tls.trim();
         }
-        if self.out.is_empty() && self.out.capacity() > 0 {
-            self.out = Vec::new();
-        }
+        self.out.trim();
         if self.partial.is_empty() && self.partial.capacity() > 0 {
             self.partial = BytesMut::new();
         }

@@ -16,6 +16,7 @@ pub mod bucket;
 pub mod connection;
 pub mod inflight;
 pub mod ledger;
+pub mod output;
 pub mod preflight;
 pub mod pressure;
 pub mod room;

@@ -121,7 +121,7 @@ impl State {
             let credit = Credit { requests: self.options.credit_requests, bytes: window };
             let connection = self.output(at);
             connection.window_bytes = window;
-            append_frame(&mut connection.out, Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
+            append_frame(connection.out.end(), Head::control(Kind::Credit), &credit, &[]).expect("two numbers");
         }
     }
 }

@@ -79,18 +79,18 @@ pub fn handle_frame(
         (Phase::Open, Kind::Ping) => {
             state.charge(at, Act::Ping, now)?;
             let head = Head { kind: Kind::Pong, model: ModelHandle(0), request_id: frame.header.request_id };
-            append_bare(&mut state.output(at).out, head);
+            append_bare(state.output(at).out.end(), head);
             Ok(())
         }
         (Phase::Open, Kind::Stats) => {
             if let Some(refusal) = forbidden(&state.connections[at as usize], Role::Observe) {
-                append_error(&mut state.output(at).out, ModelHandle(0), frame.header.request_id, &refusal);
+                append_error(state.output(at).out.end(), ModelHandle(0), frame.header.request_id, &refusal);
                 return Ok(());
             }
             state.charge(at, Act::Document, now)?;
             let json = state.telemetry.stats_json().to_string();
             let head = Head { kind: Kind::StatsReply, model: ModelHandle(0), request_id: frame.header.request_id };
-            append_frame(&mut state.output(at).out, head, &(), json.as_bytes())
+            append_frame(state.output(at).out.end(), head, &(), json.as_bytes())
                 .expect("no metadata is within every limit");
             state.metrics().operated(Operation::Stats, None, Code::Ok, clock::now().since(now));
             Ok(())
@@ -148,7 +148,7 @@ fn hello(state: &mut State, at: u32, metadata: &[u8], now: Moment) -> Result<(),
     connection.window_bytes = ack.credit_bytes;
     connection.phase = Phase::Open;
     connection.decoder.set_limits(limits);
-    append_frame(&mut connection.out, Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
+    append_frame(connection.out.end(), Head::control(Kind::HelloAck), &ack, &[]).expect("short strings");
     Ok(())
 }
 
@@ -183,7 +183,7 @@ fn describe(state: &mut State, at: u32, frame: &Frame, data: &Bytes) -> (Operati
     let connection = state.output(at);
     let mut answer = |model: ModelHandle, description: Description, json: &[u8]| {
         let head = Head { kind: Kind::Description, model, request_id };
-        append_frame(&mut connection.out, head, &description, json).expect("two numbers");
+        append_frame(connection.out.end(), head, &description, json).expect("two numbers");
     };
     let refusal = match asked {
         Err(error) => Refusal::invalid(format!("describe: {error}")),
@@ -199,7 +199,7 @@ fn describe(state: &mut State, at: u32, frame: &Frame, data: &Bytes) -> (Operati
             None => Refusal::new(Code::NotFound, not_found(&asked)),
         },
     };
-    append_error(&mut connection.out, ModelHandle(0), request_id, &refusal);
+    append_error(connection.out.end(), ModelHandle(0), request_id, &refusal);
     (Operation::Describe, None, refusal.code)
 }
 
@@ -245,7 +245,7 @@ fn infer(state: &mut State, at: u32, frame: &Frame, data: &Bytes, now: Moment, b
         Err(refusal) => {
             let model = state.catalog.by_handle(header.model).map(|_| header.model);
             state.metrics().refused(model, refusal.code);
-            append_error(&mut state.output(at).out, header.model, header.request_id, &refusal);
+            append_error(state.output(at).out.end(), header.model, header.request_id, &refusal);
             if let Some(act) = waste {
                 return state.charge(at, act, now);
             }
@@ -404,5 +404,5 @@ pub fn append_goaway(connection: &mut Connection, code: Code, message: &str) {
         version_max: PROTOCOL_MAJOR,
         message: cut(message, MESSAGE_MAX).to_owned(),
     };
-    append_frame(&mut connection.out, Head::control(Kind::Goaway), &goaway, &[]).expect("a short sentence");
+    append_frame(connection.out.end(), Head::control(Kind::Goaway), &goaway, &[]).expect("a short sentence");
 }

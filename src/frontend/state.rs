@@ -441,7 +441,7 @@ impl State {
                         let mut assemblies = std::mem::take(&mut self.assemblies);
                         let waiting = self.release(member.key).expect("found above");
                         self.count_answer(&waiting, finished, member, now);
-                        let out = &mut self.output(waiting.connection).out;
+                        let out = self.output(waiting.connection).out.end();
                         assemblies.append_result(out, finished, member, waiting.request_id, waiting.details);
                         self.assemblies = assemblies;
                     }
@@ -451,7 +451,7 @@ impl State {
                     Some(waiting) => {
                         ok += 1;
                         self.count_answer(&waiting, finished, member, now);
-                        let out = &mut self.output(waiting.connection).out;
+                        let out = self.output(waiting.connection).out.end();
                         append_result(out, finished, member, waiting.request_id, waiting.details, now);
                     }
                 },
@@ -465,12 +465,12 @@ impl State {
     /// Answers rows of a request that wants them as they are done. True when they were its last.
     fn answer_item(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
         let waiting = *self.in_flight.get(member.key).expect("the caller found it");
-        append_item(&mut self.output(waiting.connection).out, finished, member, waiting.request_id);
+        append_item(self.output(waiting.connection).out.end(), finished, member, waiting.request_id);
         let last = !member.is_part() || self.assemblies.count_part(member);
         if last {
             self.release(member.key);
             self.count_answer(&waiting, finished, member, now);
-            let out = &mut self.output(waiting.connection).out;
+            let out = self.output(waiting.connection).out.end();
             append_end(out, finished, member, waiting.request_id, waiting.details, now);
         }
         last
@@ -511,7 +511,7 @@ impl State {
         }
         self.metrics().finished(waiting.model, refusal.code, 1);
         self.record(&waiting, (refusal.code, &refusal.message), batch, clock::now);
-        append_error(&mut self.output(waiting.connection).out, waiting.model, waiting.request_id, refusal);
+        append_error(self.output(waiting.connection).out.end(), waiting.model, waiting.request_id, refusal);
     }
 
     /// A request was refused for now: it counts against those of its connection that come back too soon.
@@ -838,7 +838,7 @@ mod tests {
         let (ours, peer) = UnixStream::pair().expect("sockets");
         ours.set_nonblocking(true).expect("a socket option");
         let at = state.connections.insert(Connection::new(ours.as_raw_fd(), Moment(1))) as u32;
-        state.output(at).out.resize(bytes, 7);
+        state.output(at).out.end().resize(bytes, 7);
         state.flush(Moment(1));
         (at, [ours, peer])
     }
@@ -862,7 +862,7 @@ mod tests {
         assert_eq!(state.unsent, left as u64);
         assert!(left > 4 * MIB && left <= 5 * MIB, "what two of them have, less what their sockets took: {left}");
         // What is still answered to the one that is closed is written nowhere: its stream ends in the middle of a frame.
-        state.output(large).out.resize(100, 7);
+        state.output(large).out.end().resize(100, 7);
         state.flush(Moment(2));
         assert_eq!((state.connections[large as usize].unsent(), state.unsent), (0, left as u64));
         for at in [large, small, medium, prompt] {
