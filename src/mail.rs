@@ -322,3 +322,11 @@ pub struct FinishedBatch {
     /// Where it ran on a device, and as one.
     pub device: Option<DeviceTimes>,
 }
+
+impl FinishedBatch {
+    /// Bytes of a member's rows, of all outputs.
+    pub fn answer_bytes(&self, member: &Member) -> usize {
+        let row: usize = self.contract.outputs.iter().map(|spec| spec.row_bytes(member.len)).sum();
+        row * member.rows as usize
+    }
+}

@@ -12,6 +12,7 @@
 
 pub mod abuse;
 pub mod access;
+pub mod answering;
 pub mod bucket;
 pub mod connection;
 pub mod inflight;

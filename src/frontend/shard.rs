@@ -1,8 +1,8 @@
 //! A shard's thread and its tasks: accept, one per connection, housekeeping, and the main one that answers.
 //!
 //! Always true
-//! - A connection's task handles at most [`BURSTS_MAX`] full reads in a row, then waits on a timer: a wait that only the
-//!   next poll of the ring can end. Otherwise it waits for a read that is not ready.
+//! - A connection's task that has had the shard for [`TURN_MAX`] waits on a timer: a wait that only the next poll of the ring can
+//!   end. Otherwise it waits for a read that is not ready. What it does at one go, between two looks at the clock, is bounded in bytes.
 //! - After each burst the task that had it drains the shard's mailbox, so a busy shard never depends on being woken.
 //! - However the thread ends, the server is told and no connection is left open: glommio forgets its tasks when it ends,
 //!   with all that they hold.
@@ -27,6 +27,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use std::os::fd::AsRawFd;
 
 use super::abuse::Points;
+use super::answering::Budget;
 use super::connection::{Connection, Phase};
 use super::session::append_goaway;
 use super::state::{Mode, ReadEnd, State};
@@ -39,8 +40,10 @@ use crate::telemetry::Telemetry;
 use crate::telemetry::Turn as Whose;
 use crate::vocab::Code;
 
-/// Reads that filled their buffer, in a row, before a connection lets others run.
-const BURSTS_MAX: u32 = 4;
+/// From then on a connection lets others run.
+const TURN_MAX: Duration = Duration::from_micros(500);
+/// Most bytes written at one go of what had to wait; a piece of output is written whole if the socket takes it.
+const WRITE_MAX: usize = 512 << 10;
 /// A wait that truly pends: it ends in the poll after next at the latest.
 const BREATH: Duration = Duration::from_micros(20);
 const TICK_BUSY: Duration = Duration::from_millis(20);
@@ -128,28 +131,29 @@ struct Shard {
 }
 
 impl Shard {
-    /// Answers what came in the mailbox and writes it. The mailbox is bounded, and so is this.
-    fn drain_mailbox(&self) {
+    /// Answers what came in the mailbox and writes it: as much as is done at one go. False when more is left, for the main task.
+    fn drain_mailbox(&self) -> bool {
         self.turns.fetch_add(1, Ordering::Relaxed);
         let mut state = self.state.borrow_mut();
+        let mut budget = Budget::of_answers();
         let mut now = None;
-        while let Some(message) = self.mailbox.try_recv() {
-            let now = *now.get_or_insert_with(clock::now);
-            let drains = matches!(message, ToShard::Drain | ToShard::Abort);
-            let batch = match &message {
-                ToShard::Batch(finished) if state.telemetry.keeps_answered() => Some(finished.batch.id),
-                _ => None,
-            };
-            state.take_mail(message, now);
-            if let Some(batch) = batch {
-                state.telemetry.answered(batch, clock::now());
+        let is_empty = loop {
+            if state.is_answering() && !state.answer_some(&mut budget, *now.get_or_insert_with(clock::now)) {
+                break false;
             }
+            let Some(message) = self.mailbox.try_recv() else { break true };
+            let drains = matches!(message, ToShard::Drain | ToShard::Abort);
+            state.take_mail(message, *now.get_or_insert_with(clock::now));
             if drains && let Some(waker) = self.accept_waker.take() {
                 waker.wake();
             }
-        }
+        };
         state.flush(now.unwrap_or_else(clock::now));
         state.publish();
+        if !is_empty {
+            state.wake_main();
+        }
+        is_empty
     }
 
     /// Ends every connection, so that no peer waits for a shard that is dead. The listener cannot be reached: who
@@ -198,10 +202,12 @@ async fn run(setup: Setup) {
                 return Poll::Ready(());
             }
             state.set_main(cx.waker());
-            shard.mailbox.poll_ready(cx)
+            if state.is_answering() { Poll::Ready(()) } else { shard.mailbox.poll_ready(cx) }
         })
         .await;
-        shard.times.time(Whose::Mailbox, || shard.drain_mailbox());
+        while !shard.times.time(Whose::Mailbox, || shard.drain_mailbox()) {
+            sleep(BREATH).await;
+        }
         if shard.state.borrow().is_done() {
             shard.done.set(true);
             shard.state.borrow_mut().close();
@@ -303,22 +309,29 @@ fn admit(shard: &Rc<Shard>, stream: TcpStream) {
 async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
     // Also when a panic unwinds through here.
     let _guard = RemoveOnDrop { shard: Rc::clone(&shard), at };
-    let mut full_reads = 0;
+    // Since when it has had the shard. It has not while it waits.
+    let mut since = None;
     loop {
-        match poll_fn(|cx| turn(&shard, at, &mut stream, cx)).await {
+        let polled = poll_fn(|cx| {
+            since.get_or_insert_with(clock::now);
+            let polled = turn(&shard, at, &mut stream, cx);
+            if polled.is_pending() {
+                since = None;
+            }
+            polled
+        });
+        match polled.await {
             Turn::Closed => return,
-            Turn::Burst => full_reads = 0,
-            Turn::Filled => full_reads += 1,
+            Turn::Burst => drop(shard.drain_mailbox()),
             Turn::Hasty(rest) => {
                 // It does not wait by itself, so it is waited for: answers to it go out meanwhile, in the turns of others.
-                full_reads = 0;
                 shard.drain_mailbox();
+                since = None;
                 sleep(rest).await;
             }
         }
-        shard.drain_mailbox();
-        if full_reads >= BURSTS_MAX {
-            full_reads = 0;
+        if since.is_some_and(|since| clock::now().since(since) >= TURN_MAX) {
+            since = None;
             sleep(BREATH).await;
         }
     }
@@ -337,8 +350,8 @@ impl Drop for RemoveOnDrop {
 }
 
 enum Turn {
+    /// Something was read or written, and there may be more.
     Burst,
-    Filled,
     /// It asks again and again: not to be read for so long.
     Hasty(Duration),
     Closed,
@@ -356,16 +369,19 @@ fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) ->
             return Poll::Ready(Turn::Closed);
         }
     }
+    let mut may_write = false;
     if state.connections[at as usize].blocked {
         match write_waiting(&mut state, at, stream, cx) {
-            Poll::Ready(Ok(())) => state.after_flush(at, clock::now()),
+            Poll::Ready(Ok(Written::All)) => state.after_flush(at, clock::now()),
+            Poll::Ready(Ok(Written::Enough)) => may_write = true,
             Poll::Ready(Err(_)) => return Poll::Ready(Turn::Closed),
             Poll::Pending => {}
         }
         state.recount(at);
     }
+    let unready = || if may_write { Poll::Ready(Turn::Burst) } else { Poll::Pending };
     if state.is_choked(at) {
-        return Poll::Pending;
+        return unready();
     }
     let read = |cx: &mut Context<'_>, buffer: &mut [u8]| Pin::new(stream).poll_read(cx, buffer);
     let end = match state.connections[at as usize].tls {
@@ -373,12 +389,19 @@ fn turn(shard: &Shard, at: u32, stream: &mut TcpStream, cx: &mut Context<'_>) ->
         Some(_) => state.read_records(at, cx, clock::now, read),
     };
     let hasty = state.connections[at as usize].throttle.as_mut().and_then(|throttle| throttle.take_pause());
-    end.map(|end| match (end, hasty) {
-        (ReadEnd::Gone, _) => Turn::Closed,
-        (_, Some(rest)) => Turn::Hasty(rest),
-        (ReadEnd::Burst, None) => Turn::Burst,
-        (ReadEnd::Filled, None) => Turn::Filled,
-    })
+    match (end, hasty) {
+        (Poll::Pending, _) => unready(),
+        (Poll::Ready(ReadEnd::Gone), _) => Poll::Ready(Turn::Closed),
+        (Poll::Ready(ReadEnd::Burst), Some(rest)) => Poll::Ready(Turn::Hasty(rest)),
+        (Poll::Ready(ReadEnd::Burst), None) => Poll::Ready(Turn::Burst),
+    }
+}
+
+/// How far the writing of what had to wait came.
+enum Written {
+    All,
+    /// As much as is written at one go; the socket may take more.
+    Enough,
 }
 
 fn write_waiting(
@@ -386,26 +409,25 @@ fn write_waiting(
     at: u32,
     stream: &mut TcpStream,
     cx: &mut Context<'_>,
-) -> Poll<std::io::Result<()>> {
-    loop {
+) -> Poll<std::io::Result<Written>> {
+    let mut written = 0;
+    while written < WRITE_MAX {
         let connection = &mut state.connections[at as usize];
-        if connection.unsent() == 0 {
-            connection.blocked = false;
-            return Poll::Ready(Ok(()));
-        }
         let bytes = connection.next_bytes();
         if bytes.is_empty() {
             connection.blocked = false;
-            return Poll::Ready(Ok(()));
+            return Poll::Ready(Ok(Written::All));
         }
         match Pin::new(&mut *stream).poll_write(cx, bytes) {
             Poll::Ready(Ok(0)) => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
             Poll::Ready(Ok(count)) => {
                 connection.advance(count, clock::now());
                 state.metrics().bytes_written(count as u64);
+                written += count;
             }
             Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
             Poll::Pending => return Poll::Pending,
         }
     }
+    Poll::Ready(Ok(Written::Enough))
 }

@@ -27,7 +27,7 @@ use super::{Catalog, Options, access};
 use crate::clock;
 use crate::mail::{self, FinishedBatch, Member, Request, ToBatcher, ToShard};
 use crate::mailbox::{SendError, Sender};
-use crate::scatter::{Assemblies, append_end, append_error, append_item, append_result, failure_of};
+use crate::scatter::{Assemblies, append_error};
 use crate::telemetry::{ShardMetrics, Telemetry};
 use crate::tenants::Day;
 use crate::vocab::{Code, Moment, Refusal, TicketKey};
@@ -67,7 +67,9 @@ pub struct State {
     pub connections: Slab<Connection>,
     pub in_flight: InFlight,
     /// Answers of requests that are run in parts.
-    assemblies: Assemblies,
+    pub(super) assemblies: Assemblies,
+    /// A batch that is being answered, and its next member (answering.rs).
+    pub(super) answering: Option<(Arc<FinishedBatch>, usize)>,
     pub traces: Traces,
     pub(super) handshakes: Bucket,
     /// What may be said in the log about peers that cannot connect: they could fill it.
@@ -96,7 +98,7 @@ pub struct State {
     dirty: Vec<u32>,
     burst: Burst,
     /// Cancels that found the batcher's mailbox full; they travel with the next message.
-    cancels_left: Vec<TicketKey>,
+    pub(super) cancels_left: Vec<TicketKey>,
     main: Option<Waker>,
 }
 
@@ -120,6 +122,7 @@ impl State {
             connections: Slab::new(),
             in_flight,
             assemblies: Assemblies::default(),
+            answering: None,
             traces,
             handshakes: access::handshakes(),
             complaints: access::complaints(),
@@ -181,8 +184,7 @@ impl State {
         connection
     }
 
-    /// Takes one read's bytes through `read`, which fills a part of the buffer it is given. [`ReadEnd::Filled`] says
-    /// that it was filled to its end, so that more may wait.
+    /// Takes one read's bytes through `read`, which fills a part of the buffer it is given.
     pub fn read(
         &mut self,
         at: u32,
@@ -221,13 +223,12 @@ impl State {
                 return Poll::Pending;
             }
         };
-        let filled = have + count == self.chunk.len();
         self.chunk[..have].copy_from_slice(&partial);
         partial.clear();
         let data = self.chunk.split_to(have + count).freeze();
         self.connections[at as usize].partial = partial;
         self.take_bytes(at, data, count, now());
-        Poll::Ready(if filled { ReadEnd::Filled } else { ReadEnd::Burst })
+        Poll::Ready(ReadEnd::Burst)
     }
 
     /// The same for a frame with a buffer of its own, which grows to exactly its length: with what arrives, so that a
@@ -270,7 +271,7 @@ impl State {
                     self.connections[at as usize].read_at = now();
                     self.keep_partial(at, partial);
                 }
-                Poll::Ready(if count == room { ReadEnd::Filled } else { ReadEnd::Burst })
+                Poll::Ready(ReadEnd::Burst)
             }
             Poll::Ready(end) => Poll::Ready(ReadEnd::of(end)),
             Poll::Pending => {
@@ -402,10 +403,12 @@ impl State {
         }
     }
 
-    /// Acts on a message of the batcher, an executor or the server.
+    /// Acts on a message of the batcher, an executor or the server. Of a batch, [`State::answer_some`] answers the members;
+    /// until it has, nothing else may be taken.
     pub fn take_mail(&mut self, message: ToShard, now: Moment) {
+        debug_assert!(self.answering.is_none(), "messages are acted on in their order");
         match message {
-            ToShard::Batch(finished) => self.answer_batch(&finished, now),
+            ToShard::Batch(finished) => self.answering = Some((finished, 0)),
             ToShard::Ended(ended) => {
                 for (key, refusal) in ended {
                     self.end(key, &refusal);
@@ -416,75 +419,8 @@ impl State {
         }
     }
 
-    fn answer_batch(&mut self, finished: &Arc<FinishedBatch>, now: Moment) {
-        let mut ok = 0;
-        for member in &finished.members {
-            if member.key.shard != self.index {
-                continue;
-            }
-            match failure_of(finished, member) {
-                Some(refusal) => {
-                    if member.is_part() {
-                        // Its other parts are for nobody now; the batcher is told with the next burst.
-                        self.cancels_left.push(member.key);
-                    }
-                    self.end_in(member.key, &refusal, Some((finished, member)));
-                }
-                None if self.in_flight.get(member.key).is_some_and(|waiting| waiting.items) => {
-                    ok += u64::from(self.answer_item(finished, member, now));
-                }
-                None if member.is_part() => {
-                    if self.in_flight.get(member.key).is_none() {
-                        self.metrics().late_answer();
-                    } else if self.assemblies.take_part(finished, member, now) {
-                        ok += 1;
-                        let mut assemblies = std::mem::take(&mut self.assemblies);
-                        let waiting = self.release(member.key).expect("found above");
-                        self.count_answer(&waiting, finished, member, now);
-                        let out = self.output(waiting.connection).out.end();
-                        assemblies.append_result(out, finished, member, waiting.request_id, waiting.details);
-                        self.assemblies = assemblies;
-                    }
-                }
-                None => match self.release(member.key) {
-                    None => self.metrics().late_answer(),
-                    Some(waiting) => {
-                        ok += 1;
-                        self.count_answer(&waiting, finished, member, now);
-                        let out = self.output(waiting.connection).out.end();
-                        append_result(out, finished, member, waiting.request_id, waiting.details, now);
-                    }
-                },
-            }
-        }
-        if ok > 0 {
-            self.metrics().finished(finished.batch.model, Code::Ok, ok);
-        }
-    }
-
-    /// Answers rows of a request that wants them as they are done. True when they were its last.
-    fn answer_item(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
-        let waiting = *self.in_flight.get(member.key).expect("the caller found it");
-        append_item(self.output(waiting.connection).out.end(), finished, member, waiting.request_id);
-        let last = !member.is_part() || self.assemblies.count_part(member);
-        if last {
-            self.release(member.key);
-            self.count_answer(&waiting, finished, member, now);
-            let out = self.output(waiting.connection).out.end();
-            append_end(out, finished, member, waiting.request_id, waiting.details, now);
-        }
-        last
-    }
-
-    /// A request is answered with a result now.
-    fn count_answer(&mut self, waiting: &Waiting, finished: &FinishedBatch, member: &Member, now: Moment) {
-        self.connections[waiting.connection as usize].points.earn(&self.options.rules);
-        self.metrics().answered(waiting.model, now.since(member.received_at), waiting.send_lag());
-        self.record(waiting, (Code::Ok, ""), Some((finished, member)), || now);
-    }
-
     /// A request has ended; if it is one of those that are recorded, so is that.
-    fn record(
+    pub(super) fn record(
         &mut self,
         waiting: &Waiting,
         outcome: (Code, &str),
@@ -502,7 +438,7 @@ impl State {
     }
 
     /// The same, of a member of a batch that ran.
-    fn end_in(&mut self, key: TicketKey, refusal: &Refusal, batch: Option<(&FinishedBatch, &Member)>) {
+    pub(super) fn end_in(&mut self, key: TicketKey, refusal: &Refusal, batch: Option<(&FinishedBatch, &Member)>) {
         let Some(waiting) = self.release(key) else {
             return self.metrics().late_answer();
         };
@@ -523,7 +459,7 @@ impl State {
     }
 
     /// Frees a request's slot and gives its credit back.
-    fn release(&mut self, key: TicketKey) -> Option<Waiting> {
+    pub(super) fn release(&mut self, key: TicketKey) -> Option<Waiting> {
         let at = self.in_flight.get(key)?.connection;
         let connection = &mut self.connections[at as usize];
         let waiting = self.in_flight.remove(key, &mut connection.owned)?;
@@ -804,10 +740,8 @@ fn at_slowest(bytes: usize) -> Duration {
 /// What a read came to.
 #[derive(Debug, PartialEq, Eq)]
 pub enum ReadEnd {
-    /// Bytes were taken; the buffer had room for more, so nothing more was there.
+    /// Bytes were taken; more may be there.
     Burst,
-    /// Bytes were taken and the buffer was filled: more may be there.
-    Filled,
     /// The peer closed or the connection broke.
     Gone,
 }

@@ -184,10 +184,7 @@ impl State {
         let mut records = std::mem::take(&mut self.records);
         records.resize(RECORDS, 0);
         let end = read(cx, &mut records).map(|outcome| match outcome {
-            Ok(count) if count > 0 => match self.take_records(at, &records[..count], now()) {
-                ReadEnd::Burst if count == RECORDS => ReadEnd::Filled,
-                end => end,
-            },
+            Ok(count) if count > 0 => self.take_records(at, &records[..count], now()),
             end => ReadEnd::of(end),
         });
         self.records = records;
@@ -228,7 +225,7 @@ impl State {
                 let most = tls.readable();
                 let decrypted = |_: &mut Context<'_>, buffer: &mut [u8]| Poll::Ready(tls.read(buffer));
                 match self.read_at_most(most, at, &mut Context::from_waker(Waker::noop()), || now, decrypted) {
-                    Poll::Ready(ReadEnd::Burst | ReadEnd::Filled) => {}
+                    Poll::Ready(ReadEnd::Burst) => {}
                     Poll::Ready(ReadEnd::Gone) | Poll::Pending => unreachable!("what is readable is read"),
                 }
                 if self.connections[at as usize].phase == Phase::Closed {
