@@ -25,6 +25,9 @@ use crate::tenants::{Identity, Roles};
 use crate::vocab::Moment;
 use crate::wire::{Decoder, Limits};
 
+/// Most bytes written at one go.
+pub const WRITE_MAX: usize = 512 << 10;
+
 /// How far a connection is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
@@ -160,16 +163,26 @@ impl Connection {
         self.blocked &= self.unsent() > 0;
     }
 
-    /// Writes what the socket takes.
+    /// Writes what the socket takes, but no more than is written at one go: the rest is left to the connection's task, as if the
+    /// socket had not taken it.
     pub fn try_flush(&mut self, now: Moment) -> Flushed {
+        let mut room = WRITE_MAX;
         while self.unsent() > 0 {
             let fd = self.fd;
             let bytes = self.next_bytes();
             if bytes.is_empty() {
                 break;
             }
-            match send(fd, bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
-                Ok(count) => self.advance(count, now),
+            if room == 0 {
+                self.blocked = true;
+                return Flushed::Blocked;
+            }
+            let part = &bytes[..bytes.len().min(room)];
+            match send(fd, part, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => {
+                    room -= count;
+                    self.advance(count, now);
+                }
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => {
                     if !self.blocked {

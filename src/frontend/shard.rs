@@ -28,7 +28,7 @@ use std::os::fd::AsRawFd;
 
 use super::abuse::Points;
 use super::answering::Budget;
-use super::connection::{Connection, Phase};
+use super::connection::{Connection, Phase, WRITE_MAX};
 use super::session::append_goaway;
 use super::state::{Mode, ReadEnd, State};
 use super::task::{Turns, spawn};
@@ -38,12 +38,10 @@ use crate::mail::{Request, ToBatcher, ToShard};
 use crate::mailbox::{Receiver, Sender};
 use crate::telemetry::Telemetry;
 use crate::telemetry::Turn as Whose;
-use crate::vocab::Code;
+use crate::vocab::{Code, Moment};
 
 /// From then on a connection lets others run.
-const TURN_MAX: Duration = Duration::from_micros(500);
-/// Most bytes written at one go of what had to wait; a piece of output is written whole if the socket takes it.
-const WRITE_MAX: usize = 512 << 10;
+const TURN_MAX: Duration = Duration::from_micros(250);
 /// A wait that truly pends: it ends in the poll after next at the latest.
 const BREATH: Duration = Duration::from_micros(20);
 const TICK_BUSY: Duration = Duration::from_millis(20);
@@ -311,6 +309,7 @@ async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
     let _guard = RemoveOnDrop { shard: Rc::clone(&shard), at };
     // Since when it has had the shard. It has not while it waits.
     let mut since = None;
+    let is_over = |since: Option<Moment>| since.is_some_and(|since| clock::now().since(since) >= TURN_MAX);
     loop {
         let polled = poll_fn(|cx| {
             since.get_or_insert_with(clock::now);
@@ -322,7 +321,7 @@ async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
         });
         match polled.await {
             Turn::Closed => return,
-            Turn::Burst => drop(shard.drain_mailbox()),
+            Turn::Burst => {}
             Turn::Hasty(rest) => {
                 // It does not wait by itself, so it is waited for: answers to it go out meanwhile, in the turns of others.
                 shard.drain_mailbox();
@@ -330,7 +329,13 @@ async fn serve(shard: Rc<Shard>, at: u32, mut stream: TcpStream) {
                 sleep(rest).await;
             }
         }
-        if since.is_some_and(|since| clock::now().since(since) >= TURN_MAX) {
+        // Also before it answers others: what was read and what is answered may each take long.
+        if is_over(since) {
+            since = None;
+            sleep(BREATH).await;
+        }
+        shard.drain_mailbox();
+        if is_over(since) {
             since = None;
             sleep(BREATH).await;
         }
@@ -418,7 +423,8 @@ fn write_waiting(
             connection.blocked = false;
             return Poll::Ready(Ok(Written::All));
         }
-        match Pin::new(&mut *stream).poll_write(cx, bytes) {
+        let part = &bytes[..bytes.len().min(WRITE_MAX - written)];
+        match Pin::new(&mut *stream).poll_write(cx, part) {
             Poll::Ready(Ok(0)) => return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into())),
             Poll::Ready(Ok(count)) => {
                 connection.advance(count, clock::now());

@@ -20,7 +20,7 @@ use super::bucket::Bucket;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
 use super::pressure::Pressure;
-use super::room::try_reserve;
+use super::room::{growth, try_reserve};
 use super::session::{Fatal, append_goaway, handle_frame};
 use super::traces::Traces;
 use super::{Catalog, Options, access};
@@ -245,7 +245,7 @@ impl State {
         let (have, needed) = (partial.len(), self.connections[at as usize].needed);
         let room = (needed - have).min(most);
         let is_over = self.receiving + (have + room) as u64 > self.options.receiving_bytes_max;
-        if is_over || try_reserve(&mut partial, room).is_err() {
+        if is_over || try_reserve(&mut partial, room, growth(have, needed, room)).is_err() {
             let message = match is_over {
                 true => "too many bytes of unfinished frames are held for all connections".to_owned(),
                 false => format!("the system gives no memory for the rest of a frame of {needed} bytes"),
@@ -336,7 +336,8 @@ impl State {
             partial.clear();
             if needed > OWN_BUFFER_MIN {
                 // What the next read makes room for: it finds it here and need not move what has come. If there is none, it is told then.
-                let _ = try_reserve(&mut partial, needed.min(data.len() + READ_MAX));
+                let room = data.len() + growth(data.len(), needed, READ_MAX);
+                let _ = try_reserve(&mut partial, room, room);
             }
             partial.extend_from_slice(&data);
             self.keep_partial(at, partial);
