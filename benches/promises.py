@@ -252,19 +252,19 @@ def storm(seconds=6, rate=20_000):
 def slow(peers=1000, seconds=6, rate=20_000, rounds=3):
     """Peers that send a hello byte by byte, all at once. The process that does it takes a core's time from all others, so the same
     peers also drip into a listener that never accepts: what is left between the two is the server's."""
-    with Server(["echo"]) as server, socket.create_server(("127.0.0.1", 0), backlog=2 * peers) as nobody:
+    with Server(["echo"]) as server:
         host, port = server.data.rsplit(":", 1)
-        targets = {"beside_them_elsewhere": nobody.getsockname(), "beside_them": (host, int(port))}
         found, gone, kib = {"calm": []}, [], 0
         for _ in range(rounds):
             found["calm"].append(echoes(server, seconds, rate))
-            for name, target in targets.items():
-                before = server.resident_kib()
-                good, closed, most = drip(server, target, peers, seconds, rate)
-                found.setdefault(name, []).append(good)
-                if name == "beside_them":
-                    gone += closed
-                    kib = max(kib, (most - before) / peers)
+            with socket.create_server(("127.0.0.1", 0), backlog=peers) as nobody:
+                elsewhere = drip(server, nobody.getsockname(), peers, seconds, rate)[0]
+            before = server.resident_kib()
+            beside, closed, most = drip(server, (host, int(port)), peers, seconds, rate)
+            found.setdefault("beside_them_elsewhere", []).append(elsewhere)
+            found.setdefault("beside_them", []).append(beside)
+            gone += closed
+            kib = max(kib, (most - before) / peers)
     middle = lambda name, what: statistics.median(one[what] for one in found[name])  # noqa: E731
     return {"peers": peers, "rounds": rounds, "closed": len(gone), "closed_after": spread(gone) if gone else None,
             "kib_a_peer": round(kib, 2), **{name: {"p99_ms": middle(name, "p99_ms"), "each": each} for name, each in found.items()},

@@ -125,7 +125,7 @@ fn overloaded_for(message: String, wait: f64, rest: f64) -> (Refusal, u64) {
 
 impl Scheduler {
     /// Refuses what cannot be done in time, the heaviest of several tenants while the queue is long, and what a standing queue
-    /// would make wait for long. With the forecast behind it, in ns.
+    /// would make wait for long; policies that know arrival order only refuse nothing but the last. With the forecast behind it, in ns.
     pub(super) fn admit_by_forecast(
         &mut self,
         now: Moment,
@@ -135,6 +135,9 @@ impl Scheduler {
         let queue = &self.models[arrival.model.index()];
         let Some(deadline) = arrival.deadline else { return Ok(()) };
         let slack = nanos_of(deadline.since(now));
+        if !queue.policy.kind.is_fair() {
+            return self.admit_by_backlog(now, arrival, slack);
+        }
         let alone = queue.cost.alone_at_best(arrival.rows, arrival.len);
         // With nothing else to run it runs anyway: a prediction that is wrong is corrected by that.
         if alone > slack && queue.totals.rows > 0 && queue.cost.is_trusted() {

@@ -343,9 +343,7 @@ impl Scheduler {
         queue.policy.queue.check(&queue.totals, &asked, arrival.class, "model", wait)?;
         if let Some(compose) = arrival.compose {
             self.compositions.check(&queue.policy, &arrival, compose)?;
-        } else if queue.policy.kind == PolicyKind::Cost
-            && let Err((refusal, predicted)) = self.admit_by_forecast(now, &arrival, &asked)
-        {
+        } else if let Err((refusal, predicted)) = self.admit_by_forecast(now, &arrival, &asked) {
             self.note(Decision {
                 verdict: Verdict::Refused,
                 predicted,

@@ -183,13 +183,15 @@ impl Policy {
         }
     }
 
-    /// [`Tuning::overload_admission`] as it holds. Left to the policy it is 0.15 where rows lie end to end: there a short
+    /// [`Tuning::overload_admission`] as it holds. Left to the policy it is 0 for those that are kept to compare with, which do not do
+    /// it elsewhere either: in overload everybody is late then. Otherwise it is 0.15 where rows lie end to end: there a short
     /// queue fills batches nearly as well as a long one. Where all of them share one bucket it does, too, but nobody's rows are shorter
     /// than others', so that waiting hurts only whoever is late: half. Where they are padded to several lengths, choosing from
     /// many is what makes batches dense; to refuse early costs up to a quarter of the goodput then, and deadlines alone keep it
     /// (benches/admission.rs).
     pub fn overload_admission(&self) -> f64 {
         self.tuning.overload_admission.unwrap_or(match self.layout {
+            _ if self.kind != PolicyKind::Cost => 0.0,
             Layout::Packed => 0.15,
             Layout::Padded if self.buckets.len() == 1 => 0.5,
             Layout::Padded => 0.0,

@@ -875,6 +875,23 @@ fn the_knob_leaves_a_standing_queue_to_its_deadlines() {
 }
 
 #[test]
+fn policies_that_are_kept_to_compare_with_refuse_behind_a_standing_queue_where_they_are_told_to() {
+    for kind in PolicyKind::ALL.into_iter().filter(|kind| *kind != PolicyKind::Cost) {
+        let told = Policy { kind, ..end_to_end() };
+        let untold = told.with([("overload_admission", "auto")]).expect("a knob");
+        let [with, without] = [told, untold].map(|policy| {
+            let mut rig = Rig::new(vec![policy]);
+            let refused = overloaded(&mut rig, 57).0;
+            let (_, most) = overloaded(&mut rig, 50);
+            rig.scheduler.audit().expect("the books are right");
+            (refused, most)
+        });
+        assert!(with.0 > 400 && (20..=22).contains(&with.1), "{kind}: {with:?}");
+        assert!(without.0 == 0 && without.1 > 90, "{kind}: {without:?}");
+    }
+}
+
+#[test]
 fn what_a_batch_holds_is_what_the_division_says() {
     for (rows_max, cells_max) in [(1, 1), (4, 100), (65_536, 1 << 40), (7, 63)] {
         let policy = Policy { rows_max, cells_max, ..policy() };
