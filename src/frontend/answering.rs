@@ -2,7 +2,7 @@
 //!
 //! Always true
 //! - Members are answered in their order, each whole, and nothing else that came in the mailbox is acted on in between.
-//! - One part is at most [`ANSWERS_MAX`], or one answer.
+//! - One part is at most [`ANSWERS_MAX`], or one answer, of however many batches.
 
 use std::sync::Arc;
 
@@ -42,7 +42,7 @@ impl State {
     pub fn answer_some(&mut self, budget: &mut Budget, now: Moment) -> bool {
         let Some(finished) = self.answering.as_ref().map(|(finished, _)| Arc::clone(finished)) else { return true };
         let mut ok = 0;
-        let mut spent = false;
+        let mut spent = budget.is_spent();
         // Each is passed before it is answered: who comes after a panic goes on behind it.
         while let Some((_, at)) = &mut self.answering
             && let Some(member) = finished.members.get(*at)
@@ -290,6 +290,22 @@ mod tests {
         assert_eq!(parts, [1, 2, 424, 1023, 54], "the fourth with as many small ones as fit beside it");
         assert_eq!((state.in_flight.len(), state.connections[at as usize].requests_in_flight), (0, 0));
         assert!(state.answer_some(&mut Budget::of_answers(), Moment(8)), "there is none");
+    }
+
+    #[test]
+    fn many_small_batches_share_what_is_done_at_one_go() {
+        let (mut state, at, _sockets) = state();
+        let mut budget = Budget::of_answers();
+        let batch = |state: &mut State, budget: &mut Budget| {
+            let finished = finished(state, at, &[600 << 10]);
+            state.take_mail(ToShard::Batch(finished), Moment(6));
+            state.answer_some(budget, Moment(7))
+        };
+        assert!(batch(&mut state, &mut budget) && budget.is_spent());
+        assert!(!batch(&mut state, &mut budget), "it is left for later");
+        assert_eq!(results(&mut state, at).len(), 1);
+        assert!(state.answer_some(&mut Budget::of_answers(), Moment(8)));
+        assert_eq!(results(&mut state, at).len(), 1);
     }
 
     #[test]
