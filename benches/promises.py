@@ -9,7 +9,7 @@ request and a storm of malformed frames all of them, whether millions of answers
     panics      a thousand, one behind the other: from the error that a request gets to the answer of the next
     storm       four attackers connect, send a malformed frame, are sent away, again and again; beside them an open loop of echoes.
                 Against the same open loop without them, in turns. Twice: with bans as they are (the attackers have an address of
-                their own), and without any
+                their own), and without any. Then with 1,024 requests that nobody can read on each connection, without points and bans
     slow        a thousand peers send a hello byte by byte; beside them the same echoes, and beside the same peers at another port
     answers     `ferry load --verify` with lengths of 1 to 2,000 bytes: each answer is compared with what its request must get
     starts      what cannot be served: exit status, lines said, seconds
@@ -200,14 +200,26 @@ def panics(count=1000):
             "kib_from_a_quarter_to_the_end": memory[1] - memory[0]}
 
 
-def attack(addr, source, until, counts, at):
+# Frames that one attacker sends at once where it sends many.
+VOLLEY = 1024
+
+
+def volley():
+    """A hello and many requests whose metadata nobody can read."""
+    hello = frame(HELLO, 0, struct.pack("<BBQ", 1, 1, 0) + string("storm") + string("") + string(""))
+    return hello + b"".join(frame(INFER, at, b"\xff" * 32) for at in range(1, VOLLEY + 1))
+
+
+def attack(addr, source, until, counts, at, kind):
     host, port = addr.rsplit(":", 1)
-    garbage = b"FRY\x09" + bytes(28)
+    shot = b"FRY\x09" + bytes(28) if kind == "garbage" else volley()
     while time.monotonic() < until:
         try:
             with socket.create_connection((host, int(port)), timeout=2, source_address=(source, 0)) as peer:
-                peer.sendall(garbage)
-                while peer.recv(4096):
+                peer.sendall(shot)
+                if kind != "garbage":
+                    peer.shutdown(socket.SHUT_WR)
+                while peer.recv(65536):
                     pass
             counts[at] += 1
         except OSError:
@@ -220,7 +232,7 @@ sys.path.insert(0, sys.argv[1])
 from promises import attack
 counts = [0, 0]
 until = time.monotonic() + float(sys.argv[4])
-threads = [threading.Thread(target=attack, args=(sys.argv[2], sys.argv[3], until, counts, at)) for at in range(2)]
+threads = [threading.Thread(target=attack, args=(sys.argv[2], sys.argv[3], until, counts, at, sys.argv[5])) for at in range(2)]
 [thread.start() for thread in threads]; [thread.join() for thread in threads]
 print(sum(counts))
 """
@@ -235,17 +247,34 @@ def echoes(server, seconds, rate):
             "errors": report["errors"], "lost": report["lost"]}
 
 
+def attacked(server, seconds, rate, kind):
+    """Good traffic beside attackers, and how many connections they made and requests were refused in a second."""
+    line = [sys.executable, "-c", ATTACK, str(pathlib.Path(__file__).parent), server.data, "127.0.0.2", str(seconds), kind]
+    before = refused(server)
+    attackers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    good = echoes(server, seconds, rate)
+    made = sum(int(one.communicate()[0]) for one in attackers)
+    return good, round(made / seconds), round((refused(server) - before) / seconds)
+
+
+def refused(server):
+    page = urllib.request.urlopen(f"http://{server.control}/metrics").read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith("ferry_requests_refused_total{"))
+
+
 def storm(seconds=6, rate=20_000):
     found = {"offered_per_s": rate}
+    kept = lambda beside, calm: round(beside["on_time_per_s"] / max(calm["on_time_per_s"], 1), 4)  # noqa: E731
     for name, sets in [("with_bans", []), ("without_bans", ["abuse.ban_ms=0"])]:
         with Server(["echo"], sets) as server:
             calm = echoes(server, seconds, rate)
-            line = [sys.executable, "-c", ATTACK, str(pathlib.Path(__file__).parent), server.data, "127.0.0.2", str(seconds)]
-            attackers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-            stormy = echoes(server, seconds, rate)
-            frames = sum(int(one.communicate()[0]) for one in attackers)
-            found[name] = {"calm": calm, "storm": stormy, "attacks_per_s": round(frames / seconds),
-                           "goodput_kept": round(stormy["on_time_per_s"] / max(calm["on_time_per_s"], 1), 4)}
+            stormy, made, _ = attacked(server, seconds, rate, "garbage")
+            found[name] = {"calm": calm, "storm": stormy, "attacks_per_s": made, "goodput_kept": kept(stormy, calm)}
+    with Server(["echo"], ["abuse.ban_ms=0", "abuse.points=0"]) as server:
+        calm = echoes(server, seconds, rate)
+        stormy, made, frames = attacked(server, seconds, rate, "volley")
+        found["many_on_a_connection"] = {"calm": calm, "storm": stormy, "connections_per_s": made, "malformed_per_s": frames,
+                                         "goodput_kept": kept(stormy, calm)}
     return found
 
 
