@@ -143,6 +143,7 @@ fn two_hundred_changes_under_load_lose_no_request() {
     let changed = AtomicBool::new(false);
     let answered: u64 = std::thread::scope(|scope| {
         let (server, changed) = (&server, &changed);
+        let ends = SetOnDrop(changed);
         let clients: Vec<_> = (0..4).map(|seed| scope.spawn(move || converse(server, seed, changed))).collect();
         let mut generations = [1, 1];
         let mut numbers = Numbers(7);
@@ -175,7 +176,7 @@ fn two_hundred_changes_under_load_lose_no_request() {
         }
         assert_eq!(generations[0] + generations[1], CHANGES + 2);
         assert!(conflicts < 10 * CHANGES, "a conflict passes with the request that waits");
-        changed.store(true, Ordering::Release);
+        drop(ends);
         clients.into_iter().map(|client| client.join().expect("every answer is right")).sum()
     });
     assert!(answered > CHANGES, "{answered} requests were answered meanwhile");
@@ -191,6 +192,15 @@ fn two_hundred_changes_under_load_lose_no_request() {
     }
     server.drain();
     assert_eq!(server.ending(), Ending::Drained);
+}
+
+/// Set when it goes, also with a panic: whoever runs until then would otherwise hold up the test that failed, and its message, for ever.
+pub struct SetOnDrop<'a>(pub &'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 /// Keeps 24 requests in flight, each with values of its own, until told; returns how many were answered, each exactly once

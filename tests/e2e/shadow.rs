@@ -1,12 +1,12 @@
 //! Shadow schedulers beside a server that serves, from the command line and the control port.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ferry::server::{Ending, TestHooks};
 use serde_json::{Value, json};
 
-use super::live::{converse, ferry, get, patiently, set};
+use super::live::{SetOnDrop, converse, ferry, get, patiently, set};
 use super::trial::wait_gently;
 use crate::common::{Server, control};
 
@@ -27,6 +27,7 @@ fn other_settings_see_what_comes_and_a_switch_is_compared_with_what_was_predicte
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let talking = scope.spawn(|| converse(&server, 9, &stop));
+        let talks = SetOnDrop(&stop);
         let window = "policy=window,queue_delay_max_us=20000";
         let (status, out, err) =
             ferry(&["shadow", "queued", "--set", window, "--set", "rows_max=4", "--control", &addr]);
@@ -85,7 +86,7 @@ fn other_settings_see_what_comes_and_a_switch_is_compared_with_what_was_predicte
         assert!(out.contains("  real") && out.contains("\nlast switch, to policy=window"), "{out}");
         let (status, out, _) = ferry(&["shadow", "queued", "--clear", "--control", &addr]);
         assert!(status == Some(0) && out.starts_with("queued: no setting is looked at\n"), "{out}");
-        stop.store(true, Ordering::Release);
+        drop(talks);
         assert!(talking.join().expect("each request is answered once") > 100);
     });
     assert!(server.metric("ferry_shadow_stretches_total", &["outcome=\"used\""]) >= 4.0);

@@ -1,12 +1,12 @@
 //! Trials of policies, from the command line and the control port, under traffic.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use ferry::server::Ending;
 use serde_json::{Value, json};
 
-use super::live::{converse, ferry, get, knob, patiently, set};
+use super::live::{SetOnDrop, converse, ferry, get, knob, patiently, set};
 use crate::common::{Server, control, wait_until};
 
 const PATH: &str = "/v1/models/queued/trial";
@@ -39,6 +39,7 @@ fn trials_revert_stay_or_give_way_and_lose_nobody() {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let talking = scope.spawn(|| converse(&server, 5, &stop));
+        let talks = SetOnDrop(&stop);
         let bad = json!({
             "set": { "policy": "window", "queue_delay_max_us": 2_000_000 },
             "seconds": 10, "share": 0.95, "slo_ms": 100, "on_time_min": 0.5,
@@ -84,7 +85,7 @@ fn trials_revert_stay_or_give_way_and_lose_nobody() {
         assert_eq!(status, Some(0));
         assert!(out.contains("reverted (superseded): somebody changed the policy by hand"), "{out}");
 
-        stop.store(true, Ordering::Release);
+        drop(talks);
         let answered = talking.join().expect("each request is answered once");
         assert!(answered > 100, "{answered}");
     });
