@@ -13,7 +13,8 @@ request and a storm of malformed frames all of them, whether millions of answers
     slow        a thousand peers send a hello byte by byte; beside them the same echoes, and beside the same peers at another port
     answers     `ferry load --verify` with lengths of 1 to 2,000 bytes: each answer is compared with what its request must get
     starts      what cannot be served: exit status, lines said, seconds
-    turns       how long a task has its shard to itself, at the open loop of echoes and at as much as goes
+    turns       how long a task has its shard to itself, at the open loop of echoes, at as much as goes and with payloads of 2 MiB; the
+                load generator has the lowest priority
                 (ferry_shard_turn_seconds): half, 99, 99.9 and 99.99 % of the turns are within so long
 
 Standard library only. The load generators share the machine with the server.
