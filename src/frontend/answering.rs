@@ -151,8 +151,7 @@ mod tests {
     use crate::frontend::{Catalog, Options};
     use crate::mail::{Part, ToShard};
     use crate::mailbox::mailbox;
-    use crate::scatter::Details;
-    use crate::scheduler::{Class, SealedBatch};
+    use crate::scheduler::SealedBatch;
     use crate::telemetry::{ModelLabels, Telemetry};
     use crate::vocab::{DType, Layout, ModelHandle, SealReason};
     use crate::wire::decoder::Step;
@@ -193,17 +192,7 @@ mod tests {
         let mut members = Vec::new();
         let mut begin = 0;
         for (row, len) in (0u32..).zip(lens) {
-            let waiting = Waiting {
-                connection,
-                request_id: u64::from(row) + 1,
-                model: ModelHandle(0),
-                class: Class::default(),
-                payload_bytes: 0,
-                details: Details::default(),
-                items: false,
-                in_quota: false,
-                trace: 0,
-            };
+            let waiting = Waiting::plain(connection, u64::from(row) + 1);
             let of = &mut state.connections[connection as usize];
             of.requests_in_flight += 1;
             let key = state.in_flight.insert(waiting, &mut of.owned).expect("there is room");

@@ -32,6 +32,22 @@ pub struct Waiting {
 }
 
 impl Waiting {
+    /// Of the first model, with nothing special.
+    #[cfg(test)]
+    pub fn plain(connection: u32, request_id: u64) -> Waiting {
+        Waiting {
+            connection,
+            request_id,
+            model: ModelHandle(0),
+            class: Class::default(),
+            payload_bytes: 0,
+            details: Details::default(),
+            items: false,
+            in_quota: false,
+            trace: 0,
+        }
+    }
+
     pub fn send_lag(&self) -> Option<Duration> {
         (self.details.late_us != 0).then(|| Duration::from_micros(self.details.late_us.into()))
     }
@@ -165,17 +181,7 @@ mod tests {
     use super::*;
 
     fn waiting(request_id: u64) -> Waiting {
-        Waiting {
-            connection: 0,
-            request_id,
-            model: ModelHandle(0),
-            class: Class::default(),
-            payload_bytes: 0,
-            details: Details::default(),
-            items: false,
-            in_quota: false,
-            trace: 0,
-        }
+        Waiting::plain(0, request_id)
     }
 
     #[test]

@@ -87,8 +87,6 @@ mod tests {
     use crate::frontend::inflight::Waiting;
     use crate::frontend::{Catalog, Options};
     use crate::mailbox::mailbox;
-    use crate::scatter::Details;
-    use crate::scheduler::Class;
     use crate::telemetry::{ModelLabels, Telemetry};
     use crate::vocab::{Code, DType};
 
@@ -120,17 +118,7 @@ mod tests {
         for requests in [1, 2] {
             let at = state.connections.insert(Connection::new(-1, Moment(1))) as u32;
             for request_id in 0..requests {
-                let waiting = Waiting {
-                    connection: at,
-                    request_id,
-                    model: MODEL,
-                    class: Class::default(),
-                    payload_bytes: 8,
-                    details: Details::default(),
-                    items: false,
-                    in_quota: false,
-                    trace: 0,
-                };
+                let waiting = Waiting { payload_bytes: 8, ..Waiting::plain(at, request_id) };
                 let connection = &mut state.connections[at as usize];
                 state.in_flight.insert(waiting, &mut connection.owned).expect("room");
                 connection.requests_in_flight += 1;
