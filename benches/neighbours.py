@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What neighbours do to each other: a model that sleeps 800 ms beside echo, and a tenant at ten times its share beside another.
+"""What neighbours do to each other: a model that sleeps 800 ms beside echo, a tenant at ten times its quota beside another, and
+one at ten times another's load where nobody has a quota.
 
     python3 tools/fetch_minilm.py && cargo build --release && python3 benches/neighbours.py [SECONDS]
 """
@@ -60,12 +61,37 @@ def tenants(seconds):
     return found
 
 
+def quotas(seconds):
+    """minilm, with a quota for each tenant of a quarter of what the server can do: a tenant somewhat below it beside another,
+    which is within its own or at ten times that."""
+    lengths = ["--model", "minilm", "--lengths", "lognormal:40,0.8,256"]
+    with Server(["minilm"]) as server:
+        capacity = essence(report(load(server, 8, *lengths, "--concurrency", "64")))["goodput_rps"]
+    quota = round(capacity / 4)
+    lengths += ["--slo", "500ms", "--deadline", "500ms"]
+    small = [*lengths, "--rate", str(round(0.8 * quota)), "--tenant", "small"]
+    found = {"capacity_rps": capacity, "quota_rps": quota}
+    # In turns, so that what the machine does meanwhile hits both.
+    with Server(["minilm"], [f"quota.requests_per_second={quota}"]) as server:
+        for turn in range(3):
+            for name, share in [("alone", 0), ("beside one within its quota", 0.8), ("beside one at ten times its quota", 10)]:
+                noisy = ["--rate", str(round(share * quota)), "--tenant", "noisy", "--seed", str(turn + 2)]
+                other = load(server, seconds + 2, *lengths, *noisy) if share else None
+                beside = essence(report(load(server, seconds, *small)))
+                turns = found.setdefault(name, {"small": []})
+                turns["small"].append(beside)
+                if other:
+                    turns.setdefault("noisy", []).append(essence(report(other)))
+    return found
+
+
 def main():
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 15
     print(json.dumps({
         "machine": machine(),
         "echo inline": sleeper(seconds, "inline"),
         "echo on the executors": sleeper(seconds, "executor"),
+        "quotas": quotas(seconds),
         "tenants": tenants(seconds),
     }, indent=2))
 

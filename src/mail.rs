@@ -76,6 +76,8 @@ pub enum ToBatcher {
     Finished(Finished),
     /// Hold nothing back any more.
     Drain,
+    /// Some time after that: hand back what waits, and what still comes, as `draining`.
+    HandBack,
     SetPolicy(SetPolicy),
     Trial(StartTrial),
     /// End the model's trial, if one is on, and go back to the policy before it. Answered with how it ended.

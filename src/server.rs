@@ -224,6 +224,8 @@ pub struct ServerHandle {
     lifecycle: Arc<Lifecycle>,
     control: ControlHandle,
     drain_timeout: Duration,
+    /// Of it, when the time of what waits is over.
+    drain_queue: Duration,
     access: Option<OpenAccess>,
 }
 
@@ -379,6 +381,7 @@ fn build(
         lifecycle,
         control,
         drain_timeout: config.drain_timeout,
+        drain_queue: config.drain_queue.min(config.drain_timeout * 3 / 4),
         access,
         skipped: repository.skipped,
     })
@@ -1212,6 +1215,7 @@ impl ServerHandle {
         let mut ending = Ending::Drained;
         let mut shards_left = self.shards.len();
         let mut give_up_at: Option<Moment> = None;
+        let mut handed_back = false;
         let mut aborted = false;
         while shards_left > 0 {
             let busy = give_up_at.is_some() || self.telemetry.in_flight() > 0;
@@ -1262,6 +1266,11 @@ impl ServerHandle {
                     give_up_at.get_or_insert_with(|| self.start_drain());
                 }
                 Err(_) => {}
+            }
+            let rest = self.drain_timeout - self.drain_queue;
+            if give_up_at.is_some_and(|at| clock::now() + rest >= at) && !aborted && !handed_back {
+                handed_back = true;
+                let _ = self.batcher_mail.send_or_wait(ToBatcher::HandBack);
             }
             if give_up_at.is_some_and(|at| clock::now() >= at) && !aborted {
                 tracing::error!(timeout = ?self.drain_timeout, "the drain took too long; answering what is left with executor_failed");

@@ -52,6 +52,7 @@ const EXPECTED: &[&str] = &[
     "queue_delay",
     "deadline",
     "drain",
+    "draining",
     "composed",
     "urgent",
     "economic",

@@ -126,10 +126,16 @@ pub struct Batcher<O> {
     telemetry: Arc<Telemetry>,
     /// When the scheduler's books are recomputed next.
     audit_at: Moment,
+    /// What waits was handed back, and so is what still comes.
+    hands_back: bool,
 }
 
 /// The scheduler's books are recomputed this often. With 65,536 requests waiting it takes a millisecond or two.
 const AUDIT_EVERY: Duration = Duration::from_secs(10);
+
+fn handed_back() -> Refusal {
+    Refusal::new(Code::Draining, "the server is shutting down and does not get to this any more")
+}
 
 impl<O: Outlet> Batcher<O> {
     pub fn new(
@@ -167,6 +173,7 @@ impl<O: Outlet> Batcher<O> {
             recorders: Recorders::default(),
             telemetry,
             audit_at: Moment::ZERO,
+            hands_back: false,
         };
         batcher.publish();
         batcher
@@ -200,6 +207,7 @@ impl<O: Outlet> Batcher<O> {
                 self.scheduler.drain();
                 self.end_trial(now, None, Outcome::draining());
             }
+            ToBatcher::HandBack => self.hand_back(now),
             ToBatcher::SetPolicy(wish) => self.set_policy(now, wish),
             ToBatcher::Trial(wish) => self.start_trial(now, wish),
             ToBatcher::EndTrial { model, reply } => {
@@ -315,22 +323,47 @@ impl<O: Outlet> Batcher<O> {
             self.times.came(self.scheduler.policy(first.model).group as usize, first.received_at);
         }
         for request in burst.arrivals {
-            self.admit(now, request);
+            match self.hands_back {
+                true => self.ended[usize::from(request.key.shard)].push((request.key, handed_back())),
+                false => self.admit(now, request),
+            }
         }
         for key in burst.cancelled {
-            let waits = self.ticket_of(key);
-            for recorder in self.recorders.each() {
-                recorder.cancel(now, key, waits, self.scheduler.log());
+            self.cancel(now, key);
+        }
+    }
+
+    /// Takes out what waits of a request.
+    fn cancel(&mut self, now: Moment, key: TicketKey) {
+        let waits = self.ticket_of(key);
+        for recorder in self.recorders.each() {
+            recorder.cancel(now, key, waits, self.scheduler.log());
+        }
+        if let Some(id) = waits
+            && self.scheduler.handle_cancel(id)
+        {
+            self.held[id.index()] = None;
+            if let Some(running) = &mut self.live.trial {
+                running.trial.meter.cancelled(id);
             }
-            if let Some(id) = waits
-                && self.scheduler.handle_cancel(id)
-            {
-                self.held[id.index()] = None;
-                if let Some(running) = &mut self.live.trial {
-                    running.trial.meter.cancelled(id);
-                }
-            }
-            self.cancel_parts(now, key, None);
+        }
+        self.cancel_parts(now, key, None);
+    }
+
+    /// The drain has no more time for what waits: its callers hear that it was not executed, and may go elsewhere. What is with
+    /// an executor is finished, and so is a request of which some part has left: of it nobody could say so.
+    fn hand_back(&mut self, now: Moment) {
+        self.hands_back = true;
+        let mut keys: Vec<TicketKey> = self.held.iter().flatten().map(|held| held.request.key).collect();
+        // The parts of a request lie anywhere.
+        keys.sort_unstable();
+        keys.dedup();
+        let has_begun = |key: &TicketKey| self.parts.get(key).is_some_and(|parts| parts.waiting.len() < parts.count);
+        keys.retain(|key| !has_begun(key));
+        tracing::info!(requests = keys.len(), "handing back what waits");
+        for key in keys {
+            self.cancel(now, key);
+            self.ended[usize::from(key.shard)].push((key, handed_back()));
         }
     }
 

@@ -108,9 +108,16 @@ pub const SETTINGS: &[Setting] = &[
     },
     Setting {
         key: "drain_timeout_ms",
-        about: "How long accepted requests may take to finish after a drain began; the rest is answered `draining`.
+        about: "How long a drain may take; whoever has no answer then gets `executor_failed`.
                 Raise it when one batch can run longer, lower it when the supervisor kills sooner.",
         access: Access::Millis { min: 1, max: TIMEOUT_MAX_MS, at: |c| &mut c.drain_timeout },
+    },
+    Setting {
+        key: "drain_queue_ms",
+        about: "How long a drain goes on serving what waits; what waits after that, or after three quarters of drain_timeout_ms, is
+                handed back as `draining`: not executed, so its caller may ask another replica. 0: only batches that are with
+                executors are finished. Lower it where there are other replicas, raise it where there is none.",
+        access: Access::Millis { min: 0, max: TIMEOUT_MAX_MS, at: |c| &mut c.drain_queue },
     },
     Setting {
         key: "threads.shards",

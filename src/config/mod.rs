@@ -41,6 +41,8 @@ pub struct Config {
     pub allow_unauthenticated: bool,
     /// How long accepted requests may take to finish once a drain began.
     pub drain_timeout: Duration,
+    /// For how long of it what waits is served, instead of handed back.
+    pub drain_queue: Duration,
     pub threads: Threads,
     pub frontend: Frontend,
     pub abuse: Abuse,
@@ -286,6 +288,7 @@ impl Config {
             state: None,
             allow_unauthenticated: false,
             drain_timeout: Duration::from_secs(30),
+            drain_queue: Duration::from_secs(20),
             threads: Threads { shards, executors: machine.cores, tokenizers: 1, pin: true },
             frontend: Frontend {
                 connections_max: limits::connections_default(machine.nofile),

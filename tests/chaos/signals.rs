@@ -16,8 +16,8 @@ use crate::history::{Rules, Summary};
 use crate::proxy::{Act, Proxy};
 
 /// One drain under load: who was accepted is answered, nobody else was executed, the process ends by itself with status 0.
-fn drained(round: u64) -> (Summary, Duration, f64) {
-    let mut child = Child::start_in(models(), &["threads.shards=2"]);
+fn drained(round: u64, drain_queue: &str) -> (Summary, Duration, f64) {
+    let mut child = Child::start_in(models(), &["threads.shards=2", drain_queue]);
     let ledger = Ledger::new();
     let stop = AtomicBool::new(false);
     let mut in_flight = 0.0;
@@ -44,31 +44,33 @@ fn drained(round: u64) -> (Summary, Duration, f64) {
 
 #[test]
 fn a_drain_with_thousands_in_flight_loses_nothing_doubles_nothing_and_ends_with_status_0() {
-    let (mut calls, mut ok, mut unsent, mut times) = (0, 0, 0, Vec::new());
-    let mut most = 0.0f64;
-    for round in 0..rounds(10, 200) {
-        let (summary, took, in_flight) = drained(round);
-        assert!(summary.ok > 0, "round {round}: {summary:?}");
-        // What was refused was refused for the drain, or never left the client.
-        let reasons: Vec<&str> = summary.failed.keys().map(String::as_str).collect();
-        assert!(
-            reasons.iter().all(|code| ["draining", "unsent"].contains(code)),
-            "round {round}: {:?}",
-            summary.failed
+    for drain_queue in ["drain_queue_ms=20000", "drain_queue_ms=0"] {
+        let (mut calls, mut ok, mut unsent, mut times) = (0, 0, 0, Vec::new());
+        let mut most = 0.0f64;
+        for round in 0..rounds(5, 100) {
+            let (summary, took, in_flight) = drained(round, drain_queue);
+            assert!(summary.ok > 0, "round {round}: {summary:?}");
+            // What was refused was refused for the drain, or never left the client.
+            let reasons: Vec<&str> = summary.failed.keys().map(String::as_str).collect();
+            assert!(
+                reasons.iter().all(|code| ["draining", "unsent"].contains(code)),
+                "round {round}: {:?}",
+                summary.failed
+            );
+            calls += summary.calls;
+            ok += summary.ok;
+            unsent += summary.failed.values().sum::<u64>();
+            most = most.max(in_flight);
+            times.push(took.as_millis() as u64);
+        }
+        times.sort_unstable();
+        println!(
+            "{drain_queue}: {} drains: {calls} calls, {ok} answered, {unsent} handed back, up to {most} in flight; ms p50 {} max {}",
+            times.len(),
+            percentile(&times, 0.5),
+            percentile(&times, 1.0),
         );
-        calls += summary.calls;
-        ok += summary.ok;
-        unsent += summary.failed.values().sum::<u64>();
-        most = most.max(in_flight);
-        times.push(took.as_millis() as u64);
     }
-    times.sort_unstable();
-    println!(
-        "{} drains: {calls} calls, {ok} answered, {unsent} handed back, up to {most} in flight; ms p50 {} max {}",
-        times.len(),
-        percentile(&times, 0.5),
-        percentile(&times, 1.0),
-    );
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn two_hundred_changes_under_load_lose_no_request() {
     let answered: u64 = std::thread::scope(|scope| {
         let (server, changed) = (&server, &changed);
         let ends = SetOnDrop(changed);
-        let clients: Vec<_> = (0..4).map(|seed| scope.spawn(move || converse(server, seed, changed))).collect();
+        let clients: Vec<_> = (0..4).map(|seed| scope.spawn(move || converse(server, seed, 4, changed))).collect();
         let mut generations = [1, 1];
         let mut numbers = Numbers(7);
         let (mut made, mut conflicts) = (0, 0);
@@ -203,9 +203,9 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Keeps 24 requests in flight, each with values of its own, until told; returns how many were answered, each exactly once
+/// Keeps 24 requests in flight, each of at most `rows_max` rows with values of its own, until told; returns how many were answered, each exactly once
 /// with its values, or refused for fitting no batch of the policy in force.
-pub fn converse(server: &Server, seed: u64, stop: &AtomicBool) -> u64 {
+pub fn converse(server: &Server, seed: u64, rows_max: u64, stop: &AtomicBool) -> u64 {
     let mut raw = server.connect();
     let models = [raw.handle("queued"), raw.handle("echo")];
     let mut numbers = Numbers(seed);
@@ -213,7 +213,7 @@ pub fn converse(server: &Server, seed: u64, stop: &AtomicBool) -> u64 {
     let mut answered = 0;
     loop {
         while waiting.len() < 24 && !stop.load(Ordering::Acquire) {
-            let (rows, len) = (1 + numbers.next() % 4, 1 + numbers.next() % 40);
+            let (rows, len) = (1 + numbers.next() % rows_max, 1 + numbers.next() % 40);
             let mark = (numbers.next() % 1_000_000) as f32;
             let values: Vec<f32> = (0..rows * len).map(|at| mark + at as f32).collect();
             let model = models[(numbers.next() % 2) as usize];

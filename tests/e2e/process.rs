@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::Signal;
 
-use ferry::vocab::{Code, DType, ModelHandle};
+use ferry::vocab::{Code, DType, Executed, ModelHandle, Retry};
 use ferry::wire::Kind;
 
 use crate::common::process::{Child, Denied, run_denied, run_under};
@@ -100,18 +100,48 @@ fn a_second_sigterm_with_a_stuck_model_answers_everybody_and_ends() {
     assert_eq!(child.status(), Some(1));
 }
 
+/// Goal: a drain ends by itself behind a stuck model, and before that who only waits hears that another replica may be asked.
+/// Method: one batch that hangs, and three full ones behind it, of which its executor may have one.
 #[test]
-fn a_drain_that_takes_too_long_ends_by_itself() {
-    let mut child = Child::start(&["drain_timeout_ms=300"]);
-    let mut raw = child.connect();
-    let faulty = raw.handle("faulty");
-    raw.ask(&Ask::word(faulty, 60_000));
-    wait_until("the model is stuck", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
-    child.signal(Signal::SIGINT);
-    raw.recv().expect_goaway(Code::Draining);
-    raw.recv().expect_error(Code::ExecutorFailed);
-    assert!(matches!(raw.recv(), Event::End));
-    assert_eq!(child.status(), Some(1));
+fn a_drain_that_takes_too_long_hands_back_what_waits_and_ends_by_itself() {
+    const ROWS_MAX: usize = 8;
+    for drain_queue in ["drain_queue_ms=0", "drain_queue_ms=30000"] {
+        let mut child = Child::start(&["drain_timeout_ms=400", drain_queue]);
+        let mut raw = child.connect();
+        let faulty = raw.handle("faulty");
+        let stuck = raw.ask(&Ask::word(faulty, 60_000));
+        wait_until("the model is stuck", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
+        let behind: Vec<u64> = (0..3 * ROWS_MAX).map(|_| raw.ask(&Ask::word(faulty, 0))).collect();
+        wait_until("all are accepted", || {
+            child.metric("ferry_requests_in_flight", &[]) == (1 + behind.len()) as f64
+        });
+        child.signal(Signal::SIGINT);
+        raw.recv().expect_goaway(Code::Draining);
+        let mut ended = Vec::new();
+        let mut handed_back = 0;
+        for _ in 0..=behind.len() {
+            let event = raw.recv();
+            ended.push(event.ends().expect("an end"));
+            if ended.last() == Some(&stuck) {
+                event.expect_error(Code::ExecutorFailed);
+                continue;
+            }
+            match event {
+                Event::Error { refusal, .. } if refusal.code == Code::Draining => {
+                    assert_eq!((refusal.executed, refusal.retry), (Executed::Never, Retry::Elsewhere));
+                    assert!(!ended.contains(&stuck), "before it ends");
+                    handed_back += 1;
+                }
+                // Bound to the executor that hangs.
+                event => drop(event.expect_error(Code::ExecutorFailed)),
+            }
+        }
+        assert!(handed_back >= 2 * ROWS_MAX, "a batch may be bound: {handed_back} of {} came back", behind.len());
+        ended.sort_unstable();
+        assert!(ended.iter().copied().eq(stuck..=stuck + behind.len() as u64), "{ended:?}");
+        assert!(matches!(raw.recv(), Event::End));
+        assert_eq!(child.status(), Some(1));
+    }
 }
 
 #[test]

@@ -26,7 +26,7 @@ fn other_settings_see_what_comes_and_a_switch_is_compared_with_what_was_predicte
     let addr = server.control.to_string();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let talking = scope.spawn(|| converse(&server, 9, &stop));
+        let talking = scope.spawn(|| converse(&server, 9, 4, &stop));
         let talks = SetOnDrop(&stop);
         let window = "policy=window,queue_delay_max_us=20000";
         let (status, out, err) =

@@ -86,6 +86,7 @@ enum Event {
     SetPolicy,
     Capture,
     Drain,
+    HandBack,
 }
 
 struct Shard {
@@ -401,7 +402,13 @@ impl World {
             Event::Drain => {
                 self.draining = true;
                 self.mail(ToBatcher::Drain);
+                // Some drains are patient; among the others are those that serve nothing that waits.
+                if self.rng.random_bool(0.5) {
+                    let after = self.gap.mul_f64(self.rng.random_range(0.0..20.0));
+                    self.after(after, Event::HandBack);
+                }
             }
+            Event::HandBack => self.mail(ToBatcher::HandBack),
         }
     }
 
