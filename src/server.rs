@@ -902,10 +902,10 @@ fn worker_maker_of(
     }
 }
 
-/// The smallest budget of cells at which the model ran at full speed while it was warmed up, each size by its slowest executor's
-/// time.
-fn measured_budget(model: ModelHandle, manifest: &Manifest, warmed: &[Warmed]) -> u64 {
-    let batching = &manifest.batching;
+/// The budget of cells by what was measured while the model was warmed up ([`cost::budget`]), each size by its slowest
+/// executor's time.
+fn measured_budget(model: ModelHandle, loaded: &ModelEntry, warmed: &[Warmed]) -> u64 {
+    let batching = &loaded.manifest.batching;
     let time = |rows: u32, len: u32| {
         let same = |batch: &&Warmed| (batch.model, batch.rows, batch.padded_len) == (model, rows, len);
         warmed.iter().filter(same).map(|batch| batch.took).max()
@@ -914,7 +914,16 @@ fn measured_budget(model: ModelHandle, manifest: &Manifest, warmed: &[Warmed]) -
         .filter_map(|(rows, len)| Some((u64::from(rows) * u64::from(len), time(rows, len)?)))
         .collect();
     let budget = cost::budget(&curve).unwrap_or(batching.padded_cells_max);
-    budget.clamp(batching.bucket_longest().into(), batching.padded_cells_max)
+    let budget = budget.clamp(batching.bucket_longest().into(), batching.padded_cells_max);
+    let rate = |(cells, took): &(u64, Duration)| format!("{cells}: {:.0}/s", *cells as f64 / took.as_secs_f64());
+    let rates = curve.iter().map(rate).collect::<Vec<_>>().join(", ");
+    tracing::info!(
+        model = loaded.name(),
+        cells_max = budget,
+        rates,
+        "the budget of a batch, of cells: rate of an executor"
+    );
+    budget
 }
 
 /// Tokenizer threads, only where a model takes text.
@@ -952,9 +961,7 @@ fn start_batcher(
     let policies = (plan.models.iter().enumerate()).map(|(at, model)| {
         let mut policy = policy_of(&model.manifest, model.model.layouts());
         if model.manifest.batching.cells_auto {
-            policy.cells_max = measured_budget(ModelHandle(at as u16), &model.manifest, &executors.warmed);
-            let cells = policy.cells_max;
-            tracing::info!(model = model.name(), cells_max = cells, "batches of {cells} cells run at full speed here");
+            policy.cells_max = measured_budget(ModelHandle(at as u16), model, &executors.warmed);
         }
         policy
     });

@@ -25,7 +25,7 @@ use super::canary::{self, Canary};
 use super::isolation::{Isolated, Isolation};
 use super::slot::{FilledSlot, VacantSlot};
 use super::worker::{Answers, Worker, padding, view_of};
-use super::{Blame, Failure, slot::Staging};
+use super::{Blame, Failure, slot::Staging, warm};
 use crate::clock;
 use crate::gpu::driver::{Driver, Fault, HostMemory, HostUse};
 use crate::gpu::encoder::{self, Encoder, Form, Parameters};
@@ -623,7 +623,7 @@ impl<D: Driver> DeviceWorker<D> {
         self.answers.telemetry.executor(self.answers.index).on_device(device as u64, pinned as u64, graphs);
     }
 
-    /// Runs padding as a batch: each shape twice, and says how long the device computed the second time.
+    /// Runs padding as a batch, and says how long the device computed at best ([`warm::fastest`]).
     pub fn warm(
         &mut self,
         model: ModelHandle,
@@ -648,11 +648,9 @@ impl<D: Driver> DeviceWorker<D> {
                 lens: &lens,
                 inputs: &inputs,
             };
-            let mut took = Duration::ZERO;
-            for _ in 0..2 {
-                took = self.compute_in_pieces(model, view, &mut output).map_err(|fault| refuse(&fault).refusal)?;
-            }
-            times.push(took);
+            times.push(warm::fastest(|| {
+                self.compute_in_pieces(model, view, &mut output).map_err(|fault| refuse(&fault).refusal)
+            })?);
         }
         Ok(times)
     }

@@ -17,6 +17,7 @@ pub mod model;
 pub mod pack;
 pub mod sim;
 pub mod slot;
+pub mod warm;
 pub mod worker;
 
 use crate::vocab::{Code, ModelHandle, Refusal};

@@ -23,7 +23,7 @@ use super::canary::{Canary, Outcome};
 use super::fence::Pass;
 use super::isolation::{self, Isolated, Isolation};
 use super::slot::{FilledSlot, Staging};
-use super::{Blame, Executor, Failure};
+use super::{Blame, Executor, Failure, warm};
 
 /// What answering a batch takes.
 #[derive(Clone)]
@@ -183,8 +183,8 @@ impl Worker {
         Left::Closed
     }
 
-    /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Each shape twice:
-    /// returns how long the second run of each took.
+    /// Runs a model on padding alone, so that the first request meets warm caches and grown buffers. Returns how long each shape
+    /// takes ([`warm::fastest`]).
     pub fn warm(
         &mut self,
         model: ModelHandle,
@@ -199,13 +199,11 @@ impl Worker {
             let mut output = BatchOutput::default();
             output.prepare(&contract, layout, &lens, len);
             let view = BatchView { contract: &contract, layout, rows, padded_len: len, lens: &lens, inputs: &inputs };
-            let mut took = Duration::ZERO;
-            for _ in 0..2 {
+            times.push(warm::fastest(|| {
                 let start = clock::now();
                 self.executor.run(model, view, &mut output).map_err(|failure| failure.refusal)?;
-                took = clock::now().since(start);
-            }
-            times.push(took);
+                Ok::<_, Refusal>(clock::now().since(start))
+            })?);
         }
         Ok(times)
     }

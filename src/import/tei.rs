@@ -265,8 +265,8 @@ fn batching(settings: &mut Settings, options: &Options, out: &mut Imported) -> R
             Verdict::Changed,
             format!(
                 "Tokens of a batch: the sum of its rows' where they lie end to end, which encoders do here; rows × the longest where they are \
-                 padded. There the queue is cut in order of arrival; `cost` looks at all of it. \"auto\" lets the warm-up find the least \
-                 that runs at full speed, which on a CPU is far less.{clipped}"
+                 padded. There the queue is cut in order of arrival; `cost` looks at all of it. \"auto\" lets the warm-up find the size \
+                 from which on more brings little, which on a CPU is far less.{clipped}"
             ),
         ),
     );

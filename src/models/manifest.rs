@@ -65,8 +65,8 @@ pub struct Manifest {
 pub struct Batching {
     pub rows_max: u32,
     pub padded_cells_max: u64,
-    /// `padded_cells_max` is only the most that is looked at: the budget is the least that runs at full speed, as the warm-up
-    /// finds it.
+    /// `padded_cells_max` is only the most that is looked at: the budget is what the warm-up finds
+    /// ([`crate::scheduler::cost::budget`]).
     pub cells_auto: bool,
     /// None: as long as it pays.
     pub queue_delay_max: Option<Duration>,

@@ -427,14 +427,22 @@ impl CostModel {
     }
 }
 
-/// Throughput of the chosen budget, as a share of the best seen. Between the two only latency is lost.
-const FULL_SPEED: f64 = 0.97;
+/// Twice the time of a batch has to bring so many times the throughput: everybody waits for a batch before their own and for
+/// that. Where a batch costs k cells' time beside its cells, that is a budget of 18 k at 95 % of what there is to be had.
+const WORTH_DOUBLING: f64 = 1.04;
 
-/// The smallest budget that runs at full speed, of measured (cells, time). `None` where nothing was measured.
+/// The budget from which on larger batches make everybody wait longer for too little, of measured (cells, time). `None`
+/// where nothing was measured.
+///
+/// Throughput by a power of the time, as Kleinrock's "power" weighs throughput against delay (1979), with the power that
+/// [`WORTH_DOUBLING`] says. A share of the best throughput will not do: where the curve is flat, whichever size was measured a
+/// little too fast is the best, and the smallest within a few percent of that is a multiple of the smallest that is as good.
 pub fn budget(curve: &[(u64, Duration)]) -> Option<u64> {
-    let rate = |(cells, took): &(u64, Duration)| *cells as f64 / took.as_secs_f64().max(1e-9);
-    let best = curve.iter().map(rate).fold(0.0, f64::max);
-    curve.iter().filter(|point| rate(point) >= FULL_SPEED * best).map(|(cells, _)| *cells).min()
+    let score = |(cells, took): &(u64, Duration)| {
+        let took = took.as_secs_f64().max(1e-9);
+        *cells as f64 / took / took.powf(WORTH_DOUBLING.log2())
+    };
+    curve.iter().max_by(|a, b| score(a).total_cmp(&score(b)).then(b.0.cmp(&a.0))).map(|(cells, _)| *cells)
 }
 
 fn octave(rows: u32, len: u32) -> usize {
@@ -628,14 +636,22 @@ mod tests {
     }
 
     #[test]
-    fn the_budget_is_the_smallest_that_is_hardly_slower_than_the_best() {
+    fn the_budget_is_where_twice_the_time_brings_too_little() {
         let ms = Duration::from_millis;
         assert_eq!(budget(&[]), None);
         assert_eq!(budget(&[(64, ms(3))]), Some(64));
-        // Cells per millisecond: 50, 96, 97, 100, 98.
-        let curve = [(100, ms(2)), (960, ms(10)), (1940, ms(20)), (4000, ms(40)), (7840, ms(80))];
-        assert_eq!(budget(&curve), Some(1940));
-        assert_eq!(budget(&curve[..2]), Some(960));
+        // Cells per millisecond: 50, 93, 97, 100, 98.
+        let curve = [(100, ms(2)), (930, ms(10)), (1940, ms(20)), (4000, ms(40)), (7840, ms(80))];
+        assert_eq!(budget(&curve), Some(1940), "4.3 % more, and then 3.1");
+        assert_eq!(budget(&curve[..2]), Some(930));
+        // All alike: the smallest.
+        assert_eq!(budget(&[256, 384, 512, 1024].map(|cells| (cells, ms(cells)))), Some(256));
+        // A few percent of noise among many of one speed do not make it four times as large.
+        let noisy = [(256, 100), (384, 149), (512, 198), (768, 295), (1024, 390), (2048, 775)];
+        assert_eq!(budget(&noisy.map(|(cells, took)| (cells, ms(took)))), Some(256));
+        // A batch that costs as much as 100 cells: within a step of 18 times that.
+        let device = |cells: u64| (cells, Duration::from_micros(100 + cells));
+        assert_eq!(budget(&[100, 400, 800, 1200, 1800, 2700, 4000, 8000].map(device)), Some(1800));
         assert_eq!(budget(&[(10, Duration::ZERO), (1000, ms(1))]), Some(10), "too fast to be measured is fast");
     }
 

@@ -112,9 +112,7 @@ fn a_drain_that_takes_too_long_hands_back_what_waits_and_ends_by_itself() {
         let stuck = raw.ask(&Ask::word(faulty, 60_000));
         wait_until("the model is stuck", || child.metric("ferry_batches_total", &["model=\"faulty\""]) == 1.0);
         let behind: Vec<u64> = (0..3 * ROWS_MAX).map(|_| raw.ask(&Ask::word(faulty, 0))).collect();
-        wait_until("all are accepted", || {
-            child.metric("ferry_requests_in_flight", &[]) == (1 + behind.len()) as f64
-        });
+        wait_until("all are accepted", || child.metric("ferry_requests_in_flight", &[]) == (1 + behind.len()) as f64);
         child.signal(Signal::SIGINT);
         raw.recv().expect_goaway(Code::Draining);
         let mut ended = Vec::new();
