@@ -762,7 +762,7 @@ fn start_on_devices<D: Driver>(
                     let times = made.worker.warm(model, Layout::Packed, &shapes).map_err(|refusal| {
                         StartError::WarmUp { model: contracts[model.index()].name.clone(), refusal }
                     })?;
-                    warmed.extend(Warmed::all(model, &shapes, times));
+                    warmed.extend(Warmed::all(index, model, &shapes, times));
                 }
                 Ok((made, warmed))
             };
@@ -831,6 +831,7 @@ impl Started {
 
 /// A batch that was run for warming up: its shape, and how long it took.
 struct Warmed {
+    executor: usize,
     model: ModelHandle,
     rows: u32,
     padded_len: u32,
@@ -838,8 +839,14 @@ struct Warmed {
 }
 
 impl Warmed {
-    fn all(model: ModelHandle, shapes: &[(u32, u32)], times: Vec<Duration>) -> impl Iterator<Item = Warmed> {
+    fn all(
+        executor: usize,
+        model: ModelHandle,
+        shapes: &[(u32, u32)],
+        times: Vec<Duration>,
+    ) -> impl Iterator<Item = Warmed> {
         shapes.iter().zip(times).map(move |((rows, padded_len), took)| Warmed {
+            executor,
             model,
             rows: *rows,
             padded_len: *padded_len,
@@ -895,34 +902,37 @@ fn worker_maker_of(
                 let times = worker
                     .warm(model, layouts[at], &shapes[at])
                     .map_err(|refusal| StartError::WarmUp { model: contract.name.clone(), refusal })?;
-                warmed.extend(Warmed::all(model, &shapes[at], times));
+                warmed.extend(Warmed::all(index, model, &shapes[at], times));
             }
         }
         Ok((worker, warmed))
     }
 }
 
-/// The budget of cells by what was measured while the model was warmed up ([`cost::budget`]), each size by its slowest
-/// executor's time.
+/// The budget of cells by what was measured while the model was warmed up: the smallest of its executors' ([`cost::budget`]). What
+/// interrupts a measurement makes a size look slow and a larger one worth its time; hardly ever does so on each of them.
 fn measured_budget(model: ModelHandle, loaded: &ModelEntry, warmed: &[Warmed]) -> u64 {
     let batching = &loaded.manifest.batching;
-    let time = |rows: u32, len: u32| {
-        let same = |batch: &&Warmed| (batch.model, batch.rows, batch.padded_len) == (model, rows, len);
-        warmed.iter().filter(same).map(|batch| batch.took).max()
-    };
-    let curve: Vec<(u64, Duration)> = (batching.curve().into_iter())
-        .filter_map(|(rows, len)| Some((u64::from(rows) * u64::from(len), time(rows, len)?)))
-        .collect();
-    let budget = cost::budget(&curve).unwrap_or(batching.padded_cells_max);
+    let shapes = batching.curve();
+    let mut curves: BTreeMap<usize, Vec<(u64, Duration)>> = BTreeMap::new();
+    for batch in warmed.iter().filter(|batch| batch.model == model && shapes.contains(&(batch.rows, batch.padded_len)))
+    {
+        let cells = u64::from(batch.rows) * u64::from(batch.padded_len);
+        curves.entry(batch.executor).or_default().push((cells, batch.took));
+    }
+    let budget = curves.values().filter_map(|curve| cost::budget(curve)).min().unwrap_or(batching.padded_cells_max);
     let budget = budget.clamp(batching.bucket_longest().into(), batching.padded_cells_max);
     let rate = |(cells, took): &(u64, Duration)| format!("{cells}: {:.0}/s", *cells as f64 / took.as_secs_f64());
-    let rates = curve.iter().map(rate).collect::<Vec<_>>().join(", ");
-    tracing::info!(
-        model = loaded.name(),
-        cells_max = budget,
-        rates,
-        "the budget of a batch, of cells: rate of an executor"
-    );
+    for (executor, curve) in curves {
+        let rates = curve.iter().map(rate).collect::<Vec<_>>().join(", ");
+        tracing::info!(
+            model = loaded.name(),
+            executor,
+            rates,
+            "batches of so many cells run at so many cells a second"
+        );
+    }
+    tracing::info!(model = loaded.name(), cells_max = budget, "larger batches bring little here for their time");
     budget
 }
 

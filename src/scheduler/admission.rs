@@ -174,15 +174,18 @@ impl Scheduler {
         let rank = Rank::of(arrival.class, urgency_of(slack));
         let ahead = queue.backlog.nanos(queue.backlog.ahead(rank));
         let between = queue.typical_batch() / executors.max(1) as f64;
-        // Less than two batches would leave executors idle between them.
-        let bound = (share * slack).max(2.0 * between);
-        if !queue.backlog.stands(now, rank, ahead, bound, slack, between) {
-            return Ok(());
-        }
+        // Less than two batches would leave executors idle between them, where hardly anybody is refused.
+        let bound = queue.backlog.bound(rank, (share * slack).max(2.0 * between));
+        let stands = queue.backlog.stands(now, rank, ahead, bound, slack, between);
         // Among tenants, each waits for its own behind as many others. Whether the queue stands is asked of all of it: who has little in
         // it says nothing of that.
-        let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
-        let wait = ahead.min(queue.backlog.nanos(own) * tenants as f64);
+        let wait = if stands {
+            let (own, tenants) = queue.tenants.waiting_of(arrival.tenant);
+            ahead.min(queue.backlog.nanos(own) * tenants as f64)
+        } else {
+            0.0
+        };
+        queue.backlog.answered(rank, wait > bound);
         if wait <= bound {
             return Ok(());
         }

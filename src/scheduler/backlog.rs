@@ -31,6 +31,10 @@ const STANDS: f64 = 0.5;
 const SHORT: f64 = 0.25;
 /// What a batch between others counts, beside all before it.
 const FADES: f64 = 0.95;
+/// What a newcomer counts in the share that is refused.
+const NEWCOMER: f64 = 1.0 / 64.0;
+/// By so much of the share that is refused the queue is kept shorter.
+const SHORTER: f64 = 0.5;
 
 /// What waits, by who would go before whom.
 #[derive(Clone, Debug, Default, bincode::Decode, bincode::Encode)]
@@ -40,6 +44,8 @@ pub struct Backlog {
     stands_since: [[Option<Moment>; OCTAVES]; Class::COUNT],
     /// Since when it has been short after that.
     short_since: [[Option<Moment>; OCTAVES]; Class::COUNT],
+    /// Of those who came lately, the share that was refused.
+    refused: [[f64; OCTAVES]; Class::COUNT],
     /// Time between batches while more waited, in ns, and cells that they took; both fade.
     nanos: f64,
     taken: f64,
@@ -99,6 +105,19 @@ impl Backlog {
     /// Cells that would go before one of this rank.
     pub fn ahead(&self, rank: Rank) -> u64 {
         self.cells[..=rank.class].iter().flat_map(|class| &class[..=rank.octave]).sum()
+    }
+
+    /// How long one of this rank may wait, where it may wait for `most` as long as hardly anybody is refused. A queue is what
+    /// executors find while nobody comes: where two of three are refused it fills up in no time, and a shorter one keeps them
+    /// as busy and makes everybody wait less. Near what they can do it takes all of it.
+    pub fn bound(&self, rank: Rank, most: f64) -> f64 {
+        most * (1.0 - SHORTER * self.refused[rank.class][rank.octave])
+    }
+
+    /// One of this rank was refused, or not.
+    pub fn answered(&mut self, rank: Rank, refused: bool) {
+        let share = &mut self.refused[rank.class][rank.octave];
+        *share += NEWCOMER * (f64::from(u8::from(refused)) - *share);
     }
 
     /// Whether a newcomer that would wait for `wait` is to be refused: the wait has been longer than `bound` for long enough,
@@ -182,6 +201,23 @@ mod tests {
             backlog.taken(at(10_001_990 + 20 * batch), 100, 500);
         }
         assert!((190.0..=200.0).contains(&(backlog.nanos(1000) / MS)), "{}", backlog.nanos(1000));
+    }
+
+    #[test]
+    fn the_more_are_refused_the_shorter_is_the_queue_that_they_leave() {
+        let (mut backlog, rank, other) = (Backlog::default(), rank(1, 100.0), rank(1, 10.0));
+        assert_eq!(backlog.bound(rank, 60.0), 60.0);
+        for newcomer in 0..900 {
+            backlog.answered(rank, newcomer % 3 > 0);
+        }
+        // Two of three, give or take one newcomer.
+        assert!((backlog.bound(rank, 60.0) - 40.0).abs() < 0.5, "{}", backlog.bound(rank, 60.0));
+        assert_eq!(backlog.bound(other, 60.0), 60.0, "of others less may be refused");
+        (0..900).for_each(|_| backlog.answered(rank, true));
+        assert!((backlog.bound(rank, 60.0) - 30.0).abs() < 0.1, "never less than half");
+        // Whoever comes when it is over is taken again, and in a hundred or so it is forgotten.
+        (0..200).for_each(|_| backlog.answered(rank, false));
+        assert!(backlog.bound(rank, 60.0) > 58.0, "{}", backlog.bound(rank, 60.0));
     }
 
     #[test]

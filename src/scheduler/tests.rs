@@ -811,17 +811,17 @@ fn a_queue_that_stands_is_kept_short_and_only_for_those_whom_it_makes_late() {
     assert!(refused == 0 && most > 60, "what may be a burst is taken: {refused} refused, {most} waited");
     let (refused, _) = overloaded(&mut rig, 50);
     assert!(refused > 400, "{refused} of 1,000");
-    // A quarter of the slack is 25 ms, 20 rows.
+    // A quarter of the slack is 25 ms, 20 rows; and three of five are refused, which makes it three tenths less.
     let (_, most) = overloaded(&mut rig, 50);
-    assert!((20..=22).contains(&most), "{most}");
+    assert!((14..=16).contains(&most), "{most}");
     let asked =
         |rig: &Rig, slack: Duration, class: Class| Arrival { class, deadline: Some(rig.now() + slack), ..request() };
     while rig.scheduler.waiting(MODEL).0 < 30 {
         rig.arrive(asked(&rig, MS * 100, Class::default()));
     }
     let refusal = rig.refused(asked(&rig, MS * 100, LOWEST));
-    // Eight rows went into each batch of 10 ms: 30 take 37.5, of which it may wait 25. It comes back when half of that has gone.
-    assert!((11..=13).contains(&refusal.retry_after_ms), "{refusal:?}");
+    // Eight rows went into each batch of 10 ms: 30 take 37.5, of which it may wait 17.5.
+    assert!((19..=21).contains(&refusal.retry_after_ms), "{refusal:?}");
     rig.arrive(asked(&rig, MS * 10_000, LOWEST));
     rig.arrive(asked(&rig, MS * 30, Class::default()));
     rig.arrive(Arrival { deadline: None, ..request() });
@@ -886,7 +886,7 @@ fn policies_that_are_kept_to_compare_with_refuse_behind_a_standing_queue_where_t
             rig.scheduler.audit().expect("the books are right");
             (refused, most)
         });
-        assert!(with.0 > 400 && (20..=22).contains(&with.1), "{kind}: {with:?}");
+        assert!(with.0 > 400 && (14..=16).contains(&with.1), "{kind}: {with:?}");
         assert!(without.0 == 0 && without.1 > 90, "{kind}: {without:?}");
     }
 }
