@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::backlog::Rank;
 use super::{Arrival, Class, Policy, Scheduler, nanos_of, urgency_of};
-use crate::vocab::{Code, Moment, Refusal, Stage};
+use crate::vocab::{Code, Layout, Moment, Refusal, Stage};
 
 /// What waits: rows, padded cells (rows × bucket length) and payload bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bincode::Decode, bincode::Encode)]
@@ -175,7 +175,10 @@ impl Scheduler {
         let ahead = queue.backlog.nanos(queue.backlog.ahead(rank));
         let between = queue.typical_batch() / executors.max(1) as f64;
         // Less than two batches would leave executors idle between them, where hardly anybody is refused.
-        let bound = queue.backlog.bound(rank, (share * slack).max(2.0 * between));
+        let most = (share * slack).max(2.0 * between);
+        // Padded rows of one length may wait for long, and use it: with batches of a millisecond it is pauses of whoever asks that
+        // the queue has to last for.
+        let bound = if queue.policy.layout == Layout::Packed { queue.backlog.bound(rank, most) } else { most };
         let stands = queue.backlog.stands(now, rank, ahead, bound, slack, between);
         // Among tenants, each waits for its own behind as many others. Whether the queue stands is asked of all of it: who has little in
         // it says nothing of that.

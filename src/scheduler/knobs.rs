@@ -88,7 +88,8 @@ pub const KNOBS: &[Knob] = &[
         "",
         "0 to 1000, or auto",
         "share of its slack that a request may wait behind a queue that stands; what would wait longer is refused, \
-         down to half of it where most are; 0: never; auto: 0.15 where rows lie end to end, 0.5 where they share one bucket, else 0, as with policies other than cost",
+         end to end down to half of it where most are; 0: never; auto: 0.15 where rows lie end to end, 0.5 where they share one \
+         bucket, else 0, as with policies other than cost",
     ),
     knob("age_max", "slacks", "0.01 to 1000000", "a row that has waited so long is in the next batch"),
 ];

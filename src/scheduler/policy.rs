@@ -136,7 +136,7 @@ pub struct Tuning {
     /// not the one with the most queued. 0: always.
     pub fair_admission: f64,
     /// Once the queue has been longer than this share of a request's slack for half of that slack, what would wait longer
-    /// is refused; the more are refused, the less, down to half of it. 0: never. `None`: [`Policy::overload_admission`].
+    /// is refused; where rows lie end to end and most are refused, half of it. 0: never. `None`: [`Policy::overload_admission`].
     pub overload_admission: Option<f64>,
     /// A row that has waited this many slacks is in the next batch.
     pub age_max: f64,

@@ -829,6 +829,14 @@ fn a_queue_that_stands_is_kept_short_and_only_for_those_whom_it_makes_late() {
 }
 
 #[test]
+fn padded_rows_wait_for_as_long_as_they_may_however_many_are_refused() {
+    let mut rig = Rig::new(vec![Policy { layout: Layout::Padded, ..end_to_end() }]);
+    let refused = overloaded(&mut rig, 57).0;
+    let (_, most) = overloaded(&mut rig, 50);
+    assert!(refused > 400 && (20..=22).contains(&most), "{refused} refused, {most} waited");
+}
+
+#[test]
 fn a_tenant_with_little_in_a_standing_queue_does_not_open_it_for_the_one_that_fills_it() {
     // Fair admission is off: it refuses the heaviest in its own way.
     let mut rig = Rig::new(vec![end_to_end().with([("fair_admission", "0")]).expect("a knob")]);
