@@ -42,7 +42,7 @@ use crate::gpu::driver::Driver;
 use crate::gpu::driver::Fault;
 use crate::learned::{self, Identity, Keeper};
 use crate::mail::{Request, ToBatcher, ToShard};
-use crate::mailbox::{Receiver, Sender, mailbox};
+use crate::mailbox::{Receiver, SendError, Sender, mailbox};
 use crate::models::manifest::{Manifest, Placement, Precision};
 use crate::models::repository::{self, LoadOptions, ModelEntry, Repository};
 use crate::otel;
@@ -1286,8 +1286,8 @@ impl ServerHandle {
             }
             let rest = self.drain_timeout - self.drain_queue;
             if give_up_at.is_some_and(|at| clock::now() + rest >= at) && !aborted && !handed_back {
-                handed_back = true;
-                let _ = self.batcher_mail.send_or_wait(ToBatcher::HandBack);
+                // Never waits: a batcher that hangs must not keep the drain from its end.
+                handed_back = !matches!(self.batcher_mail.send(ToBatcher::HandBack), Err(SendError::Full(_)));
             }
             if give_up_at.is_some_and(|at| clock::now() >= at) && !aborted {
                 tracing::error!(timeout = ?self.drain_timeout, "the drain took too long; answering what is left with executor_failed");
