@@ -360,7 +360,9 @@ impl<O: Outlet> Batcher<O> {
         keys.dedup();
         let has_begun = |key: &TicketKey| self.parts.get(key).is_some_and(|parts| parts.waiting.len() < parts.count);
         keys.retain(|key| !has_begun(key));
-        tracing::info!(requests = keys.len(), "handing back what waits");
+        if !keys.is_empty() {
+            tracing::info!(requests = keys.len(), "handing back what waits");
+        }
         for key in keys {
             self.cancel(now, key);
             self.ended[usize::from(key.shard)].push((key, handed_back()));
