@@ -203,8 +203,8 @@ impl Drop for SetOnDrop<'_> {
     }
 }
 
-/// Keeps 24 requests in flight, each of at most `rows_max` rows with values of its own, until told; returns how many were answered, each exactly once
-/// with its values, or refused for fitting no batch of the policy in force.
+/// Keeps 24 requests in flight, each of at most `rows_max` rows with values of its own, until told; returns how many were
+/// answered, each exactly once with its values.
 pub fn converse(server: &Server, seed: u64, rows_max: u64, stop: &AtomicBool) -> u64 {
     let mut raw = server.connect();
     let models = [raw.handle("queued"), raw.handle("echo")];
