@@ -2,7 +2,7 @@
 """Promises that are times, measured from outside: how late an expiry is told, how soon a cancel is, what a panic costs the next
 request and a storm of malformed frames all of them, whether millions of answers are each their caller's, how a wrong start ends.
 
-    cargo build --release && python3 benches/promises.py [deadlines] [cancels] [panics] [storm] [slow] [answers] [starts] [turns] [--json]
+    cargo build --release && python3 benches/promises.py [deadlines] [cancels] [panics] [storm] [slow] [answers] [starts] [turns] [wakes] [--json]
 
     deadlines   every executor sleeps for ten seconds; requests whose deadlines end in 20 to 500 ms wait behind: answer - deadline
     cancels     the same, given up while they wait and while they run: cancel to answer
@@ -15,13 +15,17 @@ request and a storm of malformed frames all of them, whether millions of answers
     starts      what cannot be served: exit status, lines said, seconds
     turns       how long a task has its shard to itself, at the open loop of echoes, at as much as goes and with payloads of 2 MiB; the
                 load generator has the lowest priority
-                (ferry_shard_turn_seconds): half, 99, 99.9 and 99.99 % of the turns are within so long
+                (ferry_shard_turn_seconds): half, 99, 99.9 and 99.99 % of the turns are within so long. Beside that, the machine itself:
+                how often a process that has a core alone and looks at nothing but the clock misses 2 ms, while another core is busy
+    wakes       echo on an executor's thread: from the end of a batch to its answer among what its connection has to send, as the answers
+                themselves say; asked one by one, alone and beside an open loop of 20,000/s
 
 Standard library only. The load generators share the machine with the server.
 """
 
 import argparse
 import json
+import os
 import pathlib
 import resource
 import socket
@@ -38,6 +42,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "support"))
 from server import FERRY, Server, machine  # noqa: E402
 
 HELLO, HELLO_ACK, DESCRIBE, DESCRIPTION, INFER, RESULT, ERROR, CANCEL, CREDIT = 1, 2, 3, 4, 5, 6, 8, 9, 12
+# Types of elements, a flag, and bytes of the six times at the end of a result that has them, with the two marks around them.
+F32, U32, TIMINGS, TIMES_LEN = 11, 5, 1, 50
 TABLE = []
 for byte in range(256):
     for _ in range(8):
@@ -75,6 +81,7 @@ class Caller:
         kind, _, metadata = self.read()
         assert kind == DESCRIPTION, f"expected a description, got kind {kind}"
         self.handle, self.next_id, self.ended = struct.unpack_from("<H", metadata)[0], 2, {}
+        self.timed, self.scatter_ns = set(), []
         threading.Thread(target=self.collect, daemon=True).start()
 
     def read(self):
@@ -90,6 +97,10 @@ class Caller:
         try:
             while True:
                 kind, request_id, metadata = self.read()
+                if kind == RESULT and request_id in self.timed:
+                    *_, scatter_ns, receipt = struct.unpack("<B6QB", metadata[-TIMES_LEN:])
+                    assert receipt == 0, "none was asked for"
+                    self.scatter_ns.append(scatter_ns)
                 if kind in (RESULT, ERROR):
                     code, stage = struct.unpack_from("<HB", metadata) if kind == ERROR else (0, 0)
                     self.ended[request_id] = (time.monotonic(), code, stage)
@@ -98,11 +109,17 @@ class Caller:
 
     def sleep(self, micros, deadline_us=0):
         """Asks the model to sleep. Returns the request's id and when it was sent."""
+        return self.ask(U32, struct.pack("<I", micros), deadline_us)
+
+    def ask(self, dtype, values, deadline_us=0, flags=0):
+        """Sends one row of 4-byte values. Returns the request's id and when it was sent."""
         request_id, self.next_id = self.next_id, self.next_id + 1
-        tensor = struct.pack("<BBQ2I", 0, 5, 2, 1, 1)
-        metadata = struct.pack("<QBBQIQBQ", deadline_us, 0, 0, 0, 0, 0, 0, 1) + tensor
+        tensor = struct.pack("<BBQ2I", 0, dtype, 2, 1, len(values) // 4)
+        metadata = struct.pack("<QBBQIQBQ", deadline_us, 0, flags, 0, 0, 0, 0, 1) + tensor
+        if flags & TIMINGS:
+            self.timed.add(request_id)
         sent = time.monotonic()
-        self.socket.sendall(frame(INFER, request_id, metadata, struct.pack("<I", micros), self.handle))
+        self.socket.sendall(frame(INFER, request_id, metadata, values, self.handle))
         return request_id, sent
 
     def cancel(self, request_id):
@@ -376,6 +393,28 @@ def starts():
         return found
 
 
+LOOK = """
+import os, sys, time
+os.sched_setaffinity(0, {int(sys.argv[1])})
+until, last, pauses = time.perf_counter() + float(sys.argv[2]), time.perf_counter(), []
+while last < until:
+    now = time.perf_counter()
+    if now - last > 0.002:
+        pauses.append(now - last)
+    last = now
+print(len(pauses), max(pauses, default=0))
+"""
+
+
+def pauses_of_the_machine(seconds):
+    busy, looked = sorted(os.sched_getaffinity(0))[:2]
+    other = subprocess.Popen([sys.executable, "-c", LOOK, str(busy), str(seconds + 1)], stdout=subprocess.DEVNULL)
+    said = subprocess.run([sys.executable, "-c", LOOK, str(looked), str(seconds)], capture_output=True, text=True, check=True).stdout
+    other.wait()
+    count, longest = said.split()
+    return {"seconds": seconds, "pauses_beyond_2_ms": int(count), "longest_ms": round(1000 * float(longest), 1)}
+
+
 def turns(seconds=10):
     """Which share of the turns took how long: the upper end of the bucket that it falls into, in microseconds."""
     def load(*more):
@@ -415,11 +454,33 @@ def turns(seconds=10):
             before = counts()
             report = load(*more)
             found[name] = {"ok_per_s": round(report["goodput_rps"]), **shares(before, counts())}
+    if len(os.sched_getaffinity(0)) > 1:
+        found["the machine itself"] = pauses_of_the_machine(seconds)
     return found
 
 
+def wakes(count=3000):
+    def asked(addr):
+        caller = Caller(addr, "echo")
+        for _ in range(count):
+            one, _ = caller.ask(F32, bytes(256), flags=TIMINGS)
+            assert caller.wait([one], 5)[0][1] == 0, "it is answered"
+        return spread(nanos / 1e9 for nanos in caller.scatter_ns)
+
+    with Server(["echo"], edits={"echo": {"": {"placement": '"executor"'}}}) as server:
+        alone = asked(server.data)
+        beside = subprocess.Popen(["nice", "-n", "19", FERRY, "load", "--addr", server.data, "--model", "echo", "--connections", "8", "--lengths",
+                                   "fixed:64", "--rate", "20000", "--duration", "60s", "--json"], stdout=subprocess.DEVNULL)
+        time.sleep(1)
+        busy = asked(server.data)
+        assert beside.poll() is None, "the load ended before it was measured beside it"
+        beside.terminate()
+        beside.wait()
+    return {"alone": alone, "beside_20000_per_s": busy}
+
+
 PARTS = {"deadlines": deadlines, "cancels": cancels, "panics": panics, "storm": storm, "slow": slow, "answers": answers, "starts": starts,
-         "turns": turns}
+         "turns": turns, "wakes": wakes}
 
 
 def main():

@@ -2,17 +2,18 @@
 //!
 //! Always true
 //! - Each member is answered from its own rows, by the shard that asked; a shard gets one message per batch.
-//! - Row bytes are copied once: from the batch's output into the connection's. Those of a request that was run in parts are
-//!   copied once more, where they wait for the others.
+//! - Row bytes are copied once: from the batch's output into the connection's, at one go or in parts ([`LongAnswer`]). Those of
+//!   a request that was run in parts are copied once more, where they wait for the others.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::contract::TensorSpec;
 use crate::mail::{FinishedBatch, Member, ToShard};
 use crate::mailbox::Sender;
 use crate::vocab::{Layout, ModelHandle, Moment, Refusal};
-use crate::wire::encoder::{Head, append_frame_with, pad_to_8};
+use crate::wire::encoder::{Head, LongFrame, align8, append_frame_with, pad_to_8};
 use crate::wire::frame::Kind;
 use crate::wire::message::{ErrorMessage, InferResult, Item, List, RESULT_TRUNCATED, Receipt, TensorMeta, Timings};
 
@@ -58,17 +59,32 @@ pub fn append_result(
     details: Details,
     now: Moment,
 ) {
-    let mut result = result_of(finished, member, member.part.of_rows);
-    describe(&mut result, finished, member, details, || timings_of(finished, member, now));
-    let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
+    let (head, result) = whole_result(finished, member, request_id, details, || timings_of(finished, member, now));
     append(out, finished, head, &result, rows_of(finished, member));
+}
+
+/// Of a request that has all its rows.
+fn whole_result(
+    finished: &FinishedBatch,
+    member: &Member,
+    request_id: u64,
+    details: Details,
+    timings: impl FnOnce() -> Timings,
+) -> (Head, InferResult) {
+    let mut result = result_of(finished, member, member.part.of_rows);
+    describe(&mut result, finished, member, details, timings);
+    (Head { kind: Kind::Result, model: finished.batch.model, request_id }, result)
 }
 
 /// Appends the item frame of one member that has not failed: its rows, whether all of the request's or not.
 pub fn append_item(out: &mut Vec<u8>, finished: &FinishedBatch, member: &Member, request_id: u64) {
-    let result = result_of(finished, member, member.rows);
+    let (head, item) = item(finished, member, request_id);
+    append(out, finished, head, &item, rows_of(finished, member));
+}
+
+fn item(finished: &FinishedBatch, member: &Member, request_id: u64) -> (Head, Item) {
     let head = Head { kind: Kind::Item, model: finished.batch.model, request_id };
-    append(out, finished, head, &Item { at_row: member.part.at_row, result }, rows_of(finished, member));
+    (head, Item { at_row: member.part.at_row, result: result_of(finished, member, member.rows) })
 }
 
 /// Appends the result frame of a request whose rows have all been answered by items.
@@ -193,7 +209,108 @@ fn append<M: bincode::Encode>(
             rows(out, index, spec);
         }
     })
-    .expect("8 tensors of rank 8 are within the metadata limit");
+    .expect(METADATA_FITS);
+}
+
+const METADATA_FITS: &str = "8 tensors of rank 8 are within the metadata limit";
+
+/// An answer whose rows take too long to be copied at one go: [`append_result`] and [`append_item`] in parts.
+#[derive(Debug)]
+pub struct LongAnswer {
+    frame: LongFrame,
+    /// Rows of each output, where they were gathered from more than one batch.
+    assembled: Option<Vec<Vec<u8>>>,
+    /// The output that is being written, and how many of its bytes are.
+    at: (usize, usize),
+}
+
+impl LongAnswer {
+    /// What [`append_result`] appends. `memory` is for the frame.
+    pub fn result(
+        finished: &FinishedBatch,
+        member: &Member,
+        request_id: u64,
+        details: Details,
+        now: Moment,
+        memory: Vec<u8>,
+    ) -> LongAnswer {
+        let (head, result) = whole_result(finished, member, request_id, details, || timings_of(finished, member, now));
+        LongAnswer::begin(finished, head, &result, finished.answer_bytes(member), None, memory)
+    }
+
+    /// What [`append_item`] appends.
+    pub fn item(finished: &FinishedBatch, member: &Member, request_id: u64, memory: Vec<u8>) -> LongAnswer {
+        let (head, item) = item(finished, member, request_id);
+        LongAnswer::begin(finished, head, &item, finished.answer_bytes(member), None, memory)
+    }
+
+    fn begin<M: bincode::Encode>(
+        finished: &FinishedBatch,
+        head: Head,
+        message: &M,
+        bytes: usize,
+        assembled: Option<Vec<Vec<u8>>>,
+        memory: Vec<u8>,
+    ) -> LongAnswer {
+        // Each output begins at a multiple of 8.
+        let room = bytes + 8 * finished.contract.outputs.len();
+        let frame = LongFrame::begin(head, message, room, memory).expect(METADATA_FITS);
+        LongAnswer { frame, assembled, at: (0, 0) }
+    }
+
+    /// Writes at most `most` bytes more of rows, of the same member of the same batch. True when all are written.
+    pub fn write(&mut self, finished: &FinishedBatch, member: &Member, most: usize) -> bool {
+        let end = self.frame.payload_len() + most;
+        while let Some(spec) = finished.contract.outputs.get(self.at.0) {
+            if self.at.1 == 0 {
+                let written = self.frame.payload_len();
+                self.frame.extend(&[0; 8][..align8(written) - written]);
+            }
+            let written = self.frame.payload_len();
+            let rest = match &self.assembled {
+                Some(outputs) => &outputs[self.at.0][self.at.1..],
+                None => rest_of_row(finished, member, spec, self.at),
+            };
+            if rest.is_empty() {
+                self.at = (self.at.0 + 1, 0);
+                continue;
+            }
+            if written >= end {
+                return false;
+            }
+            let part = &rest[..rest.len().min(end - written)];
+            self.at.1 += part.len();
+            self.frame.extend(part);
+        }
+        true
+    }
+
+    /// Bytes of its payload so far.
+    pub fn written(&self) -> usize {
+        self.frame.payload_len()
+    }
+
+    /// Its frame, when all is written.
+    pub fn end(self) -> Vec<u8> {
+        self.frame.end()
+    }
+}
+
+/// What follows, within a row, the first bytes of a member's rows of an output; empty when there is no more.
+fn rest_of_row<'a>(
+    finished: &'a FinishedBatch,
+    member: &Member,
+    spec: &TensorSpec,
+    (index, done): (usize, usize),
+) -> &'a [u8] {
+    let row_bytes = spec.row_bytes(member.len);
+    match done.checked_div(row_bytes) {
+        Some(row) if row < member.rows as usize => {
+            let row = member.first_row + row as u32;
+            &finished.output.row_bytes(spec, index, row, member.len)[done % row_bytes..]
+        }
+        _ => &[],
+    }
 }
 
 /// Requests that are run in parts, and the rows of theirs that are done.
@@ -219,6 +336,11 @@ struct Assembly {
 impl Assemblies {
     /// Keeps a part's rows. True when the request is complete, and [`Assemblies::append_result`] can be called.
     pub fn take_part(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
+        self.take_rows(finished, member, 0..member.rows, now)
+    }
+
+    /// The same of some rows of a part. Each is to be taken once.
+    pub fn take_rows(&mut self, finished: &FinishedBatch, member: &Member, rows: Range<u32>, now: Moment) -> bool {
         let outputs = || {
             let bytes = |spec: &TensorSpec| vec![0; member.part.of_rows as usize * spec.row_bytes(member.len)];
             finished.contract.outputs.iter().map(bytes).collect()
@@ -235,14 +357,14 @@ impl Assemblies {
         }
         for (index, spec) in finished.contract.outputs.iter().enumerate() {
             let row_bytes = spec.row_bytes(member.len);
-            for row in 0..member.rows {
+            for row in rows.clone() {
                 let at = (member.part.at_row + row) as usize * row_bytes;
                 let bytes = finished.output.row_bytes(spec, index, member.first_row + row, member.len);
                 entry.outputs[index][at..at + row_bytes].copy_from_slice(bytes);
             }
         }
         entry.timings = timings_of(finished, member, now);
-        entry.rows_left -= member.rows;
+        entry.rows_left -= rows.len() as u32;
         entry.rows_left == 0
     }
 
@@ -255,11 +377,28 @@ impl Assemblies {
         request_id: u64,
         details: Details,
     ) {
-        let entry = self.entries.remove(&member.key.slot).expect("its last part was taken");
-        let mut result = result_of(finished, member, member.part.of_rows);
-        describe(&mut result, finished, member, details, || entry.timings);
-        let head = Head { kind: Kind::Result, model: finished.batch.model, request_id };
+        let entry = self.take_complete(member);
+        let (head, result) = whole_result(finished, member, request_id, details, || entry.timings);
         append(out, finished, head, &result, |out, index, _| out.extend_from_slice(&entry.outputs[index]));
+    }
+
+    /// The same in parts. `memory` is for the frame.
+    pub fn long_result(
+        &mut self,
+        finished: &FinishedBatch,
+        member: &Member,
+        request_id: u64,
+        details: Details,
+        memory: Vec<u8>,
+    ) -> LongAnswer {
+        let entry = self.take_complete(member);
+        let (head, result) = whole_result(finished, member, request_id, details, || entry.timings);
+        let bytes = entry.outputs.iter().map(Vec::len).sum();
+        LongAnswer::begin(finished, head, &result, bytes, Some(entry.outputs), memory)
+    }
+
+    fn take_complete(&mut self, member: &Member) -> Assembly {
+        self.entries.remove(&member.key.slot).expect("its last part was taken")
     }
 
     /// Counts a part whose rows are kept nowhere, because they have been answered. True when it was the last; its entry then
@@ -311,4 +450,150 @@ pub fn append_error(out: &mut Vec<u8>, model: ModelHandle, request_id: u64, refu
     let message = ErrorMessage::from_refusal(refusal);
     append_frame_with(out, Head { kind: Kind::Error, model, request_id }, &message, |_| {})
         .expect("an error's sentence is cut to fit");
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::contract::{Contract, Dim, Length, NonFinite};
+    use crate::executor::batch::BatchOutput;
+    use crate::mail::Part;
+    use crate::scheduler::SealedBatch;
+    use crate::vocab::{DType, SealReason, TicketKey};
+
+    /// Outputs of which none ends at a multiple of 8 by itself.
+    fn contract() -> Arc<Contract> {
+        let tensor = |name: &str, dtype, shape| TensorSpec {
+            name: name.into(),
+            dtype,
+            shape,
+            pad: 0.0,
+            range: None,
+            nonfinite: NonFinite::Refuse,
+        };
+        let outputs = vec![
+            tensor("bytes", DType::U8, vec![Dim::Named("n".into())]),
+            tensor("floats", DType::F32, vec![Dim::Fixed(3)]),
+            tensor("five", DType::U8, vec![Dim::Fixed(5)]),
+        ];
+        Arc::new(Contract {
+            name: "m".into(),
+            version: "1".into(),
+            architecture: "m".into(),
+            inputs: vec![outputs[0].clone()],
+            outputs,
+            length: Some(Length { name: "n".into(), min: 1, max: 100 }),
+            text: None,
+            rows_max: 8,
+        })
+    }
+
+    /// A batch of one member for each length, of 3 rows; every byte of its outputs is another than its neighbours.
+    fn finished(layout: Layout, lens: &[u32], of_rows: u32) -> FinishedBatch {
+        let contract = contract();
+        let rows: Vec<u32> = lens.iter().flat_map(|len| [*len; 3]).collect();
+        let mut output = BatchOutput::default();
+        output.prepare(&contract, layout, &rows, 100);
+        for (index, output) in output.outputs.iter_mut().enumerate() {
+            (0..).zip(output.bytes_mut()).for_each(|(at, byte): (usize, _)| *byte = (at * 7 + at / 251 + index) as u8);
+        }
+        let member = |(at, len): (u32, &u32)| Member {
+            key: TicketKey { shard: 0, slot: 5, generation: 1 },
+            first_row: 3 * at,
+            rows: 3,
+            len: *len,
+            part: Part { at_row: 3 * at, of_rows },
+            received_at: Moment(0),
+            admitted_at: Moment(1),
+            waited: Default::default(),
+            truncated: false,
+        };
+        let batch = SealedBatch {
+            id: 1,
+            model: ModelHandle(0),
+            executor: 0,
+            rows: rows.len() as u32,
+            rows_possible: rows.len() as u32,
+            layout,
+            padded_len: 100,
+            cells_real: 1,
+            squares_real: 0,
+            reason: SealReason::Full,
+            sealed_at: Moment(2),
+            generation: 1,
+            predicted: 0,
+            objective: Default::default(),
+        };
+        FinishedBatch {
+            contract,
+            batch,
+            members: (0..).zip(lens).map(member).collect(),
+            output,
+            failure: None,
+            packed_at: Moment(3),
+            started_at: Moment(4),
+            finished_at: Moment(5),
+            device: None,
+        }
+    }
+
+    /// All of an answer, and how many bytes of rows each of its parts had.
+    fn in_parts(mut long: LongAnswer, finished: &FinishedBatch, member: &Member, most: usize) -> (Vec<u8>, Vec<usize>) {
+        let mut parts = Vec::new();
+        loop {
+            let before = long.written();
+            let whole = long.write(finished, member, most);
+            parts.push(long.written() - before);
+            if whole {
+                return (long.end(), parts);
+            }
+        }
+    }
+
+    proptest! {
+        /// The plain functions are the reference.
+        #[test]
+        fn an_answer_in_parts_is_the_same_bytes(
+            packed: bool,
+            lens in prop::collection::vec(1..100u32, 1..4),
+            most in 1..700usize,
+            receipt: bool,
+        ) {
+            let layout = if packed { Layout::Packed } else { Layout::Padded };
+            let of_rows = 3 * lens.len() as u32;
+            let details = Details { timings: true, receipt, late_us: 3 };
+            let bound = |parts: &[usize]| parts.iter().all(|part| *part <= most + 3 * 7);
+
+            // Each member by itself, as a request of its own.
+            let batch = finished(layout, &lens, 3);
+            for member in &batch.members {
+                let (mut result, mut item) = (Vec::new(), Vec::new());
+                append_result(&mut result, &batch, member, 9, details, Moment(8));
+                let long = LongAnswer::result(&batch, member, 9, details, Moment(8), vec![1; 33]);
+                let (written, parts) = in_parts(long, &batch, member, most);
+                prop_assert_eq!(written, result);
+                prop_assert!(bound(&parts), "{:?}", parts);
+                append_item(&mut item, &batch, member, 9);
+                let long = LongAnswer::item(&batch, member, 9, Vec::new());
+                prop_assert_eq!(in_parts(long, &batch, member, most).0, item);
+            }
+
+            // All as parts of one request, whose rows have one length.
+            let batch = finished(layout, &vec![lens[0]; lens.len()], of_rows);
+            let [mut plain, mut long] = [Assemblies::default(), Assemblies::default()];
+            for (at, member) in batch.members.iter().enumerate() {
+                let last = at + 1 == lens.len();
+                prop_assert_eq!(plain.take_part(&batch, member, Moment(8)), last);
+                prop_assert!(!long.take_rows(&batch, member, 0..2, Moment(7)));
+                prop_assert_eq!(long.take_rows(&batch, member, 2..3, Moment(8)), last);
+            }
+            let (last, mut result) = (batch.members.last().expect("one at least"), Vec::new());
+            plain.append_result(&mut result, &batch, last, 9, details);
+            let long_result = long.long_result(&batch, last, 9, details, Vec::new());
+            prop_assert_eq!(in_parts(long_result, &batch, last, most).0, result);
+            prop_assert!(plain.is_empty() && long.is_empty());
+        }
+    }
 }

@@ -37,11 +37,30 @@ impl Output {
     /// Where to append one frame or some small ones.
     pub fn end(&mut self) -> &mut Vec<u8> {
         if self.tail.len() >= PIECE {
-            let full = std::mem::replace(&mut self.tail, std::mem::take(&mut self.spare));
-            self.full_bytes += full.len();
-            self.full.push_back(full);
+            self.end_piece();
         }
         &mut self.tail
+    }
+
+    /// The tail is full.
+    fn end_piece(&mut self) {
+        let full = std::mem::replace(&mut self.tail, std::mem::take(&mut self.spare));
+        self.full_bytes += full.len();
+        self.full.push_back(full);
+    }
+
+    /// Appends a frame that was written elsewhere, as a piece of its own.
+    pub fn push(&mut self, frame: Vec<u8>) {
+        if !self.tail.is_empty() {
+            self.end_piece();
+        }
+        self.full_bytes += frame.len();
+        self.full.push_back(frame);
+    }
+
+    /// Memory for such a frame: of a piece that has gone, or none.
+    pub fn memory(&mut self) -> Vec<u8> {
+        std::mem::take(&mut self.spare)
     }
 
     /// The next bytes to go. Empty only if all has gone.
@@ -107,8 +126,15 @@ mod tests {
             for _ in 0..next(4) {
                 let len = next([20, 3000, 600 << 10][round % 3]);
                 plain.resize(plain.len() + len, round as u8);
-                let end = output.end();
-                end.resize(end.len() + len, round as u8);
+                if len > PIECE / 2 && len % 2 == 0 {
+                    let mut frame = output.memory();
+                    frame.clear();
+                    frame.resize(len, round as u8);
+                    output.push(frame);
+                } else {
+                    let end = output.end();
+                    end.resize(end.len() + len, round as u8);
+                }
             }
             for _ in 0..next(6) {
                 let len = output.front().len();
@@ -148,6 +174,26 @@ mod tests {
         assert_eq!(output.end().as_ptr(), at);
         output.clear();
         assert_eq!((output.len(), output.capacity()), (0, 0));
+    }
+
+    #[test]
+    fn a_frame_from_elsewhere_goes_in_its_turn_and_its_memory_is_used_again() {
+        let mut output = Output::default();
+        output.end().extend([1; 10]);
+        output.advance(4);
+        let frame = vec![2; 3 * PIECE];
+        let at = frame.as_ptr();
+        output.push(frame);
+        output.end().extend([3; 5]);
+        assert_eq!((output.len(), output.front()), (6 + 3 * PIECE + 5, &[1; 6][..]));
+        output.advance(6);
+        assert_eq!((output.front().as_ptr(), output.front().len()), (at, 3 * PIECE), "it was not copied");
+        output.advance(3 * PIECE);
+        assert_eq!(output.front(), [3; 5]);
+        let memory = output.memory();
+        assert_eq!(memory.as_ptr(), at);
+        output.advance(5);
+        assert!(output.is_empty());
     }
 
     #[test]

@@ -16,6 +16,7 @@ use bytes::{Bytes, BytesMut};
 use slab::Slab;
 
 use super::abuse::Act;
+use super::answering::Answering;
 use super::bucket::Bucket;
 use super::connection::{Connection, Flushed, Phase};
 use super::inflight::{InFlight, Waiting};
@@ -68,8 +69,8 @@ pub struct State {
     pub in_flight: InFlight,
     /// Answers of requests that are run in parts.
     pub(super) assemblies: Assemblies,
-    /// A batch that is being answered, and its next member (answering.rs).
-    pub(super) answering: Option<(Arc<FinishedBatch>, usize)>,
+    /// A batch that is being answered.
+    pub(super) answering: Option<Answering>,
     pub traces: Traces,
     pub(super) handshakes: Bucket,
     /// What may be said in the log about peers that cannot connect: they could fill it.
@@ -409,7 +410,7 @@ impl State {
     pub fn take_mail(&mut self, message: ToShard, now: Moment) {
         debug_assert!(self.answering.is_none(), "messages are acted on in their order");
         match message {
-            ToShard::Batch(finished) => self.answering = Some((finished, 0)),
+            ToShard::Batch(finished) => self.answering = Some(Answering::of(finished)),
             ToShard::Ended(ended) => {
                 for (key, refusal) in ended {
                     self.end(key, &refusal);
