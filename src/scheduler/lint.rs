@@ -697,6 +697,16 @@ mod tests {
                 &[(Kind::RowsMaxNeverReached, "rows_max"), (Kind::LongestRowsRunAlone, "cells_max")],
             ),
             (
+                "the same of batches of two",
+                &|facts| (facts.policy.cells_max, facts.policy.rows_max) = (100, 2),
+                &[(Kind::LongestRowsRunAlone, "cells_max")],
+            ),
+            (
+                "no other fits beside any row",
+                &|facts| (facts.policy.cells_max, facts.policy.rows_max) = (100, 1),
+                &[(Kind::CellsMaxNeverReached, "cells_max")],
+            ),
+            (
                 "the same end to end",
                 &|facts| {
                     facts.policy.cells_max = 100;
