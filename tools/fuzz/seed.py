@@ -1,18 +1,35 @@
 #!/usr/bin/env python3
-"""Writes the starting corpus of the fuzz targets from files of the repository: golden frames, manifests, traces, weights.
+"""Writes the starting corpus of the fuzz targets: what fuzzing has found so far, minimized (seeds/), and what can be had from files of
+the repository (golden frames, manifests, traces, weights).
 
-Standard library only. Files land in tools/fuzz/corpus, which git ignores; running it again gives the same files. What fuzzing has
-added to that, minimized, is in seeds/ (tools/fuzz/run unpacks it).
+    tools/fuzz/seed.py [--to FOLDER] [TARGET…]     of all targets, into tools/fuzz/corpus, which git ignores
+
+Standard library only. Running it again gives the same files.
 """
+import argparse
 import pathlib
 import re
+import tarfile
 
 here = pathlib.Path(__file__).resolve().parent
 root = here.parent.parent
-corpus = here / "corpus"
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--to", type=pathlib.Path, default=here / "corpus")
+parser.add_argument("targets", nargs="*")
+args = parser.parse_args()
+corpus = args.to
+
+for archive in sorted((here / "seeds").glob("*.tar.xz")):
+    target = archive.name.split(".")[0]
+    if not args.targets or target in args.targets:
+        (corpus / target).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as seeds:
+            seeds.extractall(corpus / target, filter="data")
 
 
 def seed(target, name, content):
+    if args.targets and target not in args.targets:
+        return
     folder = corpus / target
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)

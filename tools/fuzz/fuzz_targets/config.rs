@@ -9,7 +9,7 @@ use std::path::Path;
 use ferry::config::{Config, Machine};
 use libfuzzer_sys::fuzz_target;
 
-const MACHINE: Machine = Machine { cores: 4, nofile: 4096 };
+const MACHINE: Machine = Machine { cores: 4, nofile: 4096, memory: 8 << 30 };
 
 fuzz_target!(|text: &str| {
     let mut errors = Vec::new();

@@ -19,6 +19,7 @@ use ferry::executor::slot::FilledSlot;
 use ferry::executor::worker::{Answers, Worker};
 use ferry::executor::{Blame, Executor, Failure};
 use ferry::frontend::abuse::Rules;
+use ferry::frontend::answering::Budget;
 use ferry::frontend::connection::{Connection, Phase};
 use ferry::frontend::state::State;
 use ferry::frontend::{Catalog, Options};
@@ -277,6 +278,7 @@ impl World {
     fn deliver(&mut self) {
         while let Some(message) = self.to_shard.try_recv() {
             self.state.take_mail(message, self.now);
+            while !self.state.answer_some(&mut Budget::of_answers(), self.now) {}
         }
         self.state.flush(self.now);
         self.forget_closed();
