@@ -15,7 +15,7 @@ use bincode::{Decode, Encode};
 use ferry::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
 use ferry::vocab::{Code, DType, Executed, Layout, ModelHandle, Refusal, Retry, SealReason, Stage, TraceContext};
 use ferry::wire::decoder::Step;
-use ferry::wire::encoder::{Head, append_bare, append_frame, append_frame_with, pad_to_8};
+use ferry::wire::encoder::{Head, LongFrame, append_bare, append_frame, append_frame_with, pad_to_8};
 use ferry::wire::frame::FLAG_OPTIONAL;
 use ferry::wire::message::{
     Credit, Describe, Description, ErrorMessage, Goaway, Hello, HelloAck, INFER_TIMINGS, INFER_TRUNCATE, Infer,
@@ -558,13 +558,19 @@ fn a_change_of_any_byte_of_any_golden_file_is_noticed() {
 }
 
 #[test]
-fn the_two_encoders_of_a_frame_write_the_same_bytes() {
+fn the_encoders_of_a_frame_write_the_same_bytes() {
     let head = Head { kind: Kind::Result, model: ModelHandle(1), request_id: 2 };
     let value = InferResult { outputs: tensors(&[(DType::U8, &[1, 3])]), ..InferResult::default() };
     let (mut whole, mut in_place) = (vec![9; 3], vec![9; 3]);
     append_frame(&mut whole, head, &value, &[1, 2, 3]).expect("small");
     append_frame_with(&mut in_place, head, &value, |out| out.extend_from_slice(&[1, 2, 3])).expect("small");
     assert_eq!(whole, in_place, "behind what was there before");
+    let mut long = LongFrame::begin(head, &value, 3, vec![9; 3]).expect("small");
+    let lens = [&[][..], &[1], &[2, 3]].map(|part| {
+        long.extend(part);
+        long.payload_len()
+    });
+    assert_eq!((lens, long.end()), ([0, 1, 3], whole[3..].to_vec()), "in parts, in memory of before");
     append_frame_with(&mut in_place, head, &value, |out| {
         let payload_at = out.len();
         out.push(1);

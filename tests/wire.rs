@@ -1260,3 +1260,14 @@ fn limits_that_change_hold_from_the_next_frame_on() {
     decoder.set_limits(limits(0, 9));
     assert_eq!(decoder.next(&bytes), Err(DecodeError::MetadataTooLong { len: 1, max: 0 }));
 }
+
+#[test]
+fn a_list_reads_the_same_from_borrowed_bytes() {
+    let mut list: List<u32, 4> = List::new();
+    [7, 0, u32::MAX].into_iter().for_each(|item| list.push(item).expect("there is room"));
+    let mut bytes = Vec::new();
+    encode_into(&list, &mut bytes).expect("small");
+    let config = bincode::config::standard().with_fixed_int_encoding();
+    let read: (List<u32, 4>, usize) = bincode::borrow_decode_from_slice(&bytes, config).expect("what was written");
+    assert_eq!(read, (list, bytes.len()));
+}

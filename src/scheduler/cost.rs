@@ -586,6 +586,7 @@ mod tests {
             model.observe(16, 64, Duration::from_micros(900), true);
         }
         assert!((model.predict(16, 64) / 900_000.0 - 1.0).abs() < 0.01, "{:?}", model.coefficients());
+        assert_eq!(model.predicted(16, 64), Duration::from_nanos(model.predict(16, 64) as u64));
         let fit = model.coefficients();
         assert!(fit.batch >= 0.0 && fit.cell >= 0.0 && fit.square >= 0.0);
     }

@@ -789,6 +789,10 @@ mod tests {
         assert!((attained(&facts).0 - 3.0).abs() < 1e-6);
         facts.executors = 3;
         assert!((attained(&facts).0 - 1.0).abs() < 1e-6, "each gets a third");
+        // Held for a share of what a batch costs: of 3 ms.
+        let mut held = facts.clone();
+        (held.policy.kind, held.policy.queue_delay_max, held.policy.tuning.hold) = (PolicyKind::Cost, None, 0.5);
+        assert!((attained(&held).0 - 2.5).abs() < 1e-6);
         // More than there is time for.
         facts.fit.cell = 1e6;
         assert_eq!(attained(&facts), (8.0, 8.0));
