@@ -1106,6 +1106,14 @@ fn end_to_end_a_batch_is_cut_to_the_cells_that_its_soonest_deadline_has_time_for
     assert!(near(decision.efficiency.into(), 4.714 / 5.714), "{decision:?}");
     // Of 1,024 cells, all that a batch holds: 10.24 ms, and the fixed one.
     assert!(near(decision.best_efficiency.into(), 10.24 / 11.24), "{decision:?}");
+    // The whole takes 11.24 ms, and 11.8 with the margin: that is what the deadline is compared with.
+    for (micros, expected) in [(11_500, (31, SealReason::Urgent)), (11_900, (32, SealReason::Full))] {
+        let mut rig = Rig::new(vec![Policy { rows_max: 64, ..packed(1024) }], 1);
+        (0..40).for_each(|_| _ = rig.arrive(32, MS * 1000));
+        rig.arrive(32, Duration::from_micros(micros));
+        let batch = rig.poll().expect("rows wait");
+        assert_eq!((batch.rows, batch.reason), expected, "{micros}");
+    }
 }
 
 #[test]
