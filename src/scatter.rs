@@ -334,12 +334,8 @@ struct Assembly {
 }
 
 impl Assemblies {
-    /// Keeps a part's rows. True when the request is complete, and [`Assemblies::append_result`] can be called.
-    pub fn take_part(&mut self, finished: &FinishedBatch, member: &Member, now: Moment) -> bool {
-        self.take_rows(finished, member, 0..member.rows, now)
-    }
-
-    /// The same of some rows of a part. Each is to be taken once.
+    /// Keeps some of a part's rows; each is to be taken once. True when the request is complete, and
+    /// [`Assemblies::append_result`] can be called.
     pub fn take_rows(&mut self, finished: &FinishedBatch, member: &Member, rows: Range<u32>, now: Moment) -> bool {
         let outputs = || {
             let bytes = |spec: &TensorSpec| vec![0; member.part.of_rows as usize * spec.row_bytes(member.len)];
@@ -461,7 +457,7 @@ mod tests {
     use crate::executor::batch::BatchOutput;
     use crate::mail::Part;
     use crate::scheduler::SealedBatch;
-    use crate::vocab::{DType, SealReason, TicketKey};
+    use crate::vocab::{DType, TicketKey};
 
     /// Outputs of which none ends at a multiple of 8 by itself.
     fn contract() -> Arc<Contract> {
@@ -510,22 +506,7 @@ mod tests {
             waited: Default::default(),
             truncated: false,
         };
-        let batch = SealedBatch {
-            id: 1,
-            model: ModelHandle(0),
-            executor: 0,
-            rows: rows.len() as u32,
-            rows_possible: rows.len() as u32,
-            layout,
-            padded_len: 100,
-            cells_real: 1,
-            squares_real: 0,
-            reason: SealReason::Full,
-            sealed_at: Moment(2),
-            generation: 1,
-            predicted: 0,
-            objective: Default::default(),
-        };
+        let batch = SealedBatch::plain(layout, &rows, 100);
         FinishedBatch {
             contract,
             batch,
@@ -585,7 +566,7 @@ mod tests {
             let [mut plain, mut long] = [Assemblies::default(), Assemblies::default()];
             for (at, member) in batch.members.iter().enumerate() {
                 let last = at + 1 == lens.len();
-                prop_assert_eq!(plain.take_part(&batch, member, Moment(8)), last);
+                prop_assert_eq!(plain.take_rows(&batch, member, 0..3, Moment(8)), last);
                 prop_assert!(!long.take_rows(&batch, member, 0..2, Moment(7)));
                 prop_assert_eq!(long.take_rows(&batch, member, 2..3, Moment(8)), last);
             }

@@ -15,7 +15,7 @@ use crate::mail::{FinishedBatch, Member};
 use crate::scatter::{LongAnswer, append_end, append_item, append_result, failure_of};
 use crate::vocab::{Code, Moment};
 
-/// Most work at one go on answers of a batch, in bytes that are copied: a third of a millisecond or so.
+/// Most work at one go on answers of a batch, in bytes that are copied: some tenths of a millisecond.
 const ANSWERS_MAX: usize = 512 << 10;
 /// What an answer costs beside its bytes, as bytes.
 const ANSWER_COST: usize = 512;
@@ -257,7 +257,6 @@ impl State {
 mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use super::*;
     use crate::contract::{Contract, Dim, Length, NonFinite, TensorSpec};
@@ -268,7 +267,7 @@ mod tests {
     use crate::mailbox::mailbox;
     use crate::scheduler::SealedBatch;
     use crate::telemetry::{ModelLabels, Telemetry};
-    use crate::vocab::{DType, Layout, ModelHandle, Refusal, SealReason, TicketKey};
+    use crate::vocab::{DType, Layout, Refusal, TicketKey};
     use crate::wire::decoder::Step;
     use crate::wire::{Decoder, Kind, Limits};
 
@@ -323,22 +322,7 @@ mod tests {
                 truncated: false,
             });
         }
-        let batch = SealedBatch {
-            id: 1,
-            model: ModelHandle(0),
-            executor: 0,
-            rows: lens.len() as u32,
-            rows_possible: lens.len() as u32,
-            layout: Layout::Packed,
-            padded_len: 4 << 20,
-            cells_real: begin as u64,
-            squares_real: 0,
-            reason: SealReason::Full,
-            sealed_at: Moment(2),
-            generation: 1,
-            predicted: 0,
-            objective: Duration::ZERO,
-        };
+        let batch = SealedBatch::plain(Layout::Packed, lens, 4 << 20);
         Arc::new(FinishedBatch {
             contract: Arc::new(contract),
             batch,

@@ -124,6 +124,27 @@ pub struct SealedBatch {
 }
 
 impl SealedBatch {
+    /// The first batch of the first model, full, of rows of these lengths.
+    #[cfg(test)]
+    pub fn plain(layout: Layout, lens: &[u32], padded_len: u32) -> SealedBatch {
+        SealedBatch {
+            id: 1,
+            model: ModelHandle(0),
+            executor: 0,
+            rows: lens.len() as u32,
+            rows_possible: lens.len() as u32,
+            layout,
+            padded_len,
+            cells_real: lens.iter().map(|len| u64::from(*len)).sum(),
+            squares_real: lens.iter().map(|len| u64::from(*len).pow(2)).sum(),
+            reason: SealReason::Full,
+            sealed_at: Moment(2),
+            generation: 1,
+            predicted: 0,
+            objective: Duration::ZERO,
+        }
+    }
+
     /// Cells that are computed, padding included.
     pub fn cells_padded(&self) -> u64 {
         self.work().cells

@@ -765,7 +765,8 @@ impl World {
             let part = member.is_part();
             if part && self.shards[shard].in_flight.get(member.key).is_some() {
                 let planted = self.maybe_another(finished, member);
-                if !self.shards[shard].assemblies.take_part(finished, &planted, finished.finished_at) {
+                let assemblies = &mut self.shards[shard].assemblies;
+                if !assemblies.take_rows(finished, &planted, 0..planted.rows, finished.finished_at) {
                     continue;
                 }
             }
